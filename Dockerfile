@@ -7,12 +7,14 @@ FROM python:${PYTHON}-slim
 
 # DeepSpeed is built from source and imports setuptools; it compiles no kernel here. Tini passes signals on: a run saves
 # and stops on SIGTERM.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends tini \
     && rm -rf /var/lib/apt/lists/*
 
 ARG TORCH=cpu
-RUN pip install --no-cache-dir torch torchvision --index-url "https://download.pytorch.org/whl/${TORCH}"
+# hadolint ignore=DL3013
+RUN pip install --no-cache-dir uv && uv pip install --system --no-cache --torch-backend "${TORCH}" torch torchvision
 
 WORKDIR /mmscale
 COPY pyproject.toml README.md LICENSE ./
@@ -20,8 +22,10 @@ COPY mmscale ./mmscale
 COPY data_pipeline ./data_pipeline
 COPY launchers ./launchers
 ARG EXTRAS=hf
+# The ranges of versions are in pyproject.toml.
+# hadolint ignore=DL3013
 RUN pip install --no-cache-dir ".[${EXTRAS}]" \
-    && rm -rf build *.egg-info mmscale data_pipeline launchers
+    && rm -rf build mmscale.egg-info mmscale data_pipeline launchers
 COPY configs ./configs
 COPY examples ./examples
 

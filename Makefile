@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart docs quick test-near test test-slow test-harness test-all test-floors lint format golden bench clean
+.PHONY: help setup quickstart docs quick test-near test test-slow test-apart test-all test-floors lint format golden bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | column -t -s '#' 2>/dev/null || true
@@ -31,7 +31,8 @@ $(STAMP): pyproject.toml
 	@echo "CPU build (2.2 GB on disk), and about 4 GB with its CUDA build (7 GB on disk): 3 to 15 minutes."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --upgrade pip
-	@$(if $(TORCH),$(BIN)/python -m pip install $(PIP_FLAGS) torch torchvision --index-url https://download.pytorch.org/whl/$(TORCH))
+	@$(if $(TORCH),$(BIN)/python -m pip install $(PIP_FLAGS) uv)
+	@$(if $(TORCH),$(BIN)/uv pip install --python $(BIN)/python --torch-backend $(TORCH) torch torchvision)
 	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev,docs,hf]'
 	@touch $@
 
@@ -57,13 +58,14 @@ test: $(STAMP) ## Run the tests that need neither a GPU, a cluster nor patience
 test-slow: $(STAMP) ## Run the tests that take minutes each: long runs, every page of docs/, every size of a recipe
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not gpu and not slurm"
 
-# lmms-eval pins older versions of wandb, PyAV and filelock, so it gets an environment of its own, on top of .venv.
-test-harness: $(STAMP) ## Run the tests with lmms-eval, in .venv-harness
-	test -x .venv-harness/bin/python || $(BIN)/python -m venv .venv-harness
+# lmms-eval and Trackio need older versions of some packages than the other tests, so they get an environment on top of .venv.
+test-apart: $(STAMP) ## Run the tests with lmms-eval and Trackio, in .venv-apart
+	test -x .venv-apart/bin/python || $(BIN)/python -m venv .venv-apart
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-		> "$$(.venv-harness/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
-	.venv-harness/bin/python -m pip install --quiet 'lmms-eval>=0.7.3' 'filelock<4'
-	PYTHONPATH=. .venv-harness/bin/python -m pytest -q -m slow tests/harness/test_lmms_eval.py
+		> "$$(.venv-apart/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	.venv-apart/bin/python -m pip install --quiet 'lmms-eval>=0.7.3' 'filelock<4' 'trackio>=0.43,<1'
+	PYTHONPATH=. .venv-apart/bin/python -m pytest -q -m slow -k "lmms or trackio" tests/harness/test_lmms_eval.py \
+		tests/metrics/test_tracker_packages.py
 
 # With other test tools too: what pyproject.toml admits is what a user may get.
 test-floors: $(STAMP) ## Run `make test` with the lowest admitted versions in .venv-lowest; FLOORS=highest: with the newest
@@ -97,5 +99,5 @@ bench: $(STAMP) ## Measure against peers, side by side
 	done
 
 clean: ## Remove runs, caches and .venv
-	rm -rf .venv .venv-lowest .venv-highest .venv-harness runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-lowest .venv-highest .venv-apart runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -49,7 +49,7 @@ class TextKind(str, Enum):
 
 @dataclass(frozen=True)
 class Examples:
-    """What the first samples of a source hold.
+    """Contents of the first samples of a source.
 
     Attributes:
         kind: Kind of text of most of them.

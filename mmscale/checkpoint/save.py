@@ -278,7 +278,7 @@ def stale_checkpoints(newest: Path, keep: CheckpointConfig | None, best: int | N
 
     Only complete checkpoints count towards ``keep_last``, so an incomplete one never displaces a complete one.
     Checkpoints of later steps than the oldest kept one are never returned. The best checkpoint is never returned,
-    neither the present one nor the one that a kept checkpoint names: a run that goes back to that checkpoint needs it.
+    neither the present one nor the one that a kept checkpoint names: a run that rolls back to that checkpoint needs it.
     At most one of them is older than the checkpoints of ``keep_last``.
 
     Args:

@@ -131,11 +131,16 @@ def _print_checkpoints(rows: list[dict[str, Any]]) -> None:
                 "precision": row.get("precision"),
                 "size": f"{format_count(row['bytes'])}B" if "bytes" in row else None,
                 "age": format_seconds(row["age_seconds"]) if "age_seconds" in row else None,
-                "state": row.get("problem") or ("whole, the newest" if row["newest_whole"] else "whole"),
+                "state": row.get("problem") or ", ".join(["whole", *_marks(row)]),
             }
+            | ({"frozen weights in": row["frozen_weights_in"]} if "frozen_weights_in" in row else {})
             for row in rows
         ]
     )
+
+
+def _marks(row: dict[str, Any]) -> list[str]:
+    return ["the newest"] * row["newest_whole"] + ["the best"] * row["best"]
 
 
 @app.command(epilog="Example: mmscale checkpoint verify runs/quickstart")
@@ -325,9 +330,8 @@ def _import_hf(source: str, revision: str | None, run: Path, json: bool) -> None
             f"next: mmscale chat {run}   or, to train it, a run file that begins with `base: {run}`", markup=False
         )
     else:
-        console.print(
-            f"next: in a run file `model: {{vision: {{base: {run}}}}}`, with weights from {run}", markup=False
-        )
+        block = f"base: {run}" if "decoder" in report.model else f"vision: {{base: {run}}}"
+        console.print(f"next: in a run file `model: {{{block}}}`, with weights from {run}", markup=False)
 
 
 def _import_target(config: Path, stage: str | None) -> ImportTarget:

@@ -129,9 +129,9 @@ def schema(
     Editors complete and check a file whose first line is `# yaml-language-server: $schema=PATH`. The schemas of this
     version are in configs/schema.
     """
-    import json
+    from mmscale.config.json_schema import schema_text
 
-    print(json.dumps(schema_of(name.value), indent=1, ensure_ascii=False))
+    print(schema_text(schema_of(name.value)))
 
 
 def schema_of(name: str) -> dict[str, Any]:

@@ -9,12 +9,10 @@ if TYPE_CHECKING:
     from mmscale.run.config import RunConfig
 
 
-def next_steps(config: RunConfig, verbs: set[str]) -> list[tuple[str, str]]:
-    """Return (command, what it does) for a finished run, in the order of use. Every command can be pasted into a shell.
+def next_steps(config: RunConfig) -> list[tuple[str, str]]:
+    """Return (command, what it does) for a finished run, in the order of use.
 
-    Args:
-        config: The run.
-        verbs: Names of the commands of this version.
+    Every command can be pasted into a shell.
     """
     from mmscale.errors import CheckpointError
     from mmscale.hf.layouts import layout_for
@@ -29,15 +27,13 @@ def next_steps(config: RunConfig, verbs: set[str]) -> list[tuple[str, str]]:
             steps.append((f"mmscale generate {run} --image {shlex.quote(str(image))}", "answer about an image"))
         elif model.vision is None:
             steps.append((f"mmscale generate {run} --prompt 'Once'", "continue a text"))
-        if "chat" in verbs and any(dataset.template.kind == "dialogue" for dataset in data.datasets):
+        if any(dataset.template.kind == "dialogue" for dataset in data.datasets):
             steps.append((f"mmscale chat {run}", "talk with the model"))
     if config.evaluation.sets:
-        steps.append(
-            (f"mmscale eval {shlex.quote(str(config.run_dir / 'config.yaml'))}", "score the held-out sets again")
-        )
+        steps.append((f"mmscale eval {run}", "score the held-out sets again"))
     export = f"mmscale checkpoint export {run} {shlex.quote(f'{config.run_dir}-exported')}"
     try:
-        layout_for(model)
+        layout_for(model.model_copy(update={"adapters": None}))  # An export merges them.
     except CheckpointError:
         steps.append((export, "write the weights as safetensors"))
     else:

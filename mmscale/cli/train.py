@@ -38,8 +38,7 @@ def train(
     if run(loaded, profile=profile) is Outcome.STOPPED:
         raise typer.Exit(STOPPED)
     if os.environ.get("RANK", "0") == "0":  # Set by the launcher, or by the start of the run.
-        from mmscale.cli.main import VERBS
         from mmscale.cli.next_steps import format_next_steps, next_steps
 
-        steps = next_steps(loaded.value, {verb.name for verb in VERBS})
+        steps = next_steps(loaded.value)
         print(format_next_steps(steps), file=sys.stderr, flush=True)

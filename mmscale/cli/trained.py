@@ -117,13 +117,19 @@ def open_run(run: Path, overrides: Sequence[str] = ()) -> Loaded[RunConfig]:
     """Load the configuration of a run folder, wherever the folder is now.
 
     Raises:
-        ConfigError: ``config.yaml`` or an override is invalid.
+        ConfigError: ``config.yaml`` or an override is invalid, or it describes an imported model without a tokenizer.
     """
     from mmscale.config import load
+    from mmscale.config.layers import read_layers
     from mmscale.hf.kept_files import HF_FILES
     from mmscale.run.config import RunConfig
     from mmscale.run.folder import CONFIG
 
+    if (run / HF_FILES).is_dir() and read_layers(run / CONFIG).child("stages") is None:
+        raise ConfigError(
+            f"{run}: an imported model without a tokenizer (a vision tower, or a folder without tokenizer.json): use "
+            "it as `base:` in a run file, or import a folder that has a tokenizer"
+        )
     loaded = load(run / CONFIG, list(overrides), RunConfig)
     config = loaded.value.model_copy(update={"run_dir": run})
     tokenizer = config.data.tokenizer

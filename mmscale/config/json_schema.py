@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import sys
 from collections.abc import Iterator
 from enum import Enum
@@ -21,8 +22,12 @@ from pydantic.json_schema import GenerateJsonSchema
 from mmscale.config.tree import BASE_KEY
 
 Schema = dict[str, Any]
+_DEEPEST_LINE = 3
+"""Depth of ``$defs / CLASS / properties / KEY``."""
 BLOCK = "x-block"
 """Keyword of a field that overrides a block of the root: its value names the block, whose keys the field accepts."""
+KIND_ALONE = "x-kind-alone"
+"""Keyword of a union whose blocks may be written as their ``kind`` alone."""
 
 _BASE = {
     "type": "string",
@@ -53,6 +58,15 @@ def json_schema(schema: type[BaseModel], *, is_complete: bool = True) -> Schema:
     if is_complete and needed:
         root["anyOf"] = _unless_base(needed)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root}
+
+
+def schema_text(value: Any, depth: int = 0) -> str:
+    """Return a schema as JSON with one line per key of a block, so that a diff shows the keys that changed."""
+    if not isinstance(value, dict) or not value or depth > _DEEPEST_LINE:
+        return json.dumps(value, ensure_ascii=False)
+    margin = " " * depth
+    lines = (f"{margin} {json.dumps(key)}: {schema_text(each, depth + 1)}" for key, each in value.items())
+    return "{\n" + ",\n".join(lines) + f"\n{margin}}}"
 
 
 class _Generator(GenerateJsonSchema):
@@ -94,6 +108,8 @@ def _edited(node: Any, blocks: Schema, *, names: bool = False) -> Any:
             edited[key] = value
         else:
             edited["anyOf" if key == "oneOf" else key] = _edited(value, blocks, names=key in ("properties", "$defs"))
+    if KIND_ALONE in edited:
+        edited["anyOf"] = [{"enum": sorted(node["discriminator"]["mapping"])}, *edited["anyOf"]]
     if BLOCK in edited:
         edited["anyOf"] = [_edited(blocks[edited[BLOCK]], {}), {"type": "null"}]
         edited.pop("type", None)

@@ -30,7 +30,7 @@ _OPTIMIZER_BYTES = 12
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What a run holds, for the figures in the message.
+    """Sizes of a run, for the figures in the message.
 
     Attributes:
         max_tokens: Budget of a pack (``data.packing.max_tokens``).

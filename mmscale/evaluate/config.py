@@ -33,7 +33,7 @@ class Normalise(str, Enum):
 
 
 LOWER_IS_BETTER = ("loss", "bits_per_byte")
-"""Values of a result of which the best is the lowest. Of every other value the best is the highest."""
+"""Values of a result of which the best is the lowest. For every other value the highest is the best."""
 
 
 class _HeldOut(StrictConfig):

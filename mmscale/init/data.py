@@ -42,7 +42,7 @@ Progress = Callable[[str, int | None], AbstractContextManager[Meter]]
 
 @dataclass(frozen=True)
 class DataRequest:
-    """What the user wants of the data.
+    """The user's wishes for the data.
 
     Attributes:
         source: The data set: any source of ``mmscale data ingest``, or a manifest.

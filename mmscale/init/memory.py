@@ -34,7 +34,7 @@ a CPU: 1.2 GiB for text, 1.8 GiB with images."""
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """What a model costs, whatever the machine.
+    """Cost of a model on any machine.
 
     Attributes:
         total: Number of parameters.

@@ -25,7 +25,7 @@ _PROJECT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run folder adds to its model.
+    """Settings that a run folder adds to its model.
 
     Attributes:
         folder: The run folder.

@@ -55,7 +55,7 @@ _MOST_CHOICES = 20
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What the user wants of the run.
+    """The user's wishes for the run.
 
     Attributes:
         output: The file to write.
@@ -312,7 +312,9 @@ def _text(plan: _Plan) -> str:
 def _way(plan: _Plan) -> str:
     if plan.start.trained is None:
         return "Training from random values"
-    return f"Fine-tune ({'all trained weights' if plan.model.adapters is None else plan.model.adapters.kind.upper()})"
+    adapters = plan.model.adapters
+    trained = "all trained weights" if adapters is None else {"lora": "LoRA", "dora": "DoRA"}[adapters.kind]
+    return f"Fine-tune ({trained})"
 
 
 def _write_data(out: CommentedYaml, plan: _Plan) -> None:

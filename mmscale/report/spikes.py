@@ -44,7 +44,7 @@ class Spike:
 
 
 def find_spikes(records: Sequence[Record]) -> list[Spike]:
-    """Return up to ``MOST_SPIKES`` steps with the largest deviations, by step. Of neighbours the largest is returned.
+    """Return up to ``MOST_SPIKES`` steps with the largest deviations, by step. Among neighbours, the largest counts.
 
     The scale of the deviations is 1.4826 times the median absolute deviation, which equals the standard deviation for
     normally distributed losses.

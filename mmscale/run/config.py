@@ -60,9 +60,9 @@ class RunConfig(StrictConfig):
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are saved, and which are kept."""
     bad_steps: BadStepsConfig = BadStepsConfig()
-    """What a run does after a step whose loss or gradient is not finite or is a spike."""
+    """Reaction to a step whose loss or gradient is not finite or is a spike."""
     metrics: MetricsConfig = MetricsConfig()
-    """What is measured, and where it is written."""
+    """Values that are measured, and where they are written."""
     sample_log: SampleLogConfig = SampleLogConfig()
     """The list of each step's samples."""
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -23,6 +23,7 @@ from mmscale.dist import World, gather_rows, init_distributed, shutdown
 from mmscale.engine.engine import Engine
 from mmscale.objectives.choice import choose_objective
 from mmscale.run.config import RunConfig
+from mmscale.run.folder import CONFIG
 from mmscale.run.train import Outcome, build
 from mmscale.run.train import train as run_train
 
@@ -39,11 +40,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, allow_code: 
     Raises:
         ConfigError: the file or an override is wrong; the message names file, line, key and value.
     """
-    file = Path(path) / "config.yaml" if Path(path).is_dir() else Path(path)
+    return _load(path, overrides, allow_code).value
+
+
+def _load(path: str | Path, overrides: Sequence[str], allow_code: bool) -> Loaded[RunConfig]:
+    file = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
     with code_allowed(allow_code):
         loaded = load(file, list(overrides), RunConfig)
         check_commands(loaded)
-    return loaded.value
+    return loaded
 
 
 def open_loader(config: RunConfig, world: World | None = None, *, stage: int = 0) -> Loader:
@@ -97,13 +102,15 @@ def open_engine(config: RunConfig, *, stage: int = 0) -> Iterator[Engine]:
         shutdown(world)
 
 
-def train(config: RunConfig | Loaded[RunConfig]) -> Outcome:
+def train(path: str | Path, overrides: Sequence[str] = (), *, allow_code: bool = False) -> Outcome:
     """Train a run, or resume it if its folder has a checkpoint, and write its report. All ranks must call.
 
     Args:
-        config: The run, also with its origins (``mmscale.config.load``), which the report then shows.
+        path: As for ``load_config``.
+        overrides: As for ``load_config``.
+        allow_code: As for ``load_config``.
 
     Raises:
         MMScaleError, DataPipelineError: see ``mmscale.errors`` and ``data_pipeline.errors``.
     """
-    return run_train(config if isinstance(config, Loaded) else Loaded(config, {}))
+    return run_train(_load(path, overrides, allow_code))

@@ -59,7 +59,8 @@ def check_initial_weights(loaded: Loaded[RunConfig]) -> None:
         ConfigError: the first stage neither loads weights nor sets ``weights``.
     """
     first = loaded.value.stages[0]
-    if first.weights or loaded.origins["stages.0.weights"].kind != "default":
+    origin = loaded.origins.get("stages.0.weights")
+    if first.weights or origin is None or origin.kind != "default":
         return
     for key, origin in loaded.origins.items():
         run = origin.files[-1].parent if len(origin.files) > 1 and key.startswith("model.") else None

@@ -66,6 +66,7 @@ def plain_engine(model: nn.Module, rank: int = 0, world_size: int = 1) -> Any:
         stage=SimpleNamespace(name="all", optimizer=AdamWConfig(), ema=True),
         stage_step=0,
         scaler=None,
+        frozen_sources={},
         config=SimpleNamespace(zero_stage=1),
         precision=SimpleNamespace(name="fp32"),
     )

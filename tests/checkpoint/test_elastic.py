@@ -189,7 +189,7 @@ def test_another_model_and_another_stage_are_refused(saved: dict[str, Any]) -> N
     arguments = {"case": {"zero": 3, **FROZEN}, "path": path, "action": "resume"}
     message = run_ranks("tests.checkpoint.programs:complaints", 2, arguments)
     assert message[0] == message[1]
-    assert "warm start" in message[0]
+    assert "load the weights in a new stage" in message[0]
 
 
 def test_warm_start_takes_weights_only(saved: dict[str, Any]) -> None:

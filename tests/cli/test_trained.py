@@ -22,6 +22,10 @@ SETS = (
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "first"
     words = ["train", CONFIG, f"run_dir={folder}", "max_steps=2", SETS, "evaluation.captions={num_images: 2}"]
+    words += [
+        "evaluation.every_steps=1",
+        "evaluation.best={metric: both.loss, min_delta: 99}",
+    ]  # Step 1 stays the best.
     Run(folder, words, forked=True).finish()
     return folder
 
@@ -46,6 +50,24 @@ def test_eval_writes_the_answers_that_the_run_ended_with(run: Path) -> None:
     path.unlink()
     assert main(["eval", CONFIG, f"run_dir={run}", "max_steps=2", SETS]) == 0
     assert path.read_text() == written
+
+
+def test_the_best_checkpoint_is_scored_listed_and_exported(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = run / "checkpoints/best"
+    assert main(["eval", str(best), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["checkpoint"].endswith("step-00000001")
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert printed["heldout"]["both"]["loss"] == first["heldout/both/loss"]
+    assert main(["checkpoint", "list", str(run), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert [(row["step"], row["best"], row["newest_whole"]) for row in rows] == [(1, True, False), (2, False, True)]
+    assert main(["checkpoint", "export", str(best), str(tmp_path / "weights"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 1
+    assert main(["generate", str(best), "--prompt", "a", "--max-new-tokens", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["checkpoint"].endswith("step-00000001")
 
 
 def test_generate_gives_the_captions_of_the_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,8 @@ def quickstart(**changes: Any) -> dict[str, Any]:
         ({"seed": "many"}, False),
         ({"engine": {"zero_stage": 4}}, False),
         ({"engine": {"zero_stage": 2, "base": "engine.yaml"}}, True),
+        ({"metrics": {"trackers": ["mlflow", {"kind": "wandb", "mode": "offline"}]}}, True),
+        ({"metrics": {"trackers": ["tensorbored"]}}, False),
         ({"stages": [{"steps": 3}]}, False),
         ({"stages": [{"base": "stage.yaml", "steps": 3}]}, True),
         ({"stages": [{"name": "a", "steps": 3, "learning_rate": 1e-3}]}, True),

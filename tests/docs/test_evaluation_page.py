@@ -31,7 +31,8 @@ def test_set(block: dict[str, object]) -> None:
 
 
 def test_every_kind_is_shown() -> None:
-    assert {block["sets"][0].get("kind", "images") for block in SETS} == {"images", "choice", "perplexity"}
+    shown = {block["sets"][0].get("kind", "images") for block in SETS}
+    assert shown == {"images", "choice", "perplexity", "generation"}
 
 
 def test_comparison() -> None:

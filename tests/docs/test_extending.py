@@ -58,10 +58,12 @@ def follow(section: str, copy: Path) -> list[str]:
 
 def run(copy: Path, *words: str) -> str:
     """Run Python in the copy and return its output. Modules of the copy hide those of the repository."""
+    # With accelerate, transformers imports DeepSpeed, which prints its choice of a device unless one is set.
+    quiet = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [sys.executable, *words],
         cwd=copy,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(copy), str(REPO)]), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(copy), str(REPO)]), **quiet},
         capture_output=True,
         text=True,
         timeout=300,

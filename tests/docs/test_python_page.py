@@ -48,7 +48,7 @@ def python(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_blocks_run_quietly_and_begin_with_the_same_loss(checkout: Path) -> None:
     """Three loops, one of them the run's own, compute the loss of the first step from the same weights and batch."""
     done = python(checkout, "-c", "\n".join(BLOCKS))

@@ -118,7 +118,7 @@ def test_no_captions_where_none_are_wanted() -> None:
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     model, data = tiny_model(), data_config()
     spec = media_spec(model.config)
-    with pytest.raises(MMScaleError, match=r"absent\.png: No such file"):
+    with pytest.raises(MMScaleError, match=r"absent\.png: no such file"):
         describe_image(model, tmp_path / "absent.png", data, spec)
     text = tmp_path / "text.png"
     text.write_text("not an image")

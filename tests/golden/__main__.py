@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from mmscale.cli.config import SchemaName, schema_of
+from mmscale.config.json_schema import schema_text
 from tests.configs.files import CONFIGS, model_of
 from tests.golden.describe import FOLDER, describe, files
 from tests.golden.table import README, written
@@ -20,5 +19,5 @@ README.write_text(written(), encoding="utf-8")
 print(README.relative_to(FOLDER.parents[1]))
 for name in SchemaName:
     path = CONFIGS / "schema" / f"{name.value}.json"
-    path.write_text(json.dumps(schema_of(name.value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(schema_text(schema_of(name.value)) + "\n", encoding="utf-8")
     print(path.relative_to(FOLDER.parents[1]))

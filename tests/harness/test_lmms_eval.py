@@ -1,6 +1,6 @@
 """Scores of lmms-eval on local tasks with images equal our own scores of the same questions.
 
-lmms-eval pins older versions of some packages, so ``make test-harness`` runs this file in an environment of its own.
+lmms-eval pins older versions of some packages, so ``make test-apart`` runs this file in an environment of its own.
 The other targets skip it.
 """
 

@@ -267,7 +267,7 @@ def test_models_that_clip_cannot_express_are_rejected(case: str, tmp_path: Path)
     reference_model().save_pretrained(tmp_path / "theirs")
     model = import_folder(tmp_path / "theirs", tmp_path / "run").model
     assert layout_for(ModelConfig.model_validate(model)).model_type == "clip"
-    config = ModelConfig.model_validate({key: {**block, **changes.get(key, {})} for key, block in model.items()})
+    config = ModelConfig.model_validate({**model, **{key: {**model[key], **change} for key, change in changes.items()}})
     with pytest.raises(CheckpointError, match=message):
         layout_of("clip").config_values(config)
     with pytest.raises(CheckpointError, match="no Hugging Face family can express this model"):

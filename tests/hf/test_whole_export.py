@@ -127,7 +127,9 @@ def pixels(vision: Any, items: Sequence[MediaItem]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["siglip", "clip"])
-def test_a_tower_is_the_block_of_a_run(name: str, tmp_path: Path, parity: Recorder) -> None:
+def test_a_tower_is_the_block_of_a_run(
+    name: str, tmp_path: Path, parity: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
     import transformers
 
     tower(name).save_pretrained(tmp_path / "folder")
@@ -140,6 +142,8 @@ def test_a_tower_is_the_block_of_a_run(name: str, tmp_path: Path, parity: Record
     run("import", tmp_path / "folder", tmp_path / "tower", "--from", "hf")
     run("export", tmp_path / "tower", tmp_path / "out", "--to", "hf")
     assert (tmp_path / "out/preprocessor_config.json").is_file()
+    assert main(["chat", str(tmp_path / "tower")]) == 2
+    assert "an imported model without a tokenizer" in " ".join(capsys.readouterr().err.split())
     file = tmp_path / "model.yaml"
     file.write_text(
         yaml.safe_dump(

@@ -223,7 +223,7 @@ def test_a_holder_that_lost_its_lock_ends_at_once(tmp_path: Path, loss: str) -> 
         ["launch", "local", str(TINY), "--ranks", "2", "run_dir={run}"],
         ["compare", str(ROOT / "tests/compare/tiny.yaml"), "--plan", "run_dir={run}"],
         ["checkpoint", "import", "{run}/none", "{run}"],
-        ["checkpoint", "import", "{run}/none", "{run}", "--from", "hf"],
+        ["checkpoint", "import", str(ROOT), "{run}", "--from", "hf"],
         ["checkpoint", "prune", "{run}/none", str(ROOT / "configs/models/llama3.2-1b.yaml"), "{run}"],
     ],
     ids=["launch", "compare", "import", "import hf", "prune"],

@@ -13,6 +13,10 @@ from tests.system.conftest import MakeRun, Run, kill_group
 
 pytestmark = [pytest.mark.resume, pytest.mark.slow]
 STEPS = 13
+SETS = (
+    "evaluation={every_steps: 6, captions: {num_images: 2}, sets: [{name: style, field: name, choices: 5, limit: 8, "
+    "manifest: examples/emoji/shards/heldout-style-quick.manifest}]}"
+)
 
 
 def wandb_rows(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], set[str]]:
@@ -76,6 +80,7 @@ def test_a_killed_run_continues_its_tracker_runs_and_repeats_no_step(
         f"max_steps={STEPS}",
         "checkpoint.every_steps=5",
         "metrics.images_every=4",
+        SETS,
         f"metrics.trackers=[{{kind: wandb, mode: offline, tags: [first]}}, {{kind: mlflow, tracking_uri: '{store}'}}]",
     )
     run = fork_run("tracked ü", 1, *words)
@@ -97,6 +102,13 @@ def test_a_killed_run_continues_its_tracker_runs_and_repeats_no_step(
     assert {row["_step"]: row["loss"] for row in rows if "loss" in row} == expected
     # A run that is killed between a step's line and its images sends these after the resume.
     assert [row["_step"] for row in rows if row.get("samples/0._type") == "image-file"] == [1, 4, 8, 12]
+    scores = {line["step"]: line["heldout/style/score"] for line in run.metrics() if "heldout/style/score" in line}
+    assert list(scores) == [6, 12]
+    assert {row["_step"]: row["heldout/style/score"] for row in rows if "heldout/style/score" in row} == scores
+    (final,) = [row for row in rows if "final/style/score" in row]
+    result = json.loads((run.folder / "result.json").read_text())
+    assert (final["_step"], final["final/style/score"]) == (STEPS, result["heldout"]["style"]["score"])
+    assert (final["heldout_results.nrows"], final["captions.nrows"]) == (1, 2)
     assert config["run_dir"] == str(run.folder)
     assert config["data.lanes"] == 4
     assert config["report"] == str((run.folder / "report.html").resolve())

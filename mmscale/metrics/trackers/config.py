@@ -55,7 +55,9 @@ def _block(value: Any) -> Any:
 
 
 TrackerConfig = Annotated[
-    Annotated[WandbConfig | MlflowConfig | TrackioConfig, Field(discriminator="kind")], BeforeValidator(_block)
+    Annotated[WandbConfig | MlflowConfig | TrackioConfig, Field(discriminator="kind")],
+    BeforeValidator(_block),
+    Field(json_schema_extra={"x-kind-alone": True}),
 ]
 
 

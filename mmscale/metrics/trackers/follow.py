@@ -65,7 +65,7 @@ class Tracker(Protocol):
 
 @dataclass
 class State:
-    """What a tracker has, kept in ``state.json``.
+    """Values that a tracker has received, kept in ``state.json``.
 
     Attributes:
         run_id: The tracker's run; empty before there is one.

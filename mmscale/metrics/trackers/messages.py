@@ -41,7 +41,7 @@ class Table:
 
 @dataclass
 class Record:
-    """What a tracker gets for one step, by name."""
+    """Values that a tracker gets for one step, by name."""
 
     step: int
     scalars: dict[str, float] = field(default_factory=dict)

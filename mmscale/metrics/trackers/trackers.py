@@ -37,7 +37,7 @@ FOLLOW = "mmscale.metrics.trackers.follow"
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a tracker shows about a run.
+    """Facts about a run that a tracker shows.
 
     Attributes:
         name: Name of the run folder.
