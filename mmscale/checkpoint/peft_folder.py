@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_pipeline.io.strict import first_fault
-from data_pipeline.io.untrusted import UntrustedError, open_regular, read_json
+from data_pipeline.io.untrusted import UntrustedError, open_regular
 from mmscale.checkpoint.imports.write import (
     IMPORTED,
     first,
@@ -38,7 +38,7 @@ from mmscale.engine.engine import FrozenSource
 from mmscale.errors import CheckpointError
 from mmscale.hf.layout import FamilyLayout, HfTensor
 from mmscale.hf.layouts import layout_for, layout_of
-from mmscale.hf.read import read_config
+from mmscale.hf.read import read_config, read_json_object
 from mmscale.hf.tensor_file import file_header
 from mmscale.hf.write import require_new
 from mmscale.io.files import new_folder, write_file
@@ -278,14 +278,7 @@ def _read_config(source: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or damaged, or describes a computation that our adapters lack.
     """
     file = source / CONFIG
-    try:
-        values = read_json(file, most_bytes=_MOST_JSON_BYTES)
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror}); give a folder that peft has saved") from error
-    except UntrustedError as error:
-        raise CheckpointError(f"{file} is {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} is no JSON object")
+    values = read_json_object(file, "give a folder that peft has saved", _MOST_JSON_BYTES)
     if values.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: peft_type={values.get('peft_type')!r} is not supported, only 'LORA'")
     if values.get("init_lora_weights") not in _INITIAL_VALUES:

@@ -41,13 +41,12 @@ def evaluate_run(
     """
     from dataclasses import asdict
 
-    from mmscale.cli.trained import load_trained, open_run
+    from mmscale.cli.trained import load_trained, open_run, run_and_checkpoint
     from mmscale.config import load
     from mmscale.errors import ConfigError
     from mmscale.evaluate import evaluate, unanswerable_sets
     from mmscale.evaluate.result import ANSWERS_FOLDER, GenerationResult
     from mmscale.run.config import RunConfig
-    from mmscale.run.folder import CONFIG
 
     if lm_eval or lmms_eval:
         if lm_eval and lmms_eval:
@@ -58,16 +57,13 @@ def evaluate_run(
             )
         if overrides and config.is_dir():
             raise ConfigError(f"{overrides[0]}: the tasks of a harness use the run as it is; leave it out")
-        folder = config if config.is_dir() else load(config, overrides or [], RunConfig).value.run_dir
-        _run_harness(folder, lm_eval, lmms_eval, limit, include_path, chat=chat, json=json)
+        harness_run = config if config.is_dir() else load(config, overrides or [], RunConfig).value.run_dir
+        _run_harness(harness_run, lm_eval, lmms_eval, limit, include_path, chat=chat, json=json)
         return
     if limit is not None or include_path is not None or chat:
         raise ConfigError("--limit, --include-path and --chat belong to --lm-eval or --lmms-eval; add one of them")
-    checkpoint = None
-    if config.is_dir() and not (config / CONFIG).is_file() and (config.parent.parent / CONFIG).is_file():
-        checkpoint, config = config, config.parent.parent
-    is_folder = (config / CONFIG).is_file()
-    run = (open_run(config, overrides or ()) if is_folder else load(config, overrides or [], RunConfig)).value
+    folder, checkpoint = run_and_checkpoint(config) or (None, None)
+    run = (load(config, overrides or [], RunConfig) if folder is None else open_run(folder, overrides or ())).value
     if not run.evaluation.sets:
         raise ConfigError(f"{config}: evaluation.sets is empty: there is nothing to score")
     trained = load_trained(run, checkpoint)

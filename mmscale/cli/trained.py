@@ -158,16 +158,30 @@ def open_trained(path: str | Path, *, allow_code: bool = False) -> Trained:
     from mmscale.run.folder import CONFIG
 
     path = Path(path)
-    for run, checkpoint in ((path, None), (path.parent.parent, path)):
-        if path.is_dir() and (run / CONFIG).is_file():
-            with code_allowed(allow_code):
-                return load_trained(open_run(run).value, checkpoint)
+    if (found := run_and_checkpoint(path)) is not None:
+        with code_allowed(allow_code):
+            return load_trained(open_run(found[0]).value, found[1])
     require_no_folder(path, f"make a checkpoint of it with: mmscale checkpoint import {path} RUN --from hf")
     if not path.exists():
         raise ConfigError(f"{path}: {no_such_file(path)}; give a run folder or a checkpoint of one")
     raise ConfigError(
         f"{path}: neither a run folder (with a {CONFIG}) nor a checkpoint of one (RUN/checkpoints/step-N)"
     )
+
+
+def run_and_checkpoint(path: Path) -> tuple[Path, Path | None] | None:
+    """Return the run folder that a path names, and the checkpoint if the path is one; None if it is neither."""
+    from mmscale.run.folder import CONFIG
+
+    pairs = ((path, None), (path.parent.parent, path))
+    return next((pair for pair in pairs if path.is_dir() and (pair[0] / CONFIG).is_file()), None)
+
+
+def _run_of(path: Path) -> Path | None:
+    """Return the run folder that is ``path``, or that contains it as checkpoints folder or checkpoint; None if none."""
+    from mmscale.run.folder import CONFIG
+
+    return next((each for each in (path, path.parent, path.parent.parent) if (each / CONFIG).is_file()), None)
 
 
 def imported_files(path: Path) -> Path | None:
@@ -189,7 +203,7 @@ def imported_files(path: Path) -> Path | None:
     from mmscale.hf.read import read_config
     from mmscale.run.folder import CONFIG
 
-    run = next((each for each in (path, path.parent, path.parent.parent) if (each / CONFIG).is_file()), None)
+    run = _run_of(path)
     if run is None:
         return None
     own = run / HF_FILES / CONFIG
@@ -219,9 +233,8 @@ def own_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:
     from data_pipeline.errors import DataConfigError
     from mmscale.cli.console import warn
     from mmscale.hf.own_tokenizer import write_tokenizer
-    from mmscale.run.folder import CONFIG
 
-    run = next((each for each in (path, path.parent, path.parent.parent) if (each / CONFIG).is_file()), None)
+    run = _run_of(path)
     if run is None:
         return ()
     try:

@@ -23,7 +23,7 @@ from data_pipeline.text.templates.base import fill
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from mmscale.errors import ConfigError
 from mmscale.evaluate.answer_metrics import require_metric
-from mmscale.evaluate.choice import answer_ids, make_question
+from mmscale.evaluate.choice import ChoiceQuestion, answer_ids, make_question
 from mmscale.evaluate.config import (
     CaptionsConfig,
     ChoiceSet,
@@ -34,7 +34,7 @@ from mmscale.evaluate.config import (
     Normalise,
     PerplexitySet,
 )
-from mmscale.evaluate.generation import check_length, make_open_question
+from mmscale.evaluate.generation import OpenQuestion, check_length, make_open_question
 from mmscale.evaluate.heldout import (
     PromptBuilder,
     candidate_ids,
@@ -138,14 +138,15 @@ def _check_samples(held: EvaluationSet, data: DataConfig, tokenizer: Tokenizer, 
             is_decoded = place < _MOST_DECODED
             sample = reader.read(number) if is_decoded else reader.read_without_images(number)
             question = _question(sample, held)
-            document = builder.build_prompt(question) if is_decoded else builder.dry_run_prompt(question)
+            asked = sample if question is None else question.sample
+            document = builder.build_prompt(asked) if is_decoded else builder.dry_run_prompt(asked)
             if isinstance(held, HeldOutSet) and not document.items:
                 origin = sample.provenance
                 raise SampleError(
                     "no image: a set of kind images asks about images", shard=origin.shard, key=origin.key
                 )
-            if isinstance(held, ChoiceSet):
-                answers = [answer_ids(held, choice, tokenizer) for choice in make_question(sample, held).choices]
+            if isinstance(held, ChoiceSet) and isinstance(question, ChoiceQuestion):
+                answers = [answer_ids(held, choice, tokenizer) for choice in question.choices]
                 _check_length(sample, document.num_tokens, max(map(len, answers)) - 1, spec)
             if isinstance(held, GenerationSet):
                 check_length(sample, document.num_tokens, held, spec.max_document_tokens)
@@ -154,12 +155,11 @@ def _check_samples(held: EvaluationSet, data: DataConfig, tokenizer: Tokenizer, 
         _check_answers(held, samples, data, tokenizer, spec)
 
 
-def _question(sample: Sample, held: HeldOutSet | ChoiceSet | GenerationSet) -> Sample:
+def _question(sample: Sample, held: HeldOutSet | ChoiceSet | GenerationSet) -> ChoiceQuestion | OpenQuestion | None:
+    """Return the question of a sample; None if the sample itself is the question."""
     if isinstance(held, HeldOutSet):
-        return sample
-    if isinstance(held, GenerationSet):
-        return make_open_question(sample, held).sample
-    return make_question(sample, held).sample
+        return None
+    return make_open_question(sample, held) if isinstance(held, GenerationSet) else make_question(sample, held)
 
 
 def _check_length(sample: Sample, num_tokens: int, num_new_tokens: int, spec: MediaSpec) -> None:

@@ -165,10 +165,24 @@ def _open(file: Path) -> Any:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    return read_json_object(file, "give a folder of Hugging Face", _MOST_JSON_BYTES)
+
+
+def read_json_object(file: Path, remedy: str, most_bytes: int) -> dict[str, Any]:
+    """Return the JSON object in an untrusted file.
+
+    Args:
+        file: The file.
+        remedy: End of the message if the file cannot be read: what the user should do instead.
+        most_bytes: Largest size of the file.
+
+    Raises:
+        CheckpointError: the file cannot be read, is too large, or holds no JSON object.
+    """
     try:
-        values = read_json(file, most_bytes=_MOST_JSON_BYTES)
+        values = read_json(file, most_bytes=most_bytes)
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror}); give a folder of Hugging Face") from error
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); {remedy}") from error
     except UntrustedError as error:
         raise CheckpointError(f"{file} is {error}") from error
     if not isinstance(values, dict):

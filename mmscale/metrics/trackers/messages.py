@@ -8,9 +8,10 @@ The scalars of a step are not messages: the tracker's process reads them from ``
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,22 @@ class Record:
         self.scalars |= other.scalars
         self.images |= other.images
         self.tables |= other.tables
+
+    def values(self, image_class: Callable[..., Any], table_class: Callable[..., Any]) -> dict[str, Any]:
+        """Return all values by name, with images and tables in the classes of a tracker's package.
+
+        Args:
+            image_class: Takes a picture of Pillow and ``caption``.
+            table_class: Takes ``columns`` and ``data``, lists.
+        """
+        from PIL import Image as Pillow
+
+        values: dict[str, Any] = dict(self.scalars)
+        for name, image in self.images.items():
+            values[name] = image_class(Pillow.open(io.BytesIO(image.png)), caption=image.caption)
+        for name, table in self.tables.items():
+            values[name] = table_class(columns=list(table.columns), data=[list(row) for row in table.rows])
+        return values
 
 
 def write_message(outbox: Path, what: str, record: Record) -> bool:

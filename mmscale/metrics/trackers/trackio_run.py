@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 from typing import Any
@@ -46,15 +45,9 @@ class TrackioRun:
     def send(self, records: list[Record]) -> None:
         """Log the records, one call of trackio for each step."""
         import trackio
-        from PIL import Image
 
         for record in records:
-            values: dict[str, Any] = dict(record.scalars)
-            for name, image in record.images.items():
-                values[name] = trackio.Image(Image.open(io.BytesIO(image.png)), caption=image.caption)
-            for name, table in record.tables.items():
-                values[name] = trackio.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
-            self._run.log(values, step=record.step)
+            self._run.log(record.values(trackio.Image, trackio.Table), step=record.step)
 
     def close(self, finished: bool) -> None:
         """Write what is buffered."""

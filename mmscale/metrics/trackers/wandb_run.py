@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 from typing import Any
@@ -58,17 +57,11 @@ class WandbRun:
     def send(self, records: list[Record]) -> None:
         """Log the records; one call of wandb for each step, whose steps must ascend."""
         import wandb
-        from PIL import Image
 
         for record in records:
-            values: dict[str, Any] = dict(record.scalars)
-            for name, image in record.images.items():
-                values[name] = wandb.Image(Image.open(io.BytesIO(image.png)), caption=image.caption)
-            for name, table in record.tables.items():
-                values[name] = wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
             # Values that arrive after their step get the current step: wandb drops earlier ones.
             self._step = max(self._step, record.step)
-            self._run.log(values, step=self._step)
+            self._run.log(record.values(wandb.Image, wandb.Table), step=self._step)
 
     def close(self, finished: bool) -> None:
         """Wait until wandb has sent or written everything. An unfinished run is marked as one that may resume."""
