@@ -30,6 +30,7 @@ from mmscale.engine.gradient_norms import square_sums
 from mmscale.engine.graph import (
     LossGraph,
     ObjectiveLike,
+    RouterSums,
     SavedWeights,
     Undo,
     WholeStepObjective,
@@ -42,7 +43,7 @@ from mmscale.engine.partition import Partition
 from mmscale.engine.precision import Precision, choose_precision
 from mmscale.engine.step_clock import BACKWARD, FORWARD, OPTIMIZER, StepClock, StepSpans, watch_deepspeed
 from mmscale.errors import EngineError
-from mmscale.nn.moe import biased_routers
+from mmscale.nn.router import routers
 from mmscale.optim.schedule import (
     ClippingMixin,
     Components,
@@ -73,6 +74,7 @@ class StepReport:
         overflow: Whether the scaled gradient overflowed in fp16 although the loss was finite. The loss scale is then
             lowered, and the step is no sign of bad data.
         spans: Time and memory of the phases on this rank.
+        router: Sums of the routers over the whole step; None for a model without experts.
     """
 
     loss: float
@@ -85,6 +87,7 @@ class StepReport:
     component_grad_norms: dict[str, float] = field(default_factory=dict)
     overflow: bool = False
     spans: StepSpans = field(default_factory=StepSpans)
+    router: RouterSums | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,10 @@ class Engine:
             self._undo.append(saved.close)
         self.partition = Partition(model, self._deepspeed, config.zero_stage, world, averaged=stage.ema is not None)
         self._prepare_optimizer()
-        self._routers = biased_routers(model)
+        self._routers = routers(model)
+        self._biased_blocks = [
+            block for block, each in enumerate(self._routers) if each.config.bias_rate and each.weight.requires_grad
+        ]
 
     def __repr__(self) -> str:
         return (
@@ -247,11 +253,12 @@ class Engine:
             group["lr"] = rates[group["component"]]
         try:
             if isinstance(self._objective, WholeStepObjective):
-                with self.clock.phase(FORWARD), self.inference() as model:
-                    microbatches = self._objective.prepare(model, microbatches)
-            sums, losses = self._forward_backward(microbatches, self.world.world_size / weight)
+                with self.clock.phase(FORWARD), torch.no_grad():
+                    microbatches = self._objective.prepare(self.model, microbatches)
+            sums, losses, routed = self._forward_backward(microbatches, self.world.world_size / weight)
             squares = self._square_sums() if component_norms or self._clips else {}
             loss, metrics, norms = self._global_means(sums, weight, squares)
+            router = self._global_router_sums(routed)
             rejected = self._update(loss, norms, rejection_reason)
         except RuntimeError as error:
             if is_peer_lost(error):
@@ -259,8 +266,8 @@ class Engine:
             raise
         finite = bool(self._deepspeed.was_step_applied())
         applied = finite and not rejected
-        if self._routers:
-            self._rebalance(applied)
+        if applied and self._biased_blocks:
+            self._rebalance(router)
         if applied and self.stage.ema and self.partition.optimizer_steps() % self.stage.ema.every_steps == 0:
             self.partition.update_average(self.stage.ema.decay)
         return StepReport(
@@ -274,6 +281,7 @@ class Engine:
             component_grad_norms=norms if component_norms else {},
             overflow=self.precision.name == "fp16" and not finite and math.isfinite(loss),
             spans=self.clock.pop_spans(),
+            router=router,
         )
 
     def _update(
@@ -330,22 +338,32 @@ class Engine:
             setattr(optimizer, name, before)
         return bool(rejected)
 
-    def _rebalance(self, applied: bool) -> None:
-        """Update the routers' biases by the loads of all microbatches and ranks. Then reset the loads.
+    def _rebalance(self, sums: RouterSums | None) -> None:
+        """Update the routers' biases by the loads of the step."""
+        if sums is None:
+            raise EngineError(
+                "decoder.mlp.bias_rate: the objective returns no sums of the routers, by which their biases move; "
+                "return ObjectiveOutput(..., router=output.router) with the model's output"
+            )
+        for block in self._biased_blocks:
+            router = self._routers[block]
+            router.rebalance(sums.load[block].sum(0).to(router.bias_steps))
 
-        If the step was not applied, only reset the loads.
-        """
-        loads = torch.stack([router.load for router in self._routers])
+    def _global_router_sums(self, routed: list[RouterSums]) -> RouterSums | None:
+        """Add the routers' sums of all microbatches and ranks in one message; return None for a model without them."""
+        if not routed:
+            return None
+        loads = torch.stack([each.load for each in routed]).sum(0)
+        entropy = torch.stack([each.entropy for each in routed]).double().sum(0)
         with self.clock.communicating():
-            whole = all_reduce_sum_list(self.world, loads.flatten().tolist())
-        for router, load in zip(self._routers, torch.tensor(whole).view(loads.shape), strict=True):
-            if applied:
-                router.rebalance(load.to(loads))
-            router.load.zero_()
+            whole = all_reduce_sum_list(self.world, [*loads.flatten().tolist(), *entropy.flatten().tolist()])
+        count = loads.numel()
+        load = torch.tensor(whole[:count], dtype=torch.int64).view(loads.shape)
+        return RouterSums(load, torch.tensor(whole[count:]).view(entropy.shape))
 
     def _forward_backward(
         self, microbatches: Sequence[Any], scale: float
-    ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+    ) -> tuple[list[dict[str, Tensor]], list[Tensor], list[RouterSums]]:
         """Run forward and backward. The gradient is complete and reduced after the last microbatch.
 
         The loss is multiplied by ``scale``. A loss that is not finite is multiplied by NaN instead. The gradient norm
@@ -353,22 +371,26 @@ class Engine:
         device.
 
         Returns:
-            For each microbatch the sums of loss and metrics, and the losses of its documents.
+            For each microbatch the sums of loss and metrics, and the losses of its documents; for a model with experts
+            also the sums of its routers.
         """
         sums: list[dict[str, Tensor]] = []
         documents: list[Tensor] = []
+        routed: list[RouterSums] = []
         for index, microbatch in enumerate(microbatches):
             self._deepspeed.set_gradient_accumulation_boundary(index == len(microbatches) - 1)
             with self.clock.phase(FORWARD), self._saving():
-                loss_sum, metrics, losses = self._deepspeed(microbatch.to(self.world.device, non_blocking=True))
+                loss_sum, metrics, losses, router = self._deepspeed(microbatch.to(self.world.device, non_blocking=True))
             sums.append({"loss": loss_sum.detach(), **metrics})
             documents.append(losses)
+            if router is not None:
+                routed.append(router)
             with self.clock.phase(BACKWARD):
                 factor = torch.where(torch.isfinite(loss_sum.detach()), scale, math.nan).to(loss_sum.dtype)
                 self._deepspeed.backward(loss_sum * factor, scale_wrt_gas=False)
             if index < len(microbatches) - 1:
                 self._deepspeed.step()  # Before the accumulation boundary DeepSpeed only counts the call.
-        return sums, documents
+        return sums, documents, routed
 
     def _square_sums(self) -> dict[str, float]:
         """Return this rank's part of the components' squared gradient norms."""

@@ -49,7 +49,7 @@ class ObjectiveLike(Protocol):
         ...
 
     def __call__(self, model: Any, batch: Any) -> Any:
-        """Return ``loss_sum`` (a scalar with its graph), ``metrics`` (sums) and ``document_losses``."""
+        """Return ``loss_sum`` (a scalar with its graph), ``metrics`` (sums), ``document_losses`` and ``router``."""
         ...
 
 
@@ -63,10 +63,22 @@ class WholeStepObjective(Protocol):
         All ranks must call.
 
         Args:
-            model: In evaluation mode and without gradients. All ranks must make the same calls.
+            model: In training mode. Gradients are disabled. All ranks must make the same calls.
             microbatches: This rank's part of the step.
         """
         ...
+
+
+class RouterSums(NamedTuple):
+    """Statistics of the routers: sums over tokens, of a microbatch or of a whole step.
+
+    Attributes:
+        load: int64 ``(L, 2, E)``, number of times that text and image tokens chose each expert of each block.
+        entropy: float32 ``(L, 2)``, sum over the tokens of the entropy of the router's probabilities, in nats.
+    """
+
+    load: Tensor
+    entropy: Tensor
 
 
 class LossGraph(nn.Module):
@@ -83,11 +95,12 @@ class LossGraph(nn.Module):
         self.objective = objective
         self.teachers = nn.ModuleList(objective.teachers)
 
-    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Return the loss sum of the microbatch, its metric sums, and the losses of its documents."""
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], Tensor, RouterSums | None]:
+        """Return the loss sum of the microbatch, its metric sums, the losses of its documents, and router sums."""
         output = self.objective(self.model, batch)
         metrics = {name: value.detach() for name, value in output.metrics.items()}
-        return output.loss_sum, metrics, output.document_losses.detach()
+        router = None if output.router is None else RouterSums(output.router.load, output.router.entropy)
+        return output.loss_sum, metrics, output.document_losses.detach(), router
 
 
 def recompute(units: list[nn.Module]) -> Undo:

@@ -37,7 +37,7 @@ class ContrastiveModel(nn.Module):
         media = batch.media["image"]
         features = self.vision(media)
         hidden = self.decoder.embed_tokens(batch.token_ids)
-        hidden, _ = self.decoder(hidden, batch.position_ids, batch.attended, batch.valid, None)
+        hidden, _ = self.decoder(hidden, batch.position_ids, batch.attended, None, None)
         vectors: PairVectors = self.connector(features, hidden, media, batch.segments, batch.pairs)
         return vectors
 

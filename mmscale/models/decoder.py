@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from mmscale.nn.flops import Product, linear_product
 from mmscale.nn.init import set_init_scale
 from mmscale.nn.moe import MoeConfig
 from mmscale.nn.rope import RopeConfig, rotated_width, text_rotation
+from mmscale.nn.router import RoutedRows, RouterOutput, RouterTensors
 from mmscale.nn.sizes import Layers, ShrunkTo, Vocabulary, Width
 
 MlpConfig = Annotated[DenseMlpConfig | MoeConfig, Field(discriminator="kind")]
@@ -197,24 +197,24 @@ class Decoder(nn.Module):
         hidden: Float[Tensor, "T D"],
         position_ids: Int[Tensor, "T ..."],
         segments: AttentionSegments,
-        valid: Bool[Tensor, " T"],
+        rows: RoutedRows | None,
         cross_attention: CrossAttentionHooks | None,
         cache: KVCache | None = None,
         dropout: Dropout | None = None,
-    ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "2"] | None]:
+    ) -> tuple[Float[Tensor, "T D"], RouterOutput | None]:
         """Run the blocks and the final norm.
 
         Args:
             hidden: Embedded tokens, with the connector's features in their rows.
             position_ids: ``(T,)`` or ``(T, 3)``.
             segments: Documents, and their branches.
-            valid: Rows that count in the router losses.
+            rows: Rows for the routers; may be None without experts.
             cross_attention: Cross-attention blocks to run before some decoder blocks; None for none.
             cache: Keys and values of earlier rows; extended in place. The caller must have called ``cache.advance``.
             dropout: Masks of this microbatch; None for no dropout.
 
         Returns:
-            The normalised stream, and the mean (balance, z) over the blocks with experts, or None without experts.
+            The normalised stream, and the sums of the routers, or None without experts.
 
         Raises:
             ValueError: a document, or the capacity of ``cache``, is longer than ``learned_positions``.
@@ -224,7 +224,7 @@ class Decoder(nn.Module):
             hidden = hidden + self.embed_positions(position_ids)
         rope = self.config.rope
         rotation = None if rope is None else text_rotation(position_ids, self.head_dim, rope, hidden.dtype)
-        losses = []
+        routed: list[RouterTensors] = []
         for number, layer in enumerate(self.layers):
             if cross_attention is not None and number in cross_attention.layers:
                 # Negative block numbers give cross-attention blocks masks of their own.
@@ -232,10 +232,10 @@ class Decoder(nn.Module):
                 hidden = cross_attention.before_block(number, hidden, cross_dropout)
             layer_cache = None if cache is None else cache.layer(number)
             layer_dropout = None if dropout is None else dropout.for_block(number)
-            hidden, router_losses = layer(hidden, rotation, segments, valid, layer_cache, layer_dropout)
-            if router_losses is not None:
-                losses.append(router_losses)
-        return self.norm(hidden), torch.stack(losses).mean(0) if losses else None
+            hidden, sums = layer(hidden, rotation, segments, rows, layer_cache, layer_dropout)
+            if sums is not None:
+                routed.append(sums)
+        return self.norm(hidden), RouterOutput.of(routed)
 
     def _check_length(self, segments: AttentionSegments, cache: KVCache | None) -> None:
         """Raise ``ValueError`` if positions exceed the table. An out-of-range lookup would fail on the device."""

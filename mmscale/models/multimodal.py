@@ -15,13 +15,14 @@ from mmscale.models.connectors.connector import Connector
 from mmscale.models.decoder import CrossAttentionHooks, Decoder
 from mmscale.models.flops import TrainingFlops, forward_flops, training_flops
 from mmscale.models.kv_cache import KVCache
-from mmscale.models.outputs import AuxLoss, ModelOutput
+from mmscale.models.outputs import ModelOutput
 from mmscale.models.parameter_counts import describe_parameters
 from mmscale.models.vision_kind import Tower
 from mmscale.models.vocabulary import LanguageHead
 from mmscale.nn.adapters import adapted_layers
 from mmscale.nn.dropout import Dropout
 from mmscale.nn.moe import MoeConfig
+from mmscale.nn.router import RoutedRows
 
 
 class MultimodalModel(nn.Module):
@@ -47,7 +48,7 @@ class MultimodalModel(nn.Module):
         self.head = head
 
     def forward(self, batch: MultimodalBatch, cache: KVCache | None = None) -> ModelOutput:
-        """Return the hidden rows of a batch, with auxiliary losses.
+        """Return the hidden rows of a batch, with the sums of the routers.
 
         Args:
             batch: Packed documents. If ``cache`` holds prompts already: one new row per sequence, in the same order,
@@ -81,15 +82,16 @@ class MultimodalModel(nn.Module):
                 media = batch.media["image"]
                 features = self.vision(media).to(hidden.dtype)
                 hidden, cross_attention = self.connector.connect(hidden, features, tags, media, batch.segments, cache)
-        hidden, router = self.decoder(
-            hidden, batch.position_ids, batch.attended, batch.valid, cross_attention, cache, dropout
-        )
-        aux = {}
-        mlp = self.config.decoder.mlp
-        if router is not None and isinstance(mlp, MoeConfig):
-            aux["router_balance"] = AuxLoss(router[0], mlp.balance_coefficient)
-            aux["router_z"] = AuxLoss(router[1], mlp.z_coefficient)
-        return ModelOutput(hidden, aux)
+        rows = self._routed_rows(batch) if isinstance(self.config.decoder.mlp, MoeConfig) else None
+        hidden, router = self.decoder(hidden, batch.position_ids, batch.attended, rows, cross_attention, cache, dropout)
+        return ModelOutput(hidden, router)
+
+    @staticmethod
+    def _routed_rows(batch: MultimodalBatch) -> RoutedRows:
+        image = torch.zeros_like(batch.valid)
+        if (media := batch.media.get("image")) is not None:
+            image[media.scatter_index] = True
+        return RoutedRows(batch.valid, image, batch.segments.cu.long())
 
     def _set_masks(self, batch: MultimodalBatch) -> Dropout | None:
         """Give the adapters their dropout masks, and return those of the decoder's blocks; None without dropout."""

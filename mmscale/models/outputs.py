@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class AuxLoss:
-    """An auxiliary loss, averaged over the valid tokens of the batch.
-
-    The main loss is a weighted sum over tokens, so an objective adds ``coefficient * value * batch.weight``. Divided by
-    the global weight, this is the weighted mean over all microbatches, whichever ranks process them.
-
-    Attributes:
-        value: Scalar with gradient.
-        coefficient: Weight of the loss, from the configuration.
-    """
-
-    value: Tensor
-    coefficient: float
+from mmscale.nn.router import RouterOutput
 
 
 @dataclass(frozen=True)
@@ -29,8 +15,9 @@ class ModelOutput:
 
     Attributes:
         hidden: ``(T, D)``, after the final norm. ``model.head`` computes logits or the loss from it.
-        aux: Auxiliary losses by name.
+        router: Sums of the routers over the valid rows; None for a model without experts. An objective adds the losses
+            of ``mmscale.objectives.router``.
     """
 
     hidden: Tensor
-    aux: dict[str, AuxLoss] = field(default_factory=dict)
+    router: RouterOutput | None = None

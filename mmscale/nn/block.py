@@ -12,7 +12,7 @@ from enum import Enum
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +23,7 @@ from mmscale.nn.attention_backends import Backend, varlen_attention
 from mmscale.nn.dropout import Dropout, SubLayer
 from mmscale.nn.flops import Product, attention_product, linear_product
 from mmscale.nn.rope import Rotation, rotate
+from mmscale.nn.router import RoutedRows, RouterTensors
 from mmscale.nn.sizes import Epsilon, Heads, Width
 
 
@@ -263,7 +264,7 @@ class MlpBase(StrictConfig, ABC):
     """A kind of feed-forward: ``DenseMlpConfig``, or ``MoeConfig`` in ``moe.py``. A kind has the field ``kind``."""
 
     has_experts: ClassVar[bool] = False
-    """Whether the module is called with ``(rows, valid)`` and returns ``(output, router losses)``."""
+    """Whether the module is called with ``(hidden, RoutedRows)`` and returns ``(output, RouterTensors)``."""
 
     @abstractmethod
     def for_block(self, number: int) -> MlpBase:
@@ -416,17 +417,17 @@ class TransformerBlock(nn.Module):
         hidden: Float[Tensor, "T D"],
         rotation: Rotation | None,
         segments: AttentionSegments,
-        valid: Bool[Tensor, " T"] | None = None,
+        rows: RoutedRows | None = None,
         cache: LayerCache | None = None,
         dropout: Dropout | None = None,
-    ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "2"] | None]:
-        """Return the residual stream and, with experts, (balance loss, router z loss) over ``valid`` rows.
+    ) -> tuple[Float[Tensor, "T D"], RouterTensors | None]:
+        """Return the residual stream and, with experts, the router's sums.
 
         Args:
             hidden: Residual stream.
             rotation: Rotary positions; None for none.
             segments: Rows that attend to each other.
-            valid: Rows that count in the router losses; None for all. Used only with experts.
+            rows: Rows for the router; required with experts.
             cache: Keys and values of earlier rows; extended in place.
             dropout: Masks of this block; None for none.
         """
@@ -436,13 +437,13 @@ class TransformerBlock(nn.Module):
         branch = self.attention_scale(branch if pre else self.input_layernorm(branch))
         hidden = hidden + (branch if dropout is None else dropout(branch, SubLayer.ATTENTION))
         branch = self.post_attention_layernorm(hidden) if pre else hidden
-        router_losses = None
+        sums = None
         if self.has_experts:
-            branch, router_losses = self.mlp(branch, valid)
+            branch, sums = self.mlp(branch, rows)
         else:
             branch = self.mlp(branch)
         branch = self.mlp_scale(branch if pre else self.post_attention_layernorm(branch))
-        return hidden + (branch if dropout is None else dropout(branch, SubLayer.FEED_FORWARD)), router_losses
+        return hidden + (branch if dropout is None else dropout(branch, SubLayer.FEED_FORWARD)), sums
 
 
 def block_products(

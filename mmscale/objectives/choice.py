@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from mmscale.models.config import ModelConfig
 from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.objectives.base import ObjectiveBase
-from mmscale.objectives.contrastive import Contrastive, GatherRows, WorldInfo
+from mmscale.objectives.contrastive import Contrastive
 from mmscale.objectives.next_token import NextToken
+from mmscale.objectives.ranks import GatherRows, WorldInfo
 from mmscale.objectives.teacher import Teacher
 from mmscale.optim.stages import StageConfig
 
@@ -27,11 +28,11 @@ def choose_objective(
         model: Configuration of the model that is trained.
         stage: Settings of the loss.
         world: The ranks that share a step.
-        gather: Gathers rows from all ranks; used by a contrastive loss.
+        gather: Gathers rows from all ranks; used by a contrastive loss and by the losses of routers.
         teachers: Frozen models for distillation; used by the next-token loss.
     """
     if stage.objective is not None:
         return stage.objective
     if isinstance(model.connector, ContrastiveConnectorConfig):
         return Contrastive(model.connector, world, gather)
-    return NextToken(stage.z_loss, teachers)
+    return NextToken(stage.z_loss, teachers, world, gather)

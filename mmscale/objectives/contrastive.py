@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,27 +28,10 @@ from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.models.connectors.contrastive import PairVectors
 from mmscale.models.contrastive import ContrastiveModel
 from mmscale.objectives.outputs import ObjectiveOutput
+from mmscale.objectives.ranks import GatherRows, WorldInfo, gather_one_rank
 
-GatherRows = Callable[[Tensor], list[Tensor]]
-"""Returns the rows of every rank, by rank. Ranks may have different numbers of rows. All ranks must call."""
 _ROWS = 1024
 """Rows of the similarities that are in memory at a time."""
-
-
-@runtime_checkable
-class WorldInfo(Protocol):
-    """The ranks that share a step, and the device of this rank's model. ``mmscale.dist.World`` implements it."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world_size(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
-
-
-def _gather_one_rank(rows: Tensor) -> list[Tensor]:
-    return [rows]
 
 
 class LogNormalisers(NamedTuple):
@@ -159,7 +142,7 @@ class Contrastive:
             raise ValueError(f"{world.world_size} ranks share a step: pass gather, a function that gathers their rows")
         self._softmax = config.loss == "softmax"
         self._limit = math.log(config.max_scale)
-        self._world, self._gather_rows = world, gather or _gather_one_rank
+        self._world, self._gather_rows = world, gather or gather_one_rank
 
     def weight(self, batch: MultimodalBatch) -> float:
         """Return the number of pairs: the divisor of ``loss_sum``. Does not run the model."""

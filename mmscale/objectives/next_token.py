@@ -9,12 +9,15 @@ import torch
 from data_pipeline.batch import MultimodalBatch
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn.cross_entropy import ZLoss
+from mmscale.nn.moe import MoeConfig
 from mmscale.objectives.outputs import ObjectiveOutput
+from mmscale.objectives.ranks import GatherRows, WorldInfo
+from mmscale.objectives.router import PreparedBatch, RouterLosses, StepTotals
 from mmscale.objectives.teacher import Teacher
 
 
 class NextToken:
-    """Weighted cross-entropy of each next token, plus the model's auxiliary losses.
+    """Weighted cross-entropy of each next token, plus the losses of the model's routers.
 
     Each teacher replaces a share of the cross-entropy by the divergence from its prediction (``SoftTarget``).
 
@@ -22,18 +25,42 @@ class NextToken:
         z_coefficient: Coefficient of the z loss on the logits (``ZLoss``); 0 for none.
         teachers: Frozen models that run on the same batches. The sum of their shares must be at most 1; not checked
             here.
+        world: The ranks that share a step; None for one rank on the CPU. Used only for a model with experts.
+        gather: Gathers rows from all ranks (``mmscale.dist.gather_rows``); may be None with one rank.
     """
 
-    def __init__(self, z_coefficient: float = 0.0, teachers: Sequence[Teacher] = ()) -> None:
+    def __init__(
+        self,
+        z_coefficient: float = 0.0,
+        teachers: Sequence[Teacher] = (),
+        world: WorldInfo | None = None,
+        gather: GatherRows | None = None,
+    ) -> None:
         self.z_coefficient = z_coefficient
         self.teachers = tuple(teachers)
+        self._router = RouterLosses(world, gather)
 
     def weight(self, batch: MultimodalBatch) -> float:
         """Return the divisor of ``loss_sum``: the sum of the loss weights. Does not run the model."""
         return batch.weight
 
-    def __call__(self, model: MultimodalModel, batch: MultimodalBatch) -> ObjectiveOutput:
-        """Run the teachers, then the model, on one microbatch and return the loss."""
+    def prepare(
+        self, model: MultimodalModel, microbatches: Sequence[MultimodalBatch]
+    ) -> Sequence[MultimodalBatch | PreparedBatch]:
+        """Return the microbatches of a step in the form that ``__call__`` needs; see ``RouterLosses.prepare``."""
+        return self._router.prepare(model, microbatches)
+
+    def __call__(self, model: MultimodalModel, batch: MultimodalBatch | PreparedBatch) -> ObjectiveOutput:
+        """Run the teachers, then the model, on one microbatch and return the loss.
+
+        All ranks must call. If a model with experts has several microbatches in a step, they must come from
+        ``prepare``.
+        """
+        if isinstance(batch, PreparedBatch):
+            return self._loss(model, batch.batch, batch.totals)
+        return self._loss(model, batch, None)
+
+    def _loss(self, model: MultimodalModel, batch: MultimodalBatch, totals: StepTotals | None) -> ObjectiveOutput:
         # Run the teachers first: their activations are freed before the student's are stored for its backward pass.
         teacher_hidden = [teacher(batch) for teacher in self.teachers]
         output = model(batch)
@@ -52,10 +79,11 @@ class NextToken:
             metrics[name] = target.row_losses.sum()
         if z_loss is not None:
             metrics["softmax_z"] = z_loss.row_squares.sum()
-        for name, aux in output.aux.items():
-            scaled = aux.value * batch.weight
-            loss = loss + aux.coefficient * scaled
-            metrics[name] = scaled.detach()
+        mlp = model.config.decoder.mlp
+        if output.router is not None and isinstance(mlp, MoeConfig):
+            router_loss, router_metrics = self._router.losses(mlp, output.router, batch, totals)
+            loss = loss + router_loss
+            metrics |= router_metrics
         # Sum of each segment's rows, in float32 and in a fixed order.
         segment_losses = torch.segment_reduce(rows, "sum", offsets=batch.segments.cu.long())
-        return ObjectiveOutput(loss, metrics, segment_losses)
+        return ObjectiveOutput(loss, metrics, segment_losses, output.router)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mmscale.nn.router import RouterOutput
+
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
@@ -17,8 +19,11 @@ class ObjectiveOutput:
         document_losses: float32 ``(S,)``, detached. The next-token objective gives the weighted cross-entropy of each
             document, without auxiliary losses, z loss or teachers. The contrastive objective gives each pair's term of
             ``loss_sum``, at the pair's text segment.
+        router: Sums of the model's routers (``ModelOutput.router``), which the engine reports and from which it moves
+            the routers' biases. None for a model without experts.
     """
 
     loss_sum: Tensor
     metrics: dict[str, Tensor]
     document_losses: Tensor
+    router: RouterOutput | None = None

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from mmscale.nn.moe import MoeConfig, Router
+from mmscale.nn.moe import MoeConfig
+from mmscale.nn.router import RoutedRows, Router
 from tests.engine.moe_programs import REFUSED, STEPS
 from tests.engine.ranks import run_ranks
 
@@ -19,7 +20,7 @@ def test_a_bias_changes_the_choice_and_not_the_weights(order: str) -> None:
     router = Router(7, MoeConfig.model_validate(values))
     router.bias_steps.copy_(torch.tensor([0, 9, -4, 1, 0]))
     hidden, valid = torch.randn(30, 7), torch.arange(30) % 3 > 0
-    weights, chosen, _ = router(hidden, valid)
+    weights, chosen, sums = router(hidden, RoutedRows.text(valid))
     logits = hidden @ router.weight.T
     scores = logits.softmax(-1) if order == "softmax_then_topk" else logits
     expected, load = [], torch.zeros(5, dtype=torch.int64)
@@ -30,7 +31,7 @@ def test_a_bias_changes_the_choice_and_not_the_weights(order: str) -> None:
         expected.append(kept if order == "softmax_then_topk" else kept.softmax(-1))
         load[best] += int(valid[row])
     torch.testing.assert_close(weights, torch.stack(expected))
-    assert torch.equal(router.load, load)
+    assert torch.equal(sums.load, torch.stack([load, torch.zeros_like(load)]))
     assert not torch.equal(chosen, scores.topk(2).indices)
 
 

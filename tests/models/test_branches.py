@@ -167,7 +167,7 @@ def test_router_statistics_count_every_token_once(kind: str) -> None:
     assert batch.num_tokens == int(batch.valid.sum()) == document.num_tokens
     seen: list[int] = []
     for layer in net.decoder.layers:
-        layer.mlp.register_forward_hook(lambda module, inputs, output: seen.append(int(inputs[1].sum())))
+        layer.mlp.register_forward_hook(lambda module, inputs, output: seen.append(int(inputs[1].valid.sum())))
     out = NextToken()(net, batch)
     assert seen == [document.num_tokens] * len(seen)
     assert seen

@@ -31,7 +31,7 @@ def test_vectors_are_of_the_image_and_of_the_last_token(connector: dict[str, Any
         torch.testing.assert_close(getattr(together, name).norm(dim=1), torch.ones(4))
     batch = batch_of(spec, [0])
     features, hidden = model.vision(batch.media["image"]), model.decoder.embed_tokens(batch.token_ids)
-    hidden, _ = model.decoder(hidden, batch.position_ids, batch.segments, batch.valid, None)
+    hidden, _ = model.decoder(hidden, batch.position_ids, batch.segments, None, None)
     patches = batch.media["image"].items.bounds[1]
     row = features[0] if connector is SOFTMAX else features[:patches].mean(0)
     last = hidden[batch.segments.bounds[1] - 1]

@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmscale.nn.block import ACTIVATIONS
-from mmscale.nn.moe import Experts, MoeConfig, MoeMlp, Router, biased_routers
+from mmscale.nn.moe import Experts, MoeConfig, MoeMlp
+from mmscale.nn.router import RoutedRows, Router, RouterTensors
 
-DIM, ROWS = 6, 23
+DIM, ROWS, EXPERTS = 6, 23, 8
+OFFSETS = (0, 9, 9, 14, ROWS)
+SIGMOID = {"router": "sigmoid", "renormalise": True, "scale": 2.5}
 CASES: list[dict[str, Any]] = [
     {"router": order, "experts_per_token": number, **changes}
     for order, number, changes in itertools.product(
@@ -24,77 +27,127 @@ CASES: list[dict[str, Any]] = [
         ({}, {"shared_dim": 5}, {"shared_dim": 5, "shared_gate": True, "activation": "gelu"}, {"bias_rate": 0.3}),
     )
 ]
-CASES += [{"router": "softmax_then_topk", "experts_per_token": number, "renormalise": True} for number in (1, 2, 7)]
+CASES += [{"router": "softmax_then_topk", "experts_per_token": number, "renormalise": True} for number in (1, 2, 8)]
+CASES += [{**SIGMOID, "experts_per_token": number, "bias_rate": 0.2} for number in (1, 3)]
+CASES += [
+    {"router": order, "experts_per_token": 2, "choice_groups": groups, "groups_per_token": chosen, **more}
+    for order, groups, chosen, more in [
+        ("sigmoid", 4, 2, {"bias_rate": 0.2, "renormalise": True}),
+        ("sigmoid", 8, 3, {"scale": 0.5}),
+        ("softmax_then_topk", 4, 1, {"scale": 16.0}),
+        ("topk_then_softmax", 2, 1, {}),
+    ]
+]
+CASES += [{"experts_per_token": 2, "balance": scope} for scope in ("global", "microbatch", "sequence")]
+CASES += [{"experts_per_token": 3, "balance_groups": 4, "balance": scope} for scope in ("global", "sequence")]
 
 
 def mixture(**changes: Any) -> MoeMlp:
     torch.manual_seed(3)
-    found = MoeMlp(DIM, MoeConfig.model_validate({"num_experts": 7, "expert_dim": 8, **changes}))
+    found = MoeMlp(DIM, MoeConfig.model_validate({"num_experts": EXPERTS, "expert_dim": 8, **changes}))
     for parameter in found.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return found
 
 
-def expected(layer: MoeMlp, hidden: Tensor, valid: list[bool]) -> tuple[Tensor, Tensor, list[list[int]]]:
-    """Return the output, both losses and the chosen experts, computed one row and one expert at a time."""
-    config = layer.config
-    logits = hidden @ layer.gate.weight.T
+def rows_of(valid: list[bool]) -> RoutedRows:
+    """Return the rows of four documents, of which one is empty; every fourth row is an image row."""
+    image = torch.tensor([number % 4 == 1 for number in range(ROWS)])
+    return RoutedRows(torch.tensor(valid), image, torch.tensor(OFFSETS))
+
+
+def score(config: MoeConfig, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scores of one row and its probabilities."""
+    if config.router == "sigmoid":
+        return logits.sigmoid(), logits.sigmoid() / logits.sigmoid().sum()
+    return (logits if config.router == "topk_then_softmax" else logits.softmax(0)), logits.softmax(0)
+
+
+def choose(config: MoeConfig, biased: list[float]) -> list[int]:
+    """Return the experts of one row, the best first."""
+    size = config.num_experts // config.choice_groups
+    groups = [list(range(start, start + size)) for start in range(0, config.num_experts, size)]
+
+    def group_score(group: list[int]) -> float:
+        return sum(sorted((biased[e] for e in group), reverse=True)[: 2 if config.router == "sigmoid" else 1])
+
+    best = sorted(groups, key=group_score, reverse=True)[: config.groups_per_token if len(groups) > 1 else None]
+    return sorted(itertools.chain(*best), key=lambda e: -biased[e])[: config.experts_per_token]
+
+
+def expected(layer: MoeMlp, hidden: Tensor, rows: RoutedRows) -> tuple[Tensor, RouterTensors, list[list[int]]]:
+    """Return the output, the sums and the chosen experts, computed one row and one expert at a time."""
+    config, logits = layer.config, hidden @ layer.gate.weight.T
     bias = layer.gate.bias_steps * config.bias_rate if config.bias_rate else torch.zeros(config.num_experts)
-    rows, choices = [], []
-    for row, scores in zip(hidden, logits, strict=True):
-        before = scores if config.router == "topk_then_softmax" else scores.softmax(0)
-        chosen = sorted(range(config.num_experts), key=lambda e: -(before[e] + bias[e]).item())[
-            : config.experts_per_token
-        ]
-        weights = before[chosen].softmax(0) if config.router == "topk_then_softmax" else before[chosen]
+    outputs, choices, probabilities = [], [], []
+    for row, own in zip(hidden, logits, strict=True):
+        scores, probability = score(config, own)
+        chosen = choose(config, (scores + bias).tolist())
+        weights = scores[chosen].softmax(0) if config.router == "topk_then_softmax" else scores[chosen]
         if config.renormalise:
             weights = weights / weights.sum()
         total = torch.zeros(DIM)
-        for weight, expert in zip(weights, chosen, strict=True):
+        for weight, expert in zip(weights * config.scale, chosen, strict=True):
             gate, up = (layer.experts.gate_up_proj[expert] @ row).chunk(2)
             total = total + weight * (layer.experts.down_proj[expert] @ (ACTIVATIONS[config.activation](gate) * up))
         if config.shared_dim:
             scale = torch.sigmoid(layer.shared_expert_gate.weight @ row) if config.shared_gate else 1.0
             total = total + scale * layer.shared_expert(row[None])[0]
-        rows.append(total)
+        outputs.append(total)
         choices.append(chosen)
-    counted = [number for number, each in enumerate(valid) if each]
-    balance = z = torch.zeros(())
-    for expert in range(config.num_experts):
-        load = sum(expert in choices[number] for number in counted) / (len(counted) * config.experts_per_token)
-        balance = balance + config.num_experts * load * logits.softmax(-1)[counted, expert].mean()
-    z = logits[counted].logsumexp(-1).square().mean()
-    return torch.stack(rows), torch.stack([balance, z]), choices
+        probabilities.append(probability)
+    counted = [number for number in range(ROWS) if rows.valid[number]]
+    documents = [[n for n in counted if start <= n < stop] for start, stop in itertools.pairwise(OFFSETS)]
+    scopes = {"global": [], "microbatch": [counted], "sequence": documents}[config.balance]
+    balance = sum((len(scope) * balance_of(config, scope, choices, probabilities) for scope in scopes if scope), zero())
+    load, entropy = torch.zeros(2, config.num_experts, dtype=torch.int64), torch.zeros(2)
+    for number in counted:
+        load[int(rows.image[number]), choices[number]] += 1
+        entropy[int(rows.image[number])] -= (probabilities[number] * probabilities[number].log()).sum().item()
+    importance = sum((probabilities[number] for number in counted), torch.zeros(config.num_experts))
+    z = sum((logits[number].logsumexp(-1).square() for number in counted), zero())
+    return torch.stack(outputs), RouterTensors(importance, balance, z, load, entropy), choices
+
+
+def zero() -> Tensor:
+    return torch.zeros(())
+
+
+def balance_of(config: MoeConfig, scope: list[int], choices: list[list[int]], probabilities: list[Tensor]) -> Tensor:
+    """Return (number of groups) x the sum over groups of (share of the choices) x (mean probability)."""
+    size = config.num_experts // (config.balance_groups or config.num_experts)
+    total = zero()
+    for group in range(config.num_experts // size):
+        members = range(group * size, (group + 1) * size)
+        share = sum(e in members for n in scope for e in choices[n]) / (len(scope) * config.experts_per_token)
+        total = total + share * sum((probabilities[n][e] for n in scope for e in members), zero()) / len(scope)
+    return total * (config.num_experts // size)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_losses_and_gradients_are_those_of_a_loop(case: dict[str, Any]) -> None:
+def test_values_sums_and_gradients_are_those_of_a_loop(case: dict[str, Any]) -> None:
     layer = mixture(**case)
     if case.get("bias_rate"):
-        layer.gate.bias_steps.copy_(torch.tensor([0, 3, -4, 1, 0, 2, -1]))
+        layer.gate.bias_steps.copy_(torch.tensor([0, 3, -4, 1, 0, 2, -1, 1]))
     torch.manual_seed(4)
     hidden = torch.randn(ROWS, DIM, requires_grad=True)
-    valid = [number % 3 > 0 for number in range(ROWS)]
+    rows = rows_of([number % 3 > 0 for number in range(ROWS)])
     answers = []
-    for mixed, losses in (layer(hidden, torch.tensor(valid)), expected(layer, hidden, valid)[:2]):
-        total = (mixed * torch.linspace(-1, 1, ROWS)[:, None]).sum() + 3 * losses[0] + 5 * losses[1]
+    for mixed, sums in (layer(hidden, rows), expected(layer, hidden, rows)[:2]):
+        total = (mixed * torch.linspace(-1, 1, ROWS)[:, None]).sum() + 3 * sums.balance + 5 * sums.z
+        total = total + (sums.importance * torch.linspace(-1, 2, EXPERTS)).sum()
         gradients = torch.autograd.grad(total, [hidden, *layer.parameters()])
-        answers.append([mixed, losses, *gradients])
+        answers.append([mixed, *sums, *gradients])
     for mine, theirs in zip(*answers, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_without_a_mask_every_row_counts_and_without_valid_rows_there_is_no_loss() -> None:
-    layer = mixture(experts_per_token=2)
-    hidden = torch.randn(ROWS, DIM)
-    mixed, losses = layer(hidden, None)
-    torch.testing.assert_close(losses, expected(layer, hidden, [True] * ROWS)[1])
-    none, zero = layer(hidden, torch.zeros(ROWS, dtype=torch.bool))
-    assert torch.equal(none, mixed)
-    assert zero.tolist() == [0.0, 0.0]
-    one, losses = layer(hidden[:1], None)
-    torch.testing.assert_close(one, mixed[:1])
-    torch.testing.assert_close(losses, expected(layer, hidden[:1], [True])[1])
+def test_without_valid_rows_all_sums_are_zero() -> None:
+    for scope in ("global", "microbatch", "sequence"):
+        layer = mixture(experts_per_token=2, balance=scope)
+        sums = layer(torch.randn(ROWS, DIM), rows_of([False] * ROWS))[1]
+        assert all(each.abs().sum() == 0 for each in sums)
+        torch.autograd.grad(sums.balance + sums.importance.sum() + sums.z, layer.gate.weight)
 
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch.nn.functional.grouped_mm is new in torch 2.10")
@@ -116,48 +169,36 @@ def test_the_kernel_of_all_experts_at_once_equals_one_expert_after_the_other() -
 
 
 def test_perfect_balance_costs_one() -> None:
-    router = Router(4, MoeConfig(num_experts=4, experts_per_token=1, expert_dim=8))
+    config = MoeConfig(num_experts=4, experts_per_token=1, expert_dim=8, balance="microbatch")
+    router = Router(4, config)
     torch.nn.init.zeros_(router.weight)
     router.weight.data.fill_diagonal_(1e-4)
     hidden = torch.eye(4).repeat(3, 1)
-    _, chosen, losses = router(hidden, torch.ones(12, dtype=torch.bool))
+    _, chosen, sums = router(hidden, RoutedRows.text(torch.ones(12, dtype=torch.bool)))
     assert chosen.flatten().tolist() == [0, 1, 2, 3] * 3
-    assert losses.tolist() == pytest.approx([1.0, math.log(4) ** 2], rel=1e-3)
-    collapsed = router(hidden[:1].repeat(5, 1) * 1e6, torch.ones(5, dtype=torch.bool))[2]
-    assert collapsed[0].item() == pytest.approx(4.0)
+    assert (sums.balance / 12).item() == pytest.approx(1.0, rel=1e-3)
+    assert (sums.z / 12).item() == pytest.approx(math.log(4) ** 2, rel=1e-3)
+    assert (sums.entropy[0] / 12).item() == pytest.approx(math.log(4), rel=1e-3)
+    collapsed = router(hidden[:1].repeat(5, 1) * 1e6, RoutedRows.text(torch.ones(5, dtype=torch.bool)))[2]
+    assert (collapsed.balance / 5).item() == pytest.approx(4.0)
 
 
-def test_the_load_counts_valid_rows_only_in_training_and_moves_the_bias_towards_the_mean() -> None:
-    layer = mixture(experts_per_token=2, bias_rate=0.1)
-    hidden, valid = torch.randn(ROWS, DIM), torch.arange(ROWS) % 4 > 0
-    *_, choices = expected(layer, hidden, valid.tolist())
-    load = [sum(expert in row for row, each in zip(choices, valid, strict=True) if each) for expert in range(7)]
-    layer(hidden, valid)
-    assert layer.gate.load.tolist() == load
-    layer(hidden, valid)
-    assert layer.gate.load.tolist() == [2 * count for count in load]
-    layer.eval()(hidden, valid)
-    layer.train()
-    layer.gate.weight.requires_grad_(requires_grad=False)
-    layer(hidden, valid)
-    assert layer.gate.load.tolist() == [2 * count for count in load]
-    assert biased_routers(layer) == []
-    layer.gate.weight.requires_grad_()
-    assert biased_routers(layer) == [layer.gate]
-    assert biased_routers(mixture(experts_per_token=2)) == []
+def test_the_bias_moves_towards_the_mean_load() -> None:
+    layer = mixture(experts_per_token=2, bias_rate=0.1, num_experts=7)
     layer.gate.rebalance(torch.tensor([3, 3, 4, 3, 2, 3, 3]))
     assert layer.gate.bias_steps.tolist() == [0, 0, -1, 0, 1, 0, 0]
     layer.gate.rebalance(torch.tensor([0, 0, 0, 0, 0, 0, 1]))
     assert layer.gate.bias_steps.tolist() == [1, 1, 0, 1, 2, 1, -1]
-    assert set(layer.state_dict()) & {"gate.load", "gate.bias_steps"} == {"gate.bias_steps"}
+    assert "gate.bias_steps" in layer.state_dict()
 
 
-def test_weights_have_the_number_format_of_the_rows() -> None:
+def test_the_router_computes_in_float32_and_weighs_in_the_format_of_the_rows() -> None:
     router = Router(DIM, MoeConfig(num_experts=4, experts_per_token=2, expert_dim=8)).bfloat16()
-    weights, _, losses = router(torch.randn(5, DIM).bfloat16(), torch.ones(5, dtype=torch.bool))
-    assert (weights.dtype, losses.dtype) == (torch.bfloat16, torch.float32)
-    reference = F.linear(torch.ones(1, DIM).bfloat16(), router.weight).float().softmax(-1).topk(2).values
-    assert torch.equal(router(torch.ones(1, DIM).bfloat16(), torch.ones(1, dtype=torch.bool))[0], reference.bfloat16())
+    hidden, rows = torch.randn(5, DIM).bfloat16(), RoutedRows.text(torch.ones(5, dtype=torch.bool))
+    weights, _, sums = router(hidden, rows)
+    assert (weights.dtype, sums.z.dtype) == (torch.bfloat16, torch.float32)
+    reference = F.linear(hidden.float(), router.weight.float()).softmax(-1).topk(2).values
+    assert torch.equal(weights, reference.bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -167,6 +208,11 @@ def test_weights_have_the_number_format_of_the_rows() -> None:
         ({"renormalise": True, "router": "topk_then_softmax"}, "leave it false"),
         ({"shared_gate": True}, "there is no shared expert"),
         ({"every": 2}, "dense must be set"),
+        ({"dense_first": 1}, "dense must be set"),
+        ({"choice_groups": 3}, "must divide num_experts=4"),
+        ({"choice_groups": 2, "groups_per_token": 3}, "at least groups_per_token=3"),
+        ({"choice_groups": 2, "groups_per_token": 1}, "the chosen groups have 2 experts"),
+        ({"balance_groups": 3}, "balance_groups=3: must divide num_experts=4"),
         ({"dense": {"kind": "dense", "hidden_dim": 8}}, "dense must be set"),
     ],
 )
@@ -185,6 +231,16 @@ def test_a_new_layer_has_small_weights_and_whole_numbers_for_its_bias() -> None:
         assert weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert {(name, values.dtype) for name, values in layer.named_buffers()} == {
         ("gate.bias_steps", torch.int64),
-        ("gate.load", torch.int64),
     }
     assert not dict(MoeMlp(64, MoeConfig(num_experts=4, experts_per_token=2, expert_dim=16)).named_buffers())
+
+
+def test_first_blocks_and_every_nth_block_may_be_dense() -> None:
+    values = {"num_experts": 4, "experts_per_token": 2, "expert_dim": 8, "dense": {"kind": "dense", "hidden_dim": 8}}
+    for changes, blocks in (
+        ({"dense_first": 2}, [2, 3, 4, 5]),
+        ({"every": 2}, [1, 3, 5]),
+        ({"every": 2, "dense_first": 3}, [3, 5]),
+    ):
+        config = MoeConfig.model_validate({**values, **changes})
+        assert [number for number in range(6) if config.for_block(number).has_experts] == blocks

@@ -60,11 +60,13 @@ def test_router_losses_are_added_with_their_coefficients() -> None:
     nets = [build_model(config(None, mlp=block)) for block in (mlp, plain)]
     batch = pack([text_document(1, 30, VOCAB)], media_spec(nets[0].config))
     output, without = (NextToken()(net, batch) for net in nets)
-    aux = nets[0](batch).aux
-    extra = 0.5 * aux["router_balance"].value + 0.25 * aux["router_z"].value
-    torch.testing.assert_close(output.loss_sum, without.loss_sum + extra * batch.weight)
-    torch.testing.assert_close(output.metrics["router_balance"] / batch.weight, aux["router_balance"].value.detach())
-    assert aux["router_balance"].value.item() > 0.99
+    router = nets[0](batch).router
+    config, load = nets[0].config.decoder.mlp, router.load.sum(1).float()
+    balance = torch.stack([config.balance_of(*pair) for pair in zip(load, router.importance, strict=True)]).mean()
+    z = router.z.mean() / batch.num_tokens
+    torch.testing.assert_close(output.loss_sum, without.loss_sum + (0.5 * balance + 0.25 * z) * batch.weight)
+    torch.testing.assert_close(output.metrics["router_balance"] / batch.weight, balance.detach())
+    assert balance.item() > 0.99
     assert not any(values.requires_grad for values in output.metrics.values())
     assert "softmax_z" not in output.metrics
 

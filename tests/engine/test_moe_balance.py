@@ -1,0 +1,69 @@
+"""The losses of routers are those of the whole step, however its documents are divided among ranks and microbatches."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmscale.models.build import build_model, media_spec
+from mmscale.nn.router import routers
+from tests.engine.moe_programs import MICROBATCHES, SCOPES, documents, scoped_model, sharpen_
+from tests.engine.ranks import run_ranks
+from tests.models.packs import pack
+
+
+@cache
+def expected(scope: str) -> dict[str, Any]:
+    """Return loss and gradients of all documents in one pack, by the definition of each loss."""
+    settings = scoped_model(scope)
+    model, mlp = build_model(settings, seed=3), settings.decoder.mlp
+    sharpen_(model)
+    batch = pack(documents(media_spec(settings)), media_spec(settings))
+    inputs: list[Tensor] = []
+    for router in routers(model):
+        router.register_forward_hook(lambda module, args, output: inputs.append(F.linear(args[0], module.weight)))
+    hidden = model(batch).hidden
+    losses = F.cross_entropy(model.head(hidden), batch.labels, reduction="none", ignore_index=-100)
+    cross_entropy = (losses * batch.loss_weights).sum() / batch.weight
+    balance = z = torch.zeros(())
+    bounds = [0, len(batch.token_ids)] if scope == "global" else batch.segments.bounds
+    for logits in inputs:
+        probabilities = logits.softmax(-1)
+        z = z + logits.logsumexp(-1).square().mean() / len(inputs)
+        chosen = F.one_hot(probabilities.topk(mlp.experts_per_token).indices, mlp.num_experts).sum(1).float()
+        for start, stop in itertools.pairwise(bounds):
+            share = chosen[start:stop].mean(0) / mlp.experts_per_token
+            own = mlp.num_experts * (share * probabilities[start:stop].mean(0)).sum()
+            balance = balance + own * (stop - start) / bounds[-1] / len(inputs)
+    loss = cross_entropy + mlp.balance_coefficient * balance + mlp.z_coefficient * z
+    loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {"loss": loss.item(), "router_balance": balance.item(), "router_z": z.item(), "gradients": found}
+
+
+def test_the_cases_of_the_test_differ() -> None:
+    whole, documents_alone = (expected(scope)["router_balance"] for scope in SCOPES)
+    assert documents_alone - whole > 0.3
+    assert whole > 1.05
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_loss_and_gradients_are_those_of_the_whole_step(ranks: int) -> None:
+    answers = run_ranks("tests.engine.moe_programs:gradients", ranks, {})
+    for scope in SCOPES:
+        truth = expected(scope)
+        for number, found in zip(MICROBATCHES, answers[0][scope], strict=True):
+            where = f"{scope}, {number} microbatches"
+            for name in ("loss", "router_balance", "router_z"):
+                assert found[name] == pytest.approx(truth[name], rel=1e-6), (where, name)
+            assert found["gradients"].keys() == truth["gradients"].keys()
+            for name, values in truth["gradients"].items():
+                torch.testing.assert_close(torch.tensor(found["gradients"][name]), values, rtol=1e-5, atol=1e-6)
+            assert found["load"] == answers[-1][scope][0]["load"], where
