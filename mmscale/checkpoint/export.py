@@ -42,10 +42,13 @@ class HuggingFace:
             keys of its ``config.json`` that do not change the computation, such as token ids and context length. None
             chooses the first family that can express the model, and copies neither files nor keys.
         files: Further files to copy into the folder.
+        stacked_experts: Write one tensor for all experts of a layer instead of one for each expert. transformers reads
+            both; published folders have one for each expert.
     """
 
     like: Path | None = None
     files: tuple[Path, ...] = ()
+    stacked_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,8 @@ def _as_family(
     if PREPROCESSOR in like:  # The processor's file is copied from ``like``.
         values.pop(PREPROCESSOR, None)
         _check_pixels(config, like, str(to.like))
-    return values, layout.hf_tensors(config, {name: entry.shape for name, entry in entries.items()})
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    return values, layout.hf_tensors(config, shapes, stacked=to.stacked_experts)
 
 
 def _check_pixels(config: AnyModelConfig, like: Mapping[str, Any], where: str) -> None:

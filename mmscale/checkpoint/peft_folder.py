@@ -216,7 +216,7 @@ def _tensors_of(layout: FamilyLayout, config: ModelConfig) -> dict[str, HfTensor
 
 def _is_plain(tensor: HfTensor) -> bool:
     part = tensor.parts[0]
-    is_copy = part.block is None and part.axes is None and not part.zeros
+    is_copy = part.block is None and part.axes is None and not part.zeros and part.name.endswith(".weight")
     return len(tensor.parts) == 1 and is_copy and tensor.shape == part.shape and tensor.name.endswith(".weight")
 
 

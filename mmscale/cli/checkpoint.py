@@ -193,6 +193,12 @@ def export(
         help="With --to hf or peft: a Hugging Face folder that gives model family and token ids, with hf also "
         "tokenizer and processor; by default the folder that the run's model was imported from.",
     ),
+    stacked_experts: bool = typer.Option(
+        False,
+        "--stacked-experts",
+        help="With --to hf: write one tensor for all experts of a layer, as version 5 of transformers has them in "
+        "memory, instead of one for each expert, as published folders have them.",
+    ),
     push: str | None = typer.Option(
         None, metavar="ORG/NAME", help="With --to hf: upload FOLDER to the hub; a new repository is private."
     ),
@@ -210,8 +216,8 @@ def export(
 
     if like is not None and to is ExportFormat.mmscale:
         raise ConfigError("--like goes with --to hf and --to peft")
-    if push is not None and to is not ExportFormat.hf:
-        raise ConfigError("--push goes with --to hf")
+    if to is not ExportFormat.hf and (push is not None or stacked_experts):
+        raise ConfigError(f"{'--stacked-experts' if push is None else '--push'} goes with --to hf")
     if not merge and to is not ExportFormat.mmscale:
         raise ConfigError("--no-merge goes with mmscale's own names; --to peft exports the adapters alone")
     if push is not None:
@@ -229,7 +235,7 @@ def export(
             weights=weights.value,
             number_format=number_format.value,
             shard_bytes=shard_bytes,
-            to=HuggingFace(like, files) if to is ExportFormat.hf else None,
+            to=HuggingFace(like, files, stacked_experts) if to is ExportFormat.hf else None,
             merge=merge,
         )
     pushed = {} if push is None else {"pushed": push_folder(folder, push, _say)}

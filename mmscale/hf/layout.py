@@ -5,7 +5,8 @@
 
 A family is one ``FamilyLayout``. The first ``NameRule`` whose prefix matches rewrites a parameter's name. Several
 parameters may get the same Hugging Face name, for example fused projections or a table of new tokens. Their values are
-then concatenated along the first dimension, or interleaved in blocks of rows.
+then concatenated along the first dimension, or interleaved in blocks of rows. Conversely, one parameter may be stored
+in several tensors: the stacked weights of experts, which published folders split by expert.
 
 ``config_values`` checks each export: ``to_model`` reads the output of ``to_keys``. The result must equal the exported
 config in every value that changes the forward computation.
@@ -78,6 +79,10 @@ class NameRule:
             be combined with ``block`` (not checked).
         zeros: Number of zero values that follow each block (or the whole parameter) in their tensor and that ours
             lacks, such as dummy heads. ``shape`` must include them.
+        slices: Ends of the names of the tensors that together hold one parameter; they follow ``theirs``. ``{e}`` is
+            the index along our first dimension (the expert). The rows of each index are divided evenly among the
+            names, in this order. Empty where one tensor holds the whole parameter. Must not be combined with the
+            other fields (not checked).
     """
 
     ours: str
@@ -87,6 +92,21 @@ class NameRule:
     part: int = 0
     axes: Axes | None = None
     zeros: int = 0
+    slices: tuple[str, ...] = ()
+
+    def tensors(self, shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+        """Yield (end of their name, index of the first of our flat values, shape of these values) of each tensor.
+
+        Args:
+            shape: Shape of our parameter.
+        """
+        if not self.slices:
+            yield "", 0, shape
+            return
+        own = (shape[1] // len(self.slices), *shape[2:])
+        for expert in range(shape[0]):
+            for number, end in enumerate(self.slices):
+                yield end.format(e=expert), (expert * len(self.slices) + number) * math.prod(own), own
 
 
 NameRules = tuple[NameRule, ...]
@@ -117,13 +137,23 @@ def with_prefix(rules: NameRules, *, ours: tuple[str, str] = ("", ""), theirs: t
 
 @dataclass(frozen=True)
 class TensorPart:
-    """One of our parameters in an ``HfTensor``; fields as in ``NameRule``."""
+    """One of our parameters, or a consecutive range of its flat values, in an ``HfTensor``.
+
+    Attributes:
+        name: Name of the parameter.
+        shape: Shape of the values in this tensor: that of the parameter, or that of the range.
+        block: As in ``NameRule``.
+        axes: As in ``NameRule``.
+        zeros: As in ``NameRule``.
+        start: Index of the first of these values in the flat parameter.
+    """
 
     name: str
     shape: tuple[int, ...]
     block: int | None = None
     axes: Axes | None = None
     zeros: int = 0
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,8 +181,8 @@ class HfTensor:
         first = self.parts[0]
         return 1 if first.block is None else first.shape[0] // first.block
 
-    def split(self, values: Tensor) -> Iterator[tuple[str | None, Tensor]]:
-        """Yield (parameter name, view of ``values``) for each part, and (None, view) for its padding of zeros.
+    def split(self, values: Tensor) -> Iterator[tuple[TensorPart | None, Tensor]]:
+        """Yield (part, view of ``values``) for each part, and (None, view) for its padding of zeros.
 
         The view of a part is flat for a single turn and ``(num_turns, values of a block)`` for several. With ``axes``
         it has our order of axes. The view of a padding is always ``(num_turns, zeros)``.
@@ -162,7 +192,7 @@ class HfTensor:
         for part in self.parts:
             size = math.prod(part.shape) // self.num_turns
             own = turns[0, start : start + size] if self.num_turns == 1 else turns[:, start : start + size]
-            yield part.name, own if part.axes is None else part.axes.to_ours(own)
+            yield part, own if part.axes is None else part.axes.to_ours(own)
             start += size
             if part.zeros:
                 yield None, turns[:, start : start + part.zeros]
@@ -176,7 +206,7 @@ class HfTensor:
         for turn in range(self.num_turns):
             for part in self.parts:
                 size = math.prod(part.shape) // self.num_turns
-                yield part, turn * size, (turn + 1) * size
+                yield part, part.start + turn * size, part.start + (turn + 1) * size
 
 
 @dataclass(frozen=True)
@@ -197,6 +227,8 @@ class FamilyLayout:
             version 5 of transformers, where they differ.
         auto_class: Class of transformers that opens an export; None if transformers has none for this family.
         images: Describes the images of a folder; None for a tower or a text model, see ``image_input``.
+        stacked: As ``rules``, for the spelling that version 5 of transformers has in memory: one tensor for all
+            experts of a layer. None for a family without experts or without such a spelling.
     """
 
     model_type: str
@@ -210,6 +242,7 @@ class FamilyLayout:
     auto_class: str | None = "AutoModelForCausalLM"
     modules: tuple[tuple[str, str], ...] = ()
     images: Callable[[ImageSource], ImageInput] | None = None
+    stacked: Callable[[Any], NameRules] | None = None
 
     def model_config(self, values: Mapping[str, Any], where: str) -> AnyModelConfig:
         """Convert the values of a ``config.json`` to our config.
@@ -279,26 +312,35 @@ class FamilyLayout:
             other = {key: value for key, value in other.items() if key in values or key not in inner}
         return _copy_neutral_keys(values, other, same)
 
-    def hf_tensors(self, config: AnyModelConfig, shapes: Mapping[str, Sequence[int]]) -> dict[str, HfTensor]:
+    def hf_tensors(
+        self, config: AnyModelConfig, shapes: Mapping[str, Sequence[int]], *, stacked: bool = False
+    ) -> dict[str, HfTensor]:
         """Return the tensors of the Hugging Face folder by their names.
 
         Args:
             config: Config of the model.
             shapes: Shapes of its parameters by our names, in the model's order.
+            stacked: Whether one tensor holds all experts of a layer.
 
         Raises:
-            CheckpointError: no rule matches a parameter.
+            CheckpointError: no rule matches a parameter, or the family has no spelling with stacked experts.
         """
-        rules = self.rules(config)
+        rules = self.stacked if stacked else self.rules
+        if rules is None:
+            raise CheckpointError(
+                f"{self.model_type} has no spelling with stacked experts; leave out --stacked-experts"
+            )
+        applied = rules(config)
         found: dict[str, list[tuple[NameRule, TensorPart]]] = {}
         for name, shape in shapes.items():
-            rule, theirs = self._match(rules, name)
-            part = TensorPart(name, tuple(shape), rule.block, rule.axes, rule.zeros)
-            found.setdefault(theirs, []).append((rule, part))
+            rule, theirs = self._match(applied, name)
+            for end, start, own in rule.tensors(tuple(shape)):
+                part = TensorPart(name, own, rule.block, rule.axes, rule.zeros, start)
+                found.setdefault(theirs + end, []).append((rule, part))
         return {theirs: _hf_tensor(theirs, parts) for theirs, parts in found.items()}
 
     def hf_name(self, config: AnyModelConfig, name: str) -> str:
-        """Return the Hugging Face name of the tensor that stores a parameter.
+        """Return the Hugging Face name of the one tensor that stores a parameter. Not for experts.
 
         Raises:
             CheckpointError: no rule matches the parameter.
@@ -392,6 +434,8 @@ def forward_config(config: AnyModelConfig) -> dict[str, Any]:
     if not config.predicts_tokens or decoder.predicted_rows == decoder.num_ids - decoder.vocab_size:
         del block["extra_tokens"]
     del block["dropout"], block["dropout_rows"], block["init_std"]  # Used in training or for initial values only.
+    for name in decoder.mlp.training_fields:
+        del block["mlp"][name]
     if config.connector is not None:
         # The weights fit both values of ``unseen_text``, and transformers implements one of them.
         for name in (*config.connector.training_fields, "unseen_text"):

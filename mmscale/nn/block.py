@@ -265,6 +265,8 @@ class MlpBase(StrictConfig, ABC):
 
     has_experts: ClassVar[bool] = False
     """Whether the module is called with ``(hidden, RoutedRows)`` and returns ``(output, RouterTensors)``."""
+    training_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that change the training only, not the output of a trained model."""
 
     @abstractmethod
     def for_block(self, number: int) -> MlpBase:

@@ -25,6 +25,7 @@ class MoeConfig(RouterConfig, MlpBase):
     """Feed-forward block with routed experts."""
 
     has_experts: ClassVar[bool] = True
+    training_fields: ClassVar[tuple[str, ...]] = ("balance", "balance_coefficient", "balance_groups", "z_coefficient")
     kind: Literal["moe"] = "moe"
     expert_dim: Width
     """F of each routed expert; a multiple of 8 for the grouped CUDA kernel."""

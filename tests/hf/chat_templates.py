@@ -51,6 +51,28 @@ QWEN2_5 = (
     "message.content + '<|im_end|>' + '\\n' }}\n    {%- endif %}\n{%- endfor %}\n{%- if add_generation_prompt %}\n"
     "    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n"
 )
+QWEN3 = (
+    "{%- if messages[0].role == 'system' %}\n    {{- '<|im_start|>system\\n' + messages[0].content + "
+    "'<|im_end|>\\n' }}\n{%- endif %}\n{%- set ns = namespace(multi_step_tool=true, "
+    "last_query_index=messages|length - 1) %}\n{%- for message in messages[::-1] %}\n    {%- set index = "
+    '(messages|length - 1) - loop.index0 %}\n    {%- if ns.multi_step_tool and message.role == "user" and '
+    "not(message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}\n      "
+    "  {%- set ns.multi_step_tool = false %}\n        {%- set ns.last_query_index = index %}\n    {%- endif "
+    '%}\n{%- endfor %}\n{%- for message in messages %}\n    {%- if (message.role == "user") or (message.role == '
+    "\"system\" and not loop.first) %}\n        {{- '<|im_start|>' + message.role + '\\n' + message.content + "
+    "'<|im_end|>' + '\\n' }}\n    {%- elif message.role == \"assistant\" %}\n        {%- set content = "
+    "message.content %}\n        {%- set reasoning_content = '' %}\n        {%- if '</think>' in message.content "
+    "%}\n            {%- set content = message.content.split('</think>')[-1].lstrip('\\n') %}\n            {%- set "
+    "reasoning_content = message.content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') "
+    "%}\n        {%- endif %}\n        {%- if loop.index0 > ns.last_query_index %}\n            {%- if loop.last "
+    "or (not loop.last and reasoning_content) %}\n                {{- '<|im_start|>' + message.role + "
+    "'\\n<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}\n           "
+    " {%- else %}\n                {{- '<|im_start|>' + message.role + '\\n' + content }}\n            {%- endif "
+    "%}\n        {%- else %}\n            {{- '<|im_start|>' + message.role + '\\n' + content }}\n        {%- "
+    "endif %}\n        {{- '<|im_end|>\\n' }}\n    {%- endif %}\n{%- endfor %}\n{%- if add_generation_prompt %}\n  "
+    "  {{- '<|im_start|>assistant\\n' }}\n    {%- if enable_thinking is defined and enable_thinking is false %}\n  "
+    "      {{- '<think>\\n\\n</think>\\n\\n' }}\n    {%- endif %}\n{%- endif %}"
+)
 QWEN2_VL = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.data_pipeline.images.molmo_reference import Prepared, Sizes
+from tests.hf.molmoe_keys import MOLMOE
 from tests.models.reference_models import randomise
 
 SIZES = Sizes(crop=24, patch=4, margin=2, most=4)
@@ -28,7 +29,17 @@ VOCAB, NEW = 90, 6
 """Rows of the embedding table; the ids 90 to 95 come after them."""
 VIT = {"width": 16, "heads": 2, "layers": 4, "mlp": 40}
 PICKED = (-2, -3)
-FAMILIES = ("qwen2", "olmo2")
+FAMILIES = ("qwen2", "olmo2", "olmoe")
+TOWER = {
+    "image_default_input_size": [SIZES.crop, SIZES.crop],
+    "image_patch_size": SIZES.patch,
+    "image_emb_dim": VIT["width"],
+    "image_num_heads": VIT["heads"],
+    "image_head_dim": VIT["width"] // VIT["heads"],
+    "image_num_layers": VIT["layers"],
+    "image_mlp_dim": VIT["mlp"],
+    "image_norm_eps": 1e-5,
+}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -66,6 +77,7 @@ class Molmo(nn.Module):
             "attn_implementation": "eager",
             "pad_token_id": 0,
         }
+        keys |= {"num_experts": 6, "num_experts_per_tok": 2} if family == "olmoe" else {}
         self.decoder = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(family, **keys))
         tower = transformers.CLIPVisionConfig(
             hidden_size=VIT["width"],
@@ -151,29 +163,45 @@ def published(reference: Molmo, of: Callable[[Tensor], Tensor] = Tensor.detach) 
         "model.transformer.wte.embedding": ours["decoder.embed_tokens.weight"],
         "model.transformer.wte.new_embedding": ours["new_embedding"],
         "model.transformer.ln_f.weight": ours["decoder.norm.weight"],
-        "model.transformer.ff_out.weight": ours["head.weight"],
         "model.vision_backbone.pad_embed": ours["pad_embed"],
     }
-    post = "decoder.layers.0.post_feedforward_layernorm.weight" in ours
-    norms = ("post_attention", "post_feedforward") if post else ("input", "post_attention")
+    family = reference.decoder.config.model_type
+    experts = family == "olmoe"
+    out["lm_head.weight" if experts else "model.transformer.ff_out.weight"] = ours["head.weight"]
+    norms = ("post_attention", "post_feedforward") if family == "olmo2" else ("input", "post_attention")
     for n in range(2):
         block, mine = f"model.transformer.blocks.{n}.", f"decoder.layers.{n}."
-        for end in ("weight",) if post else ("weight", "bias"):
-            out[f"{block}att_proj.{end}"] = torch.cat([ours[f"{mine}self_attn.{name}_proj.{end}"] for name in "qkv"])
-        out[f"{block}ff_proj.weight"] = torch.cat([ours[f"{mine}mlp.{name}_proj.weight"] for name in ("up", "gate")])
-        out[f"{block}ff_out.weight"] = ours[f"{mine}mlp.down_proj.weight"]
-        out[f"{block}attn_out.weight"] = ours[f"{mine}self_attn.o_proj.weight"]
-        out[f"{block}attn_norm.weight"], out[f"{block}ff_norm.weight"] = (
+        attention, mlp = (f"{block}attn.", f"{block}mlp.") if experts else (block, block)
+        for end in ("weight", "bias") if family == "qwen2" else ("weight",):
+            fused = torch.cat([ours[f"{mine}self_attn.{name}_proj.{end}"] for name in "qkv"])
+            out[f"{attention}att_proj.{end}"] = fused
+        out |= {f"{mlp}{name}": values for name, values in _feed_forward(ours, f"{mine}mlp.").items()}
+        out[f"{attention}attn_out.weight"] = ours[f"{mine}self_attn.o_proj.weight"]
+        out[f"{attention}attn_norm.weight"], out[f"{mlp}ff_norm.weight"] = (
             ours[f"{mine}{name}_layernorm.weight"] for name in norms
         )
-        for name in ("q_norm", "k_norm") if post else ():
-            out[f"{block}{name}.weight"] = ours[f"{mine}self_attn.{name}.weight"]
+        for name in () if family == "qwen2" else ("q_norm", "k_norm"):
+            out[f"{attention}{name}.weight"] = ours[f"{mine}self_attn.{name}.weight"]
     for name in ("wq", "wk", "wv", "wo"):
         for end in ("weight", "bias"):
             out[f"model.vision_backbone.image_pooling_2d.{name}.{end}"] = ours[f"{name}.{end}"]
     for name in ("w1", "w2", "w3"):
         out[f"model.vision_backbone.image_projector.{name}.weight"] = ours[f"{name}.weight"]
     return out | {f"model.vision_backbone.image_vit.{name}": values for name, values in _tower(ours).items()}
+
+
+def _feed_forward(ours: dict[str, Tensor], mine: str) -> dict[str, Tensor]:
+    if f"{mine}gate.weight" not in ours:
+        fused = torch.cat([ours[f"{mine}{name}_proj.weight"] for name in ("up", "gate")])
+        return {"ff_proj.weight": fused, "ff_out.weight": ours[f"{mine}down_proj.weight"]}
+    out = {"gate.weight": ours[f"{mine}gate.weight"]}
+    for number, (both, down) in enumerate(
+        zip(ours[f"{mine}experts.gate_up_proj"], ours[f"{mine}experts.down_proj"], strict=True)
+    ):
+        gate, up = both.chunk(2)
+        for name, values in (("gate", gate), ("up", up), ("down", down)):
+            out[f"experts.{number}.{name}_proj.weight"] = values
+    return out
 
 
 def _tower(ours: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -201,8 +229,42 @@ def _tower(ours: dict[str, Tensor]) -> dict[str, Tensor]:
 def save(reference: Molmo, folder: Path, of: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
     """Write a folder as published, plus the sizes of the tower, which are constants of the published code."""
     decoder = reference.decoder.config
+    config = {**MOLMOE, **_molmoe_sizes(decoder)} if decoder.model_type == "olmoe" else _dense_config(decoder)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {name: values.contiguous() for name, values in published(reference, of).items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _molmoe_sizes(decoder: Any) -> dict[str, Any]:
+    """Return the keys of MolmoE's ``config.json`` that the tiny model changes."""
+    return {
+        "vocab_size": decoder.vocab_size - 2,
+        "embedding_size": decoder.vocab_size,
+        "additional_vocab_size": NEW,
+        "d_model": decoder.hidden_size,
+        "n_layers": decoder.num_hidden_layers,
+        "n_heads": decoder.num_attention_heads,
+        "n_kv_heads": decoder.num_key_value_heads,
+        "mlp_hidden_size": 2 * decoder.intermediate_size,
+        "layer_norm_eps": decoder.rms_norm_eps,
+        "rope_theta": decoder.rope_parameters["rope_theta"],
+        "moe_num_experts": decoder.num_experts,
+        "moe_top_k": decoder.num_experts_per_tok,
+        "vit_layers": list(PICKED),
+        "vision_backbone": {
+            **MOLMOE["vision_backbone"],
+            **TOWER,
+            "image_num_key_value_heads": VIT["heads"],
+            "image_pos_patch_size": SIZES.patch,
+            "image_num_pos": 1 + (SIZES.crop // SIZES.patch) ** 2,
+        },
+    }
+
+
+def _dense_config(decoder: Any) -> dict[str, Any]:
     post = decoder.model_type == "olmo2"
-    config = {
+    return {
         "model_type": "molmo",
         "architectures": ["MolmoForCausalLM"],
         "auto_map": {"AutoConfig": "config_molmo.MolmoConfig"},
@@ -228,21 +290,8 @@ def save(reference: Molmo, folder: Path, of: Callable[[Tensor], Tensor] = Tensor
         "use_cache": True,
         "additional_vocab_size": NEW,
         "vit_layers": list(PICKED),
-        "vision_backbone": {
-            "image_default_input_size": [SIZES.crop, SIZES.crop],
-            "image_patch_size": SIZES.patch,
-            "image_emb_dim": VIT["width"],
-            "image_num_heads": VIT["heads"],
-            "image_head_dim": VIT["width"] // VIT["heads"],
-            "image_num_layers": VIT["layers"],
-            "image_mlp_dim": VIT["mlp"],
-            "image_norm_eps": 1e-5,
-        },
+        "vision_backbone": TOWER,
     }
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = {name: values.contiguous() for name, values in published(reference, of).items()}
-    save_file(tensors, folder / "model.safetensors")
 
 
 def fill(reference: Molmo, tensors: dict[str, Tensor]) -> None:

@@ -161,6 +161,19 @@ FAMILIES: dict[str, Published] = {
         adds_begin=True,
     ),
     "olmo2": Published(_BASE, text_model("olmo2"), chat=chat_templates.OLMO2),
+    "olmoe": Published(_BASE, text_model("olmoe", num_experts=6, num_experts_per_tok=3), chat=chat_templates.OLMO2),
+    "mixtral": Published(
+        (*_BASE, "[INST]", "[/INST]"),
+        text_model("mixtral", num_local_experts=4),
+        chat=chat_templates.MISTRAL,
+        adds_begin=True,
+    ),
+    "qwen3_moe": Published(
+        (*_CHATML, "<think>", "</think>"),
+        text_model("qwen3_moe", num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, head_dim=24),
+        chat=chat_templates.QWEN3,
+        begin=False,
+    ),
     "llama, Vicuna's words": Published(_BASE, text_model("llama"), chat=chat_templates.VICUNA, adds_begin=True),
     "persimmon": Published(
         _BASE,

@@ -115,6 +115,9 @@ def test_a_known_format_keeps_its_name() -> None:
     qwen = derive_format(chat_templates.QWEN2_5, CHATML, ADDED)
     assert qwen.template is not None
     assert (qwen.template["format"], qwen.template["system"][:12]) == ("chatml", "You are Qwen")
+    qwen3 = derive_format(chat_templates.QWEN3, CHATML, ADDED)
+    assert qwen3.template == {"kind": "dialogue", "format": "chatml", "joined": True}
+    assert [note.partition(" has ")[0] for note in qwen3.notes] == ["a conversation that ends with an answer"]
     gemma = derive_format(chat_templates.GEMMA, NAMES, ADDED)
     assert gemma.template == {"kind": "dialogue", "format": "gemma", "joined": True}
     # If the tokenizer has no such tokens, the names are plain text.

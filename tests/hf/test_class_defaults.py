@@ -24,6 +24,18 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen2": {**_TEXT, "num_key_value_heads": 2, "rms_norm_eps": 1e-4, "tie_word_embeddings": True},
     "mistral": {**_TEXT, **_FULL, "num_key_value_heads": 2, "head_dim": 32},
     "olmo2": {**_TEXT, "num_key_value_heads": 2, "attention_bias": True},
+    "olmoe": {**_TEXT, "num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    "mixtral": {**_TEXT, "num_key_value_heads": 2, "num_local_experts": 6, "router_aux_loss_coef": 0.02},
+    "qwen3": {**_TEXT, "num_key_value_heads": 2, "head_dim": 24, "tie_word_embeddings": True},
+    "qwen3_moe": {
+        **_TEXT,
+        "num_key_value_heads": 2,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+    },
     "persimmon": {**_TEXT, "rope_parameters": {"rope_theta": 25e3, "rope_type": "default"}},
     "fuyu": {
         "patch_size": 6,

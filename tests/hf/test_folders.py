@@ -301,7 +301,10 @@ def test_new_tokens_are_rows_of_the_table(
             text_config(mlp={"kind": "dense", "hidden_dim": 16, "activation": "gelu"}),
             "model.decoder.mlp.activation='gelu'",
         ),
-        (text_config(attention={"num_heads": 2, "qk_norm": "head"}), "model.decoder.attention.qk_norm='head'"),
+        (
+            text_config(attention={"num_heads": 2, "qk_norm": "head"}, norm_placement="post"),
+            "model.decoder.attention.qk_norm='head'",
+        ),
         (
             text_config(mlp={"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert_dim": 8}),
             "cannot express experts",
@@ -324,3 +327,10 @@ def test_the_first_family_that_fits() -> None:
     assert layout_for(text_config(attention={"num_heads": 3, "head_dim": 4})).model_type == "mistral"
     post = {"norm_placement": "post", "attention": {**grouped, "qk_norm": "full"}}
     assert layout_for(text_config(**post)).model_type == "olmo2"
+    per_head = {"num_heads": 2, "head_dim": 4, "qk_norm": "head"}
+    assert layout_for(text_config(attention=per_head)).model_type == "qwen3"
+    experts = {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert_dim": 8}
+    full = {"num_heads": 2, "qk_norm": "full"}
+    assert layout_for(text_config(attention=full, mlp=experts)).model_type == "olmoe"
+    assert layout_for(text_config(attention=per_head, mlp=experts)).model_type == "qwen3_moe"
+    assert layout_for(text_config(mlp={**experts, "router": "topk_then_softmax"})).model_type == "mixtral"

@@ -42,10 +42,11 @@ def test_any_value_in_any_place_is_imported_or_refused() -> None:
             layout = layout_for(config)
         except CheckpointError:
             continue
-        if layout.model_type in families:
+        whole = layout.config_values(config)
+        if (family := whole["architectures"][0]) in families:  # MolmoE has the model_type of Molmo, but other keys.
             continue
-        families.add(layout.model_type)
-        for values in _changed(layout.config_values(config), odd):
+        families.add(family)
+        for values in _changed(whole, odd):
             with contextlib.suppress(CheckpointError):
                 layout.model_config(values, "config.json")
     assert len(families) > 8

@@ -27,6 +27,9 @@ from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from mmscale.checkpoint.export import HuggingFace, export_weights
+from mmscale.errors import CheckpointError
+from mmscale.hf.layout import forward_config
+from mmscale.hf.layouts import layout_of
 from mmscale.models.build import media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.models.generation import generate
@@ -35,7 +38,9 @@ from tests.data_pipeline.images.molmo_reference import COLUMN, END, START, prepa
 from tests.data_pipeline.images.molmo_reference import PATCH as PLACE
 from tests.data_pipeline.images.test_molmo_crops import LAYOUT, picture, png
 from tests.hf.molmo import FAMILIES, MEAN, NEW, SIZES, STD, VOCAB, Example, Molmo, example, fill, save
+from tests.hf.molmoe_keys import MOLMOE
 from tests.hf.reference_models import imported, tensors_of
+from tests.hf.test_published import shipped
 from tests.hf.train_and_export import VOCABULARY, captions, train_and_export
 from tests.models.reference_models import distance, gradient_distance, randomise, rounding_ratio
 from tests.parity_table import Recorder
@@ -191,11 +196,32 @@ def test_export_restores_the_folder(family: str, number_format: Any, tmp_path: P
         assert (values.dtype, values.shape) == (after[name].dtype, after[name].shape)
         assert torch.equal(values, after[name]), name
     old, new = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("theirs", "back"))
-    old["num_key_value_heads"] = old["num_key_value_heads"] or old["num_attention_heads"]
+    if family == "olmo2":
+        old["num_key_value_heads"] = old["num_attention_heads"]  # Null in the file.
     assert {key: new.pop(key) for key in old} == old
     assert set(new) == {"dtype"}
     preprocessor = json.loads((tmp_path / "back" / "preprocessor_config.json").read_text())
     assert (tuple(preprocessor["image_mean"]), tuple(preprocessor["image_std"])) == (MEAN, STD)
+
+
+def test_the_published_configuration_of_molmoe_is_the_shipped_one() -> None:
+    read = layout_of("molmo").model_config
+    assert forward_config(read(MOLMOE, "config.json")) == forward_config(shipped("molmoe-1b"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"rope_impl": "cockatoo"}, "rope_impl='cockatoo' is not supported, only 'llama'"),
+        ({"weight_tying": None}, "weight_tying=None is not supported, only False"),
+        ({"moe_shared_expert": True}, "moe_shared_expert=True is not supported"),
+        ({"sparsity": 2}, "sparsity=2 is not known"),
+        ({"vision_backbone": {**MOLMOE["vision_backbone"], "image_num_pos": 9}}, "image_num_pos=9 is not .* 577"),
+    ],
+)
+def test_other_keys_of_molmoe_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        layout_of("molmo").model_config({**MOLMOE, **keys}, "config.json")
 
 
 @pytest.mark.dist

@@ -25,6 +25,9 @@ FAMILIES = {
     "qwen2": "qwen2, one key head",
     "mistral": "mistral, narrow heads",
     "olmo2": "olmo2, grouped, biased",
+    "olmoe": "olmoe, renormalised, grouped, biased",
+    "mixtral": "mixtral",
+    "qwen3_moe": "qwen3_moe, every second block",
     "persimmon": "persimmon",
 }
 

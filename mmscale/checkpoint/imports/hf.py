@@ -8,12 +8,14 @@ Weights keep their number format. They are stored as frozen parameters, because 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmscale.checkpoint.imports.write import (
     IMPORTED,
@@ -23,7 +25,7 @@ from mmscale.checkpoint.imports.write import (
     write_checkpoint,
 )
 from mmscale.checkpoint.save import tied_names
-from mmscale.checkpoint.share import TensorPiece
+from mmscale.checkpoint.share import LazyTensor, TensorPiece
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
 from mmscale.hf.describe import FolderData, describe_folder
@@ -31,6 +33,7 @@ from mmscale.hf.layout import FamilyLayout, HfTensor
 from mmscale.hf.layouts import layout_of
 from mmscale.hf.read import CONFIG, HfFolder, read_config
 from mmscale.models.build import build_weights
+from mmscale.models.config import AnyModelConfig
 
 _MOST_LISTED = 20
 """Largest number of tensor names that a message lists on each side."""
@@ -86,7 +89,7 @@ def import_folder(source: Path, directory: Path) -> HfImportReport:
     folder = HfFolder(source, layout.current_name)
     model = build_weights(config)
     table, tied = parameter_table(model), tied_names(model)
-    stored = layout.hf_tensors(config, {name: entry["shape"] for name, entry in table.items()})
+    stored = _stored(layout, config, {name: entry["shape"] for name, entry in table.items()}, folder.names)
     second = {layout.hf_name(config, name): layout.hf_name(config, owner) for name, owner in tied.items()}
     left_out = _check_names(folder, layout, stored, second)
     pieces = list(_pieces(folder, stored))
@@ -105,6 +108,16 @@ def import_folder(source: Path, directory: Path) -> HfImportReport:
         left_out=tuple(left_out),
         beside=tuple(str(file) for file in folder.companion_files),
     )
+
+
+def _stored(
+    layout: FamilyLayout, config: AnyModelConfig, shapes: Mapping[str, Sequence[int]], names: set[str]
+) -> dict[str, HfTensor]:
+    """Return the tensors that the model needs, in the spelling of the experts that more of ``names`` have."""
+    spellings = [layout.hf_tensors(config, shapes)]
+    if layout.stacked is not None:
+        spellings.append(layout.hf_tensors(config, shapes, stacked=True))
+    return max(spellings, key=lambda stored: len(stored.keys() & names))
 
 
 def _check_names(
@@ -149,15 +162,30 @@ def _listed(names: list[str]) -> str:
 
 
 def _pieces(folder: HfFolder, stored: Mapping[str, HfTensor]) -> Iterator[TensorPiece]:
-    """Yield views of the mapped files, under mmscale's names."""
+    """Yield the parameters under mmscale's names: views of the mapped files.
+
+    A parameter that the folder stores in several tensors is joined when it is written, one parameter at a time.
+    """
+    ranges: dict[str, list[Tensor]] = {}  # In the order of the values: ``hf_tensors`` lists the tensors so.
     for name, tensor in stored.items():
         values = folder.tensor(name)
         if tuple(values.shape) != tensor.shape:
             raise CheckpointError(
                 f"{folder.path}: {name} is {list(values.shape)}, by {CONFIG} it should be {list(tensor.shape)}"
             )
-        for ours, part in tensor.split(values):
-            if ours is not None:
-                yield TensorPiece(f"{ours}|frozen", 0, part)
-            elif values.dim() > 1 and part.any():  # A nonzero vector is harmless: it scales zeros.
+        for part, own in tensor.split(values):
+            if part is not None:
+                ranges.setdefault(part.name, []).append(own)
+            elif values.dim() > 1 and own.any():  # A nonzero vector is harmless: it scales zeros.
                 raise CheckpointError(f"{folder.path}: {name} has nonzero values where this family has zeros")
+    for name, found in ranges.items():
+        yield TensorPiece(f"{name}|frozen", 0, _joined(found))
+
+
+def _joined(ranges: list[Tensor]) -> Tensor | LazyTensor:
+    """Return consecutive ranges of a parameter as one flat tensor; a single range as it is."""
+    if len(ranges) == 1:
+        return ranges[0]
+    dtype = reduce(torch.promote_types, (values.dtype for values in ranges))
+    shape = (sum(values.numel() for values in ranges),)
+    return LazyTensor(shape, dtype, lambda: torch.cat([values.reshape(-1).to(dtype) for values in ranges]))

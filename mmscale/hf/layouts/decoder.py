@@ -1,18 +1,27 @@
-"""Code shared by the text decoders: most families use the keys of Llama's configuration."""
+"""Code shared by the text decoders: most families use the keys of Llama's configuration.
+
+Published folders have three matrices for each expert. Our model, and version 5 of transformers in memory, stacks the
+experts of a layer:
+
+    mlp.experts.0.gate_proj.weight, mlp.experts.0.up_proj.weight, ...   <-->   mlp.experts.gate_up_proj  (E, 2 F, D)
+    mlp.experts.0.down_proj.weight, ...                                 <-->   mlp.experts.down_proj     (E, D, F)
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import REQUIRED, Keys
-from mmscale.hf.layout import renames
+from mmscale.hf.layout import NameRule, NameRules, renames
 from mmscale.models.config import ModelConfig
 from mmscale.nn.block import DenseMlpConfig
+from mmscale.nn.moe import MoeConfig
 from mmscale.nn.rope import RopeConfig
 
 RULES = renames(
@@ -22,10 +31,89 @@ RULES = renames(
     ("head.", "lm_head."),
 )
 """Name rules of the modules that all these decoders share."""
+
+
+def expert_rules(theirs: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> NameRules:
+    """Return the name rules of experts that a folder stores one by one.
+
+    Args:
+        theirs: Prefix of their names, up to the number of the expert.
+        gate: Name of their gate projection.
+        up: Name of their up projection.
+        down: Name of their down projection.
+    """
+    ours = "decoder.layers.{n}.mlp.experts."
+    return (
+        NameRule(f"{ours}gate_up_proj", theirs, slices=(f"{{e}}.{gate}.weight", f"{{e}}.{up}.weight")),
+        NameRule(f"{ours}down_proj", theirs, slices=(f"{{e}}.{down}.weight",)),
+    )
+
+
+EXPERTS = expert_rules("model.layers.{n}.mlp.experts.")
+"""Name rules of experts in most families."""
 _ROPE_BLOCKS = ("rope_parameters", "rope_scaling")
 """Key of the RoPE parameters in version 5 of transformers, and in older versions."""
 UNUSED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 """RoPE frequencies in files from 2023. They follow from the configuration."""
+
+
+@dataclass(frozen=True)
+class ExpertKeys:
+    """The keys of a family that describe its experts.
+
+    Attributes:
+        num_experts: Key of E.
+        expert_dim: Key of F.
+        fixed: Fields of ``MoeConfig`` that the family fixes.
+    """
+
+    num_experts: str
+    expert_dim: str
+    fixed: Mapping[str, Any]
+
+    def to_model(self, keys: Keys, num_experts: int | None = None, **more: Any) -> dict[str, Any]:
+        """Return ``decoder.mlp``.
+
+        ``router_aux_loss_coef`` becomes the weight of our balance loss, which is 1 at perfect balance, as in the
+        published training codes (megablocks, Megatron-LM). The loss that transformers adds with
+        ``output_router_logits`` is the number of experts per token at perfect balance, so its weight is larger.
+
+        Args:
+            keys: Keys of the decoder.
+            num_experts: E; None to read its key.
+            **more: Further fields of ``MoeConfig``.
+        """
+        keys.read("output_router_logits", bool, False)  # Changes the loss that transformers returns, not the logits.
+        return {
+            "kind": "moe",
+            "num_experts": keys.read(self.num_experts, int) if num_experts is None else num_experts,
+            "experts_per_token": keys.read("num_experts_per_tok", int),
+            "expert_dim": keys.read(self.expert_dim, int),
+            "balance_coefficient": keys.read("router_aux_loss_coef", float),
+            **self.fixed,
+            **more,
+        }
+
+    def to_keys(self, mlp: MoeConfig) -> dict[str, Any]:
+        """Return the keys of the experts. The caller adds those of the family's other ``MoeConfig`` fields."""
+        return {
+            self.num_experts: mlp.num_experts,
+            "num_experts_per_tok": mlp.experts_per_token,
+            self.expert_dim: mlp.expert_dim,
+            "router_aux_loss_coef": mlp.balance_coefficient,
+            "output_router_logits": False,
+        }
+
+
+def experts_of(config: ModelConfig, family: str) -> MoeConfig:
+    """Return the experts of a model.
+
+    Raises:
+        CheckpointError: the model has none.
+    """
+    if not isinstance(config.decoder.mlp, MoeConfig):
+        raise CheckpointError(f"{family} holds decoders with experts (decoder.mlp.kind=moe)")
+    return config.decoder.mlp
 
 
 def to_model(
@@ -43,7 +131,7 @@ def to_model(
         attention: Fields of ``decoder.attention`` that the family fixes.
         mlp_bias: Whether the feed-forward layers have biases.
         sectioned: Whether positions have three axes; ``mrope_section`` divides the frequencies among them.
-        **more: Fields of ``decoder`` that the family fixes.
+        **more: Fields of ``decoder`` that the family fixes, ``mlp`` among them if it has experts.
 
     Raises:
         CheckpointError: a key is missing or needs a computation that our models lack.
@@ -205,23 +293,32 @@ def check_window(keys: Keys, slides: bool = True) -> None:
         )
 
 
-def to_keys(config: ModelConfig) -> dict[str, Any]:
+def to_keys(config: ModelConfig, experts: ExpertKeys | None = None) -> dict[str, Any]:
     """Return the keys of a text model.
 
+    Args:
+        config: Config of the model.
+        experts: The family's keys of experts; None for a dense family.
+
     Raises:
-        CheckpointError: the model has a vision tower or experts.
+        CheckpointError: the model has a vision tower, or it has experts and the family none.
     """
     decoder = config.decoder
     width, heads = decoder.hidden_dim, decoder.attention.num_heads
     head_dim = decoder.attention.resolved_head_dim(width)
     if config.vision is not None:
         raise CheckpointError("text decoders cannot express a vision tower")
-    if not isinstance(decoder.mlp, DenseMlpConfig):
-        raise CheckpointError("dense decoders cannot express experts")
+    mlp, expert_keys = decoder.mlp, dict[str, Any]()
+    if isinstance(mlp, MoeConfig):
+        if experts is None:
+            raise CheckpointError("dense decoders cannot express experts")
+        expert_keys = experts.to_keys(mlp)
+        mlp = mlp.dense or DenseMlpConfig(hidden_dim=mlp.expert_dim)
     return {
         "vocab_size": decoder.num_ids,
         "hidden_size": width,
-        "intermediate_size": decoder.mlp.hidden_dim,
+        "intermediate_size": mlp.hidden_dim,
+        **expert_keys,
         "num_hidden_layers": decoder.num_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": decoder.attention.kv_heads,

@@ -1,39 +1,49 @@
-"""Molmo 7B-O, 7B-D and 72B as published: folders for the authors' own code, not for a class of transformers.
+"""Molmo 7B-O, 7B-D, 72B and MolmoE as published: folders for the authors' own code, not for a class of transformers.
 
-``config.json`` describes the decoder only; tower, pooling and padding are constants of that code. For a model with
-other values, an export adds ``additional_vocab_size``, ``vit_layers`` and ``vision_backbone``. The training code uses
-these names (allenai/molmo, olmo/config.py); the published code does not read them.
+``config.json`` of the dense models describes the decoder only; tower, pooling and padding are constants of that code.
+For a model with other values, an export adds ``additional_vocab_size``, ``vit_layers`` and ``vision_backbone``. The
+training code uses these names (allenai/molmo, olmo/config.py); the published code does not read them. MolmoE's
+``config.json`` has all keys of the training code, see ``molmoe``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.image_input import ImageInput, ImageSource
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Axes, FamilyLayout, NameRule, NameRules, renames, with_prefix
-from mmscale.hf.layouts import pixels
+from mmscale.hf.layouts import decoder as decoders
+from mmscale.hf.layouts import molmoe, pixels
 from mmscale.models.config import ModelConfig
 from mmscale.models.connector_config import EmbeddingConnectorConfig
 from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.block import DenseMlpConfig
+from mmscale.nn.moe import MoeConfig
 from mmscale.nn.rope import LearnedPositionsConfig, RopeConfig
 
-_BLOCK = (
+_ATTENTION = (
     NameRule("self_attn.q_proj.", "att_proj.", part=0),
     NameRule("self_attn.k_proj.", "att_proj.", part=1),
     NameRule("self_attn.v_proj.", "att_proj.", part=2),
-    NameRule("mlp.up_proj.", "ff_proj.", part=0),  # The gate is the second half of the tensor.
-    NameRule("mlp.gate_proj.", "ff_proj.", part=1),
     *renames(
-        ("mlp.down_proj.", "ff_out."),
         ("self_attn.o_proj.", "attn_out."),
         ("self_attn.q_norm.", "q_norm."),
         ("self_attn.k_norm.", "k_norm."),
         ("input_layernorm.", "attn_norm."),
-        ("post_attention_layernorm.", "ff_norm."),
     ),
+)
+_DENSE_BLOCK = (
+    *_ATTENTION,
+    NameRule("mlp.up_proj.", "ff_proj.", part=0),  # The gate is the second half of the tensor.
+    NameRule("mlp.gate_proj.", "ff_proj.", part=1),
+    *renames(("mlp.down_proj.", "ff_out."), ("post_attention_layernorm.", "ff_norm.")),
+)
+_EXPERT_BLOCK = (
+    *with_prefix(_ATTENTION, theirs=("", "attn.")),
+    *renames(("mlp.gate.", "mlp.gate."), ("post_attention_layernorm.", "mlp.ff_norm.")),
 )
 _VIT_BLOCK = renames(
     ("self_attn.q_proj.", "attention.wq."),
@@ -66,16 +76,27 @@ _BACKBONE = (
         ("connector.projector.mlp.up_proj.", "image_projector.w3."),
     ),
 )
+_BLOCKS = "model.transformer.blocks.{n}."
 _RULES = (
-    *with_prefix(_BLOCK, ours=("", "decoder.layers.{n}."), theirs=("", "model.transformer.blocks.{n}.")),
     *with_prefix(_BACKBONE, theirs=("", "model.vision_backbone.")),
     *renames(
         ("decoder.embed_tokens.weight", "model.transformer.wte.embedding"),
         ("decoder.embed_tokens.extra_weight", "model.transformer.wte.new_embedding"),
         ("decoder.norm.", "model.transformer.ln_f."),
-        ("head.", "model.transformer.ff_out."),
     ),
 )
+_DENSE_RULES = (
+    *with_prefix(_DENSE_BLOCK, ours=("", "decoder.layers.{n}."), theirs=("", _BLOCKS)),
+    *renames(("head.", "model.transformer.ff_out.")),
+    *_RULES,
+)
+_EXPERT_RULES = (
+    *decoders.expert_rules(f"{_BLOCKS}mlp.experts."),
+    *with_prefix(_EXPERT_BLOCK, ours=("", "decoder.layers.{n}."), theirs=("", _BLOCKS)),
+    *renames(("head.", "lm_head.")),
+    *_RULES,
+)
+_NAMES = {name: name for name in molmoe.NAMES}
 _NEW_ROWS = 128
 _LAYERS = [-2, -9]
 _TOWER: dict[str, Any] = {
@@ -98,7 +119,7 @@ def _rules(config: ModelConfig) -> NameRules:
         "model.vision_backbone.image_vit.patch_embedding.weight",
         axes=Axes((-1, config.vision.patch_size**2, config.vision.channels), (0, 2, 1)),  # Theirs: channels innermost.
     )
-    return (patches, *_RULES)
+    return (patches, *(_EXPERT_RULES if isinstance(config.decoder.mlp, MoeConfig) else _DENSE_RULES))
 
 
 def _to_model(keys: Keys) -> ModelConfig:
@@ -109,20 +130,26 @@ def _to_model(keys: Keys) -> ModelConfig:
         keys.must_be(name, False)
     keys.read("auto_map", dict, None)  # Names of the remote code.
     ids = keys.read("vocab_size", int)  # Ids of the tokenizer; the table may have more rows.
-    heads, fused = keys.read("num_attention_heads", int), keys.read("intermediate_size", int)
+    names, experts = _NAMES, None
+    if molmoe.COUNT in keys.given:
+        names = molmoe.NAMES
+        fused, experts = molmoe.to_model(keys)
+    else:
+        fused = keys.read("intermediate_size", int)
+    heads = keys.read(names["num_attention_heads"], int)
     mlp = {"kind": "dense", "hidden_dim": fused // 2}
     decoder = {
         "vocab_size": keys.read("embedding_size", int, ids),
         "extra_tokens": {"rows": keys.read("additional_vocab_size", int, _NEW_ROWS), "predicted": False},
-        "hidden_dim": keys.read("hidden_size", int),
-        "num_layers": keys.read("num_hidden_layers", int),
+        "hidden_dim": keys.read(names["hidden_size"], int),
+        "num_layers": keys.read(names["num_hidden_layers"], int),
         "attention": {
             "num_heads": heads,
-            "num_kv_heads": keys.read("num_key_value_heads", int, heads),
+            "num_kv_heads": keys.read(names["num_key_value_heads"], int, heads),
             "qkv_bias": keys.read("qkv_bias", bool, False),
             "qk_norm": "full" if keys.read("attention_layer_norm", bool, False) else "none",
         },
-        "mlp": mlp,
+        "mlp": experts or mlp,
         "norm": {"kind": "rmsnorm", "eps": keys.read("layer_norm_eps", float)},
         "norm_placement": "post" if keys.read("norm_after", bool, False) else "pre",
         "rope": {"theta": keys.read("rope_theta", float)},
@@ -143,6 +170,7 @@ def _vision(keys: Keys) -> tuple[dict[str, Any], dict[str, int]]:
     size = {name: found.read(name, type(default), default) for name, default in _TOWER.items()}
     for name in ("image_patch_size", "image_num_layers"):  # They are divisors below.
         found.positive_int(name, default=_TOWER[name])
+    molmoe.check_tower(found, size)
     found.raise_on_unread()
     layers, count = keys.read("vit_layers", list, _LAYERS), size["image_num_layers"]
     feature_layers = [layer % count for layer in layers]
@@ -179,16 +207,21 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     decoder, vision = config.decoder, config.vision
     if not isinstance(vision, VisionConfig) or not isinstance(config.connector, EmbeddingConnectorConfig):
         raise CheckpointError("molmo holds models with a vision tower and connector.kind=embedding")
-    if not isinstance(decoder.mlp, DenseMlpConfig) or decoder.extra_tokens is None:
-        raise CheckpointError("molmo holds dense decoders with decoder.extra_tokens")
+    if decoder.extra_tokens is None:
+        raise CheckpointError("molmo holds decoders with decoder.extra_tokens")
+    names, widths, tower = _NAMES, dict[str, Any](), _TOWER
+    if isinstance(decoder.mlp, DenseMlpConfig):
+        widths = {"intermediate_size": 2 * decoder.mlp.hidden_dim, "tie_word_embeddings": False}
+    else:
+        names, widths, tower = molmoe.NAMES, molmoe.to_keys(decoder.mlp), {}  # MolmoE's file describes every tower.
     values = {
         "vocab_size": decoder.vocab_size,
         "embedding_size": decoder.vocab_size,
-        "hidden_size": decoder.hidden_dim,
-        "intermediate_size": 2 * decoder.mlp.hidden_dim,
-        "num_hidden_layers": decoder.num_layers,
-        "num_attention_heads": decoder.attention.num_heads,
-        "num_key_value_heads": decoder.attention.kv_heads,
+        names["hidden_size"]: decoder.hidden_dim,
+        names["num_hidden_layers"]: decoder.num_layers,
+        names["num_attention_heads"]: decoder.attention.num_heads,
+        names["num_key_value_heads"]: decoder.attention.kv_heads,
+        **widths,
         "qkv_bias": decoder.attention.qkv_bias,
         "attention_layer_norm": decoder.attention.qk_norm.value == "full",
         "layer_norm_type": "rms",
@@ -198,14 +231,14 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
         "clip_qkv": None,
         "use_position_ids": True,
         "weight_tying": False,
-        "tie_word_embeddings": False,
     }
     if decoder.extra_tokens.rows != _NEW_ROWS:
         values["additional_vocab_size"] = decoder.extra_tokens.rows
-    return {**values, **_vision_keys(vision)}
+    return {**values, **_vision_keys(vision, tower)}
 
 
-def _vision_keys(vision: VisionConfig) -> dict[str, Any]:
+def _vision_keys(vision: VisionConfig, usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of tower and image processor; those of the tower only if they differ from ``usual``."""
     if not isinstance(vision.positions, LearnedPositionsConfig):
         raise CheckpointError("molmo holds towers with learned positions (vision.positions.kind=learned)")
     side = [patches * vision.patch_size for patches in vision.positions.grid]
@@ -220,8 +253,8 @@ def _vision_keys(vision: VisionConfig) -> dict[str, Any]:
         "image_norm_eps": vision.norm.eps,
     }
     layers = [layer - vision.num_layers for layer in vision.feature_layers]
-    other: dict[str, Any] = {} if size == _TOWER else {"vision_backbone": size}
-    other |= {} if layers == _LAYERS else {"vit_layers": layers}
+    other: dict[str, Any] = {} if size == usual else {"vision_backbone": size}
+    other |= {} if layers == _LAYERS and usual else {"vit_layers": layers}
     return {**other, **pixels.to_keys(vision, base_image_input_size=side, image_patch_size=vision.patch_size)}
 
 
