@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from pydantic import Field, model_validator
 
 from data_pipeline.document import ContentArea, Region
@@ -28,6 +29,8 @@ from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import Grid
 from data_pipeline.order.randomness import Rng
 
+TORCH_HAS_LANCZOS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+"""Whether torch has a Lanczos filter; older versions use Pillow's."""
 Box = tuple[int, int, int, int]
 """(top, left, height, width) in pixels of the decoded image; may extend beyond the image."""
 
@@ -244,10 +247,14 @@ def resize(pixels: Pixels, size: Size, interpolation: str = "bicubic") -> Pixels
     random sizes, the PSNR is 67 to 98 dB. From version 13 on, Pillow resizes the height of tall images first, and the
     PSNR is 55 dB. Neither order is closer to the result without rounding.
 
-    ``bilinear_float`` is torchvision's bilinear resize of float32 images, which rounds to bytes only at the end.
+    ``bilinear_float`` is torchvision's bilinear resize of float32 images, which rounds to bytes only at the end. Before
+    version 2.12, torch has no Lanczos filter, and Pillow's is used.
     """
     if pixels.shape[:2] == size:
         return pixels
+    if interpolation == "lanczos" and not TORCH_HAS_LANCZOS:
+        wide = Image.fromarray(pixels).resize((size[1], pixels.shape[0]), Image.Resampling.LANCZOS)
+        return np.asarray(wide.resize((size[1], size[0]), Image.Resampling.LANCZOS))
     # Memory in channels-last order selects the SIMD kernel. The transposes use numpy, because torch's are slower.
     planes = torch.from_numpy(np.ascontiguousarray(pixels).transpose(2, 0, 1)[None])
     if interpolation == "bilinear_float":

@@ -40,7 +40,7 @@ class _TransformConfig(StrictConfig):
 
     decode: DecodeMode = DecodeMode.EXACT
     """``exact`` decodes every pixel, byte-identical to Pillow; ``fast`` may decode large JPEGs at a reduced size."""
-    interpolation: Literal["bicubic", "bilinear", "bilinear_float"] = "bicubic"
+    interpolation: Literal["bicubic", "bilinear", "lanczos", "bilinear_float"] = "bicubic"
     """Resize filter, always antialiased. Values are rounded to bytes after the resize of the width and again after that
     of the height. ``bilinear_float`` (Molmo) rounds only once, at the end."""
     max_image_pixels: int = Field(default=1 << 26, ge=1)

@@ -194,6 +194,7 @@ def _derive(probes: list[_Probe], names: _Names) -> ChatFormat:
         except _CannotExpressError as error:
             reason = reason or str(error)
             continue
+        values |= _around_images(probes, values, names, begins)
         found = _best(_candidates(values, names), probes, names, begins)
         passed += [] if found is None else [found]
         reason = reason or "its text does not follow from the roles and contents of the turns alone"
@@ -248,6 +249,30 @@ def _strings(probes: list[_Probe], names: _Names, begins: bool) -> dict[str, Any
     return values
 
 
+def _around_images(probes: list[_Probe], values: Mapping[str, Any], names: _Names, begins: bool) -> dict[str, Any]:
+    """Return ``image_suffix`` and ``prefix_before_image``: the texts around the image of a turn that begins with one.
+
+    Empty if the chat template writes no such text, or no image.
+    """
+    shown = next((probe.text for probe in probes if probe.about == "image"), None)
+    if shown is None or not names.image:
+        return {}
+    before, image, rest = shown.removeprefix(names.begin if begins else "").partition(names.image)
+    suffix, question, _ = rest.partition(_USER)
+    if not image or not question:
+        return {}
+    system = values.get("system")
+    opening = ""
+    if system is not None:
+        turn = values["roles"]["system"]
+        opening = f"{turn.get('prefix', '')}{system}{turn.get('suffix', '')}"
+    prefix = before.removeprefix(opening)
+    return {
+        **({"image_suffix": suffix} if suffix else {}),
+        **({"prefix_before_image": prefix} if prefix != values["roles"]["user"]["prefix"] else {}),
+    }
+
+
 def _between(text: str, words: Sequence[str]) -> list[str]:
     """Return the texts around ``words``, each of which must occur once, in this order."""
     parts, rest = [], text
@@ -261,22 +286,23 @@ def _between(text: str, words: Sequence[str]) -> list[str]:
 
 def _candidates(values: dict[str, Any], names: _Names) -> Iterator[dict[str, Any]]:
     """Yield templates to try: the chat formats that we know by name, then the derived strings."""
-    system = {key: values[key] for key in ("system",) if key in values}
-    plain = [{"format": name, **system} for name in CHAT_FORMATS]
-    roles = {
+    shared = {key: values[key] for key in ("system", "image_suffix") if key in values}
+    roles: dict[str, dict[str, Any]] = {
         name: {key: text for key, text in values["roles"][name].items() if text}
         for name in ("system", "user", "assistant")
         if name in values["roles"]
     }
-    derived = {"roles": roles, "end": values["end"], **system}
-    for one in (*plain, derived):
+    if "prefix_before_image" in values:
+        roles["user"]["prefix_before_image"] = values["prefix_before_image"]
+    plain: list[dict[str, Any]] = [{"format": name} for name in CHAT_FORMATS]
+    for one in (*plain, {"roles": roles, "end": values["end"]}):
         for strip in (False, True):
-            for dialogues in ("all", "text") if names.image and system else ("all",):
+            for dialogues in ("all", "text") if names.image and "system" in values else ("all",):
                 more = {
                     **({"strip": True} if strip else {}),
                     **({"system_for": dialogues} if dialogues != "all" else {}),
                 }
-                yield {"kind": "dialogue", **one, **more, "joined": True}
+                yield {"kind": "dialogue", **one, **shared, **more, "joined": True}
 
 
 def _best(candidates: Iterable[dict[str, Any]], probes: list[_Probe], names: _Names, begins: bool) -> ChatFormat | None:

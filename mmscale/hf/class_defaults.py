@@ -225,6 +225,13 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "rope_theta": 10_000.0,
     },
     "llava": {"projector_hidden_act": "gelu", "multimodal_projector_bias": True, "tie_word_embeddings": False},
+    "internvl": {
+        "downsample_ratio": 0.5,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": True,
+    },
     "pixtral": {
         **_TOWER,
         "hidden_size": 1024,

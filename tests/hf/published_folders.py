@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from tests.hf import chat_templates, test_fuyu, test_pixtral, test_qwen2_vl
+from tests.hf import chat_templates, test_fuyu, test_internvl, test_pixtral, test_qwen2_vl
 from tests.hf.decoders import SIZES
 from tests.hf.mllama_reference import reference_model as mllama_model
 from tests.models.reference_models import randomise
@@ -35,6 +35,8 @@ class Published:
         chat: The chat template; None for none.
         adds_begin: Whether the tokenizer puts its begin token before a text.
         begin: Whether the tokenizer has a begin token.
+        named: Special tokens that the processor asks the tokenizer for, by attribute.
+        arguments: Further arguments of the processor.
         late: Special tokens after the vocabulary of the model, as Llama 3.2 Vision's image.
         auto: Class of ``transformers`` that opens the folder.
     """
@@ -46,6 +48,8 @@ class Published:
     chat: str | None = None
     adds_begin: bool = False
     begin: bool = True
+    named: Mapping[str, str] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     late: tuple[str, ...] = ()
     auto: str = "AutoModelForCausalLM"
 
@@ -65,18 +69,17 @@ def save(family: str, folder: Path) -> Any:
     names = {"bos_token": begin} if one.begin else {}
     extra = [] if family == "fuyu" else [*one.special[3:], *one.late]  # Fuyu's are pieces of the vocabulary.
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token=end, pad_token=pad, **names, extra_special_tokens=extra
+        tokenizer_object=words, eos_token=end, pad_token=pad, **names, extra_special_tokens=dict(one.named) or extra
     )
     if one.images is None:
         fast.chat_template = one.chat
         fast.save_pretrained(folder)
         return model.eval()
     images = one.images()
-    more = {"patch_size": 16} if one.processor == "PixtralProcessor" else {}
-    arguments = [images, fast]
-    if one.processor == "Qwen2VLProcessor":
-        arguments.append(transformers.Qwen2VLVideoProcessor())
-    whole = getattr(transformers, one.processor)(*arguments, **more)
+    parts = [images, fast]
+    if one.processor in ("Qwen2VLProcessor", "InternVLProcessor"):
+        parts.append(getattr(transformers, one.processor.replace("Processor", "VideoProcessor"))())
+    whole = getattr(transformers, one.processor)(*parts, **one.arguments)
     whole.chat_template = one.chat
     whole.save_pretrained(folder)
     return model.eval()
@@ -216,6 +219,18 @@ FAMILIES: dict[str, Published] = {
         "PixtralProcessor",
         chat_templates.PIXTRAL,
         adds_begin=True,
+        arguments={"patch_size": 16},
+        auto="AutoModelForImageTextToText",
+    ),
+    "internvl": Published(
+        (*_CHATML[:3], *test_internvl.SPECIAL, "<|im_start|>"),
+        lambda size: test_internvl.reference_model(vocabulary=size),
+        _images("GotOcr2ImageProcessor", **test_internvl.PIXELS),
+        "InternVLProcessor",
+        chat_templates.INTERNVL,
+        begin=False,
+        named=test_internvl.NAMED,
+        arguments={"image_seq_length": 4},
         auto="AutoModelForImageTextToText",
     ),
 }

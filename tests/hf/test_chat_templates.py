@@ -19,6 +19,7 @@ CHATML = {"eos_token": "<|im_end|>"}
 ADDED = (
     *("<s>", "</s>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
     *("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<think>"),
+    *("<IMG_CONTEXT>", "<end_of_utterance>", "<image>"),
     *("[INST]", "[/INST]", "[IMG]", "<start_of_turn>", "<end_of_turn>", "<|endoftext|>"),
 )
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -34,6 +35,8 @@ TEMPLATES: dict[str, tuple[dict[str, str], str | None, tuple[str, ...]]] = {
     "ZEPHYR": (NAMES, None, ()),
     "OLMO2": ({"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, None, ("end",)),
     "VICUNA": (NAMES, None, ()),
+    "INTERNVL": (CHATML, "<IMG_CONTEXT>", ()),
+    "IDEFICS3": ({"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>"}, "<image>", ()),
 }
 """Names of the special tokens, the text of an image, and what the template is known not to express."""
 IMAGE = {"type": "image"}
@@ -133,8 +136,11 @@ def test_what_cannot_be_expressed_is_said() -> None:
     thinking = derive_format(chat_templates.THINKING, CHATML, ADDED)
     assert thinking.template is None
     assert "what it writes before an answer differs from the prompt" in thinking.notes[0]
-    llava = derive_format(chat_templates.LLAVA, NAMES, ADDED, "<image>")  # A line break between image and text.
-    assert "places images in another way" in " ".join(llava.notes)
+    llava = derive_format(chat_templates.LLAVA, NAMES, ADDED, "<image>")
+    assert llava.notes == (chat_template._NOTES["order"],)
+    below = chat_templates.INTERNVL.replace("'<IMG_CONTEXT>", "'Picture ' ~ loop.index ~ ': <IMG_CONTEXT>")
+    numbered = derive_format(below, CHATML, ADDED, "<IMG_CONTEXT>")
+    assert chat_template._NOTES["image"] in numbered.notes
 
 
 @pytest.mark.parametrize(

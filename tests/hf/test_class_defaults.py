@@ -70,6 +70,12 @@ TINY: dict[str, dict[str, Any]] = {
         "projector_hidden_act": "gelu_pytorch_tanh",
         "multimodal_projector_bias": False,
     },
+    "internvl": {
+        "text_config": {**_TEXT, "model_type": "qwen2", "num_key_value_heads": 2},
+        "vision_config": {**_TEXT, "image_size": [28, 28], "patch_size": [7, 7], "attention_bias": True},
+        "projector_hidden_act": "gelu_pytorch_tanh",
+        "tie_word_embeddings": False,
+    },
     "clip": {
         "text_config": {**_TEXT, "hidden_act": "gelu"},
         "vision_config": {**_TEXT, "image_size": 64, "patch_size": 16, "hidden_act": "gelu"},
@@ -137,6 +143,7 @@ MUST_BE_THERE = {
     "fuyu": {"text_config", "text_config.rope_parameters", "text_config.rope_parameters.rope_theta"},
     "mllama": {"text_config", "vision_config"},
     "llava": {"text_config"},
+    "internvl": {"text_config", "vision_config"},
     "clip": {"text_config", "vision_config"},
     "siglip": {"vision_config"},
 }

@@ -98,7 +98,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no scale": ({**STATISTICS, "rescale_factor": 0.0}, "rescale_factor=0.0 must be above 0"),
     "a word for a switch": ({**STATISTICS, "do_normalize": "no"}, "do_normalize='no' must be of type bool"),
     "images as they are": ({**STATISTICS, "do_resize": False}, "do_resize=False is not supported"),
-    "another filter": ({**STATISTICS, "resample": 0}, "resample=0 is not supported, only 2"),
+    "another filter": ({**STATISTICS, "resample": 0}, "resample=0 is not supported, only 1 .lanczos., 2"),
     "a smaller crop": (
         {**STATISTICS, "size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": {"height": 28, "width": 28}},
         "crop_size=.* is not the size that images are resized to",

@@ -44,7 +44,7 @@ def run(*words: str | Path) -> None:
     assert main(["checkpoint", *map(str, words)]) == 0
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_vl", "llava"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_vl", "llava", "internvl"])
 def test_the_exported_folder_works_alone(family: str, tmp_path: Path) -> None:
     import transformers
 

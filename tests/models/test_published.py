@@ -40,6 +40,7 @@ COUNTS = {  # Counted in the reference implementations (transformers; Molmo's ow
     "qwen2-vl-7b": 8_291_375_616,
     "qwen2-vl-72b": 73_405_560_320,
     "pixtral-12b": 12_682_739_712,
+    "internvl3-1b": 938_193_024,
     "nvlm-d-72b": 78_863_416_704,  # Without the 7 zero heads per block in the published files.
 }
 EXPERTS = {  # Blocks, experts of a block that a token does not use, D, F.
@@ -54,6 +55,7 @@ TOWERS = {  # Tower, connector.
     "qwen2-vl-7b": (675_759_104, None),
     "qwen2-vl-72b": (699_356_672, None),
     "pixtral-12b": (403_489_792, 31_467_520),
+    "internvl3-1b": (304_012_288, 4_482_816),
 }
 NOMINAL = {  # Sizes were not published: models of the published form with about the published number.
     "mm1.5-1b": (997_853_760, 1e9),

@@ -10,6 +10,7 @@ image, all images come first in the first turn that is not the system's.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,8 @@ class Role(StrictConfig):
 
     prefix: str = ""
     """Text before the content of a turn. It is read, not learned."""
+    prefix_before_image: str | None = None
+    """Prefix of a turn that begins with an image; null for ``prefix`` (SmolVLM: ``User:`` instead of ``User: ``)."""
     lead: str = ""
     """Text between prefix and content that belongs to the answer: it has the content's weight, and a prompt ends before
     it. Formats whose prompt ends with ``ASSISTANT:`` and whose answer begins with a space have the space here."""
@@ -96,6 +99,9 @@ class DialogueTemplate(LearnedText):
     """Remove white space at the beginning and the end of each turn's content."""
     learn: Literal["all", "last"] = "all"
     """``all`` learns all turns of learned roles, ``last`` only the last one."""
+    image_suffix: str = ""
+    """Text after each image, read and not learned: a line break (InternVL, LLaVA). It is left out if the text after the
+    image begins with it."""
     system: str | None = None
     """Content of a system turn for dialogues that do not begin with one. null adds none."""
     system_for: Literal["all", "text"] = "all"
@@ -135,7 +141,7 @@ class DialogueTemplate(LearnedText):
             raise ValueError("system: roles has no role 'system' for this turn")
         if "" in self.special_tokens:
             raise ValueError("special_tokens: a name is empty")
-        written = "".join(role.prefix + role.suffix for role in self.roles.values())
+        written = "".join(f"{role.prefix}{role.prefix_before_image}{role.suffix}" for role in self.roles.values())
         unused = [name for name in self.special_tokens if name not in written]
         if unused:
             raise ValueError(f"special_tokens: {unused[0]!r} occurs in no prefix and no suffix")
@@ -158,8 +164,8 @@ class DialogueTemplate(LearnedText):
         for number, (turn, content) in enumerate(zip(turns, _with_images(turns, sample), strict=True)):
             role = self.roles[turn.role]
             weight = 0.0 if number in not_learned else self._weight(turn)
-            pieces += [*self._marked(role.prefix, 0.0), *text(role.lead, weight)]
-            for piece in content:
+            pieces += [*self._opening(role, content), *text(role.lead, weight)]
+            for piece in self._spaced(content):
                 pieces += [piece] if isinstance(piece, ImagePart) else text(piece.text, weight * piece.weight)
             pieces += self._marked(role.suffix, weight)
             if self.end == "turn" and role.weight:
@@ -177,8 +183,10 @@ class DialogueTemplate(LearnedText):
         pieces: list[Piece] = []
         for turn, content in zip(before, _with_images(turns, sample), strict=False):
             role = self.roles[turn.role]
-            read = [one for piece in content for one in ([piece] if isinstance(piece, ImagePart) else text(piece.text))]
-            pieces += [*self._marked(role.prefix, 0.0), *text(role.lead), *read, *self._marked(role.suffix, 0.0)]
+            pieces += [*self._opening(role, content), *text(role.lead)]
+            for piece in self._spaced(content):
+                pieces += [piece] if isinstance(piece, ImagePart) else text(piece.text)
+            pieces += self._marked(role.suffix, 0.0)
             if self.end == "turn" and role.weight:
                 pieces.append(EndPiece(0.0))
         answering = next(role for role in self.roles.values() if role.weight)
@@ -199,6 +207,20 @@ class DialogueTemplate(LearnedText):
 
     def _weight(self, turn: _Turn) -> float:
         return self.roles[turn.role].weight * turn.weight
+
+    def _opening(self, role: Role, content: Sequence[TextPiece | ImagePart]) -> Iterator[TextPiece | TokenPiece]:
+        """Return the prefix of a turn with this content."""
+        begins_with_image = bool(content) and isinstance(content[0], ImagePart)
+        other = role.prefix_before_image if begins_with_image else None
+        return self._marked(role.prefix if other is None else other, 0.0)
+
+    def _spaced(self, content: Sequence[TextPiece | ImagePart]) -> Iterator[TextPiece | ImagePart]:
+        """Yield the content of a turn with ``image_suffix`` after its images."""
+        for piece, after in itertools.zip_longest(content, content[1:]):
+            yield piece
+            follows = isinstance(after, TextPiece) and after.text.startswith(self.image_suffix)
+            if self.image_suffix and isinstance(piece, ImagePart) and not follows:
+                yield TextPiece(self.image_suffix, 0.0)
 
     def _marked(self, affix: str, weight: float) -> Iterator[TextPiece | TokenPiece]:
         """Split a prefix or suffix into special tokens and text. Longer token names match first."""

@@ -16,12 +16,15 @@ NORMS = {"rms_norm": "rmsnorm", "layer_norm": "layernorm"}
 _QK_EPS = 1e-6
 """Epsilon of the QK norms; transformers does not use ``layer_norm_eps`` for them."""
 _LAYER = "encoder.layer.{n}."
+UNUSED = (r"embeddings\.mask_token",)
+"""Vector of masked patches, for a training objective that transformers lacks."""
 
 
-def _rules(config: TowerConfig) -> NameRules:
-    width = config.vision.hidden_dim
+def rules(vision: VisionConfig) -> NameRules:
+    """Return the name rules of a tower without a prefix on their side."""
+    width = vision.hidden_dim
     return (
-        vit.convolution("embeddings.patch_embeddings.projection.weight", config.vision),
+        vit.convolution("embeddings.patch_embeddings.projection.weight", vision),
         NameRule("vision.positions.class_embedding", "embeddings.cls_token", (1, 1, width)),
         NameRule("vision.positions.position_embedding", "embeddings.position_embeddings", (1, -1, width)),
         *renames(
@@ -64,7 +67,12 @@ def to_vision(keys: Keys, *, qk_norm: bool, qkv_bias: bool, qk_eps: float | None
     return vision
 
 
-def _to_model(keys: Keys) -> TowerConfig:
+def to_tower(keys: Keys) -> dict[str, Any]:
+    """Return ``vision`` of a tower in transformers' format, without ``mean`` and ``std``.
+
+    Raises:
+        CheckpointError: a key needs a computation that our towers lack.
+    """
     for name in ("hidden_dropout_prob", "projection_dropout"):
         keys.must_be(name, 0.0)
     keys.must_be("use_absolute_position_embeddings", True)
@@ -80,11 +88,15 @@ def _to_model(keys: Keys) -> TowerConfig:
     )
     if not mean_pooling and vision["norm"]["kind"] != NormKind.LAYER:
         raise CheckpointError(f"{keys.where}: use_mean_pooling=False adds a layer norm and needs norm_type=layer_norm")
-    return TowerConfig.model_validate({"vision": {**vision, **pixels.to_model(keys, pixels.IMAGENET)}})
+    return vision
 
 
-def _to_keys(config: TowerConfig) -> dict[str, Any]:
-    vision = config.vision
+def _to_model(keys: Keys) -> TowerConfig:
+    return TowerConfig.model_validate({"vision": {**to_tower(keys), **pixels.to_model(keys, pixels.IMAGENET)}})
+
+
+def tower_keys(vision: VisionConfig) -> dict[str, Any]:
+    """Return the keys of a tower."""
     size = vit.image_size(vision)
     return {
         **vit.to_keys(vision),
@@ -99,7 +111,6 @@ def _to_keys(config: TowerConfig) -> dict[str, Any]:
         "use_absolute_position_embeddings": True,
         "use_mask_token": False,
         "use_mean_pooling": not vision.post_norm,
-        **vit.crop_processor_keys(vision),
     }
 
 
@@ -111,10 +122,10 @@ def norm_type(vision: VisionConfig) -> str:
 LAYOUT = FamilyLayout(
     "internvl_vision",
     "InternVLVisionModel",
-    _rules,
+    lambda config: rules(vit.tower(config)),
     _to_model,
-    _to_keys,
-    (r"embeddings\.mask_token",),
+    lambda config: {**tower_keys(config.vision), **vit.crop_processor_keys(config.vision)},
+    UNUSED,
     kind=TowerConfig,
     auto_class="AutoModel",
 )

@@ -11,15 +11,13 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.image_input import ImageInput, ImageSource
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import FamilyLayout, NameRules, renames, with_prefix
-from mmscale.hf.layouts import axial, decoder, llama, mistral, pixels, qwen2, vit
+from mmscale.hf.layouts import axial, decoder, pixels, text_config, vit
 from mmscale.hf.read import PREPROCESSOR
 from mmscale.models.config import ModelConfig
 from mmscale.models.connector_config import EmbeddingConnectorConfig, MlpProjectorConfig
 from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.rope import FrequencyLayout
 
-_TEXTS = {layout.model_type: layout for layout in (mistral.LAYOUT, llama.LAYOUT, qwen2.LAYOUT)}
-"""Decoder families; an export tries them in this order."""
 _LONGEST = 1024
 """Largest image side that Pixtral was trained on, pixels. Version 4 of transformers sizes a table of angles by it."""
 _BLOCK, _THEIRS = "vision.layers.{n}.", "vision_tower.transformer.layers.{n}."
@@ -58,7 +56,8 @@ def _to_model(keys: Keys) -> ModelConfig:
         "activation": vit.activation(keys, "projector_hidden_act"),
         "bias": keys.read("multimodal_projector_bias", bool),
     }
-    model = _decoder(text, keys.read("tie_word_embeddings", bool))
+    tied = keys.read("tie_word_embeddings", bool) or text.read("tie_word_embeddings", bool, False)
+    model = text_config.to_model(text, "llama", tied=tied)
     return ModelConfig.model_validate(
         {
             "decoder": model.decoder,
@@ -66,18 +65,6 @@ def _to_model(keys: Keys) -> ModelConfig:
             "connector": {"kind": "embedding", "projector": projector},
         }
     )
-
-
-def _decoder(keys: Keys, tied: bool) -> ModelConfig:
-    kind = keys.read("model_type", str, "llama")
-    if kind not in _TEXTS:
-        raise CheckpointError(f"{keys.where}: model_type={kind!r} is not supported, only {', '.join(_TEXTS)}")
-    filled = Keys({**keys.given, **({"tie_word_embeddings": True} if tied else {})}, keys.where, kind, keys.unread)
-    filled.read("is_composition", bool, None)
-    model = _TEXTS[kind].to_model(filled)
-    filled.raise_on_unread()
-    assert isinstance(model, ModelConfig)
-    return model
 
 
 def _vision(given: Keys) -> dict[str, Any]:
@@ -116,7 +103,7 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     if not isinstance(connector.projector, MlpProjectorConfig):
         raise CheckpointError("llava holds projectors of two layers (connector.projector.kind=mlp)")
     return {
-        "text_config": _text_keys(ModelConfig(decoder=config.decoder)),
+        "text_config": text_config.to_keys(config, "mistral"),
         "vision_config": _vision_keys(vision),
         "projector_hidden_act": vit.activation_key(connector.projector.activation),
         "multimodal_projector_bias": connector.projector.bias,
@@ -129,17 +116,6 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
             patch_size={"height": vision.patch_size, "width": vision.patch_size},
         ),
     }
-
-
-def _text_keys(config: ModelConfig) -> dict[str, Any]:
-    reasons = []
-    for layout in _TEXTS.values():
-        try:
-            values = layout.config_values(config)
-            return {key: value for key, value in values.items() if key != "architectures"}
-        except CheckpointError as error:
-            reasons.append(str(error))
-    raise CheckpointError("llava: " + " | ".join(dict.fromkeys(reasons)))
 
 
 def _vision_keys(vision: VisionConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 """Mean and std of CLIP's training images; many later towers use them."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-_FILTERS = {2: "bilinear", 3: "bicubic"}
+_FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Pillow's filter number -> ``transforms.interpolation``."""
 
 
@@ -81,7 +81,8 @@ def transforms(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if (number := block.read("resample", int, None)) is not None:
         if number not in _FILTERS:
-            raise CheckpointError(f"{block.describe('resample')} is not supported, only 2 (bilinear) and 3 (bicubic)")
+            known = ", ".join(f"{number} ({name})" for number, name in _FILTERS.items())
+            raise CheckpointError(f"{block.describe('resample')} is not supported, only {known}")
         found["interpolation"] = _FILTERS[number]
     size = block.values.get("size")
     shortest = size if isinstance(size, int) else size.get("shortest_edge") if isinstance(size, Mapping) else None
@@ -112,17 +113,22 @@ def _check_crop(block: Keys, size: Any, shortest: Any) -> None:
 def fixed_images(source: ImageSource, template: dict[str, Any] | None = None) -> ImageInput:
     """Return the images of a tower with one fixed size: ``transforms.kind: fixed``."""
     found = transforms(source.values, source.where)
-    vision, notes = source.config.vision, []
+    own = {key: value for key, value in found.items() if key in ("interpolation", "crop")}
+    return ImageInput({"kind": "fixed", "interpolation": "bicubic", **own}, template=template, notes=size_notes(source))
+
+
+def size_notes(source: ImageSource) -> tuple[str, ...]:
+    """Return a sentence if the processor's images are larger or smaller than those of a tower with one fixed size."""
+    vision = source.config.vision
     if isinstance(vision, VisionConfig) and isinstance(vision.positions, LearnedPositionsConfig):
         tower = vision.positions.grid[0] * vision.patch_size
         made = set(sides((source.values.get(PREPROCESSOR) or {}).get("size")))
         if made and made != {tower}:
-            notes.append(
+            return (
                 f"the image processor makes images of {max(made)} pixels, of which the tower reads {tower}; images are "
-                f"resized to {tower} here, so pixels differ"
+                f"resized to {tower} here, so pixels differ",
             )
-    own = {key: value for key, value in found.items() if key in ("interpolation", "crop")}
-    return ImageInput({"kind": "fixed", "interpolation": "bicubic", **own}, template=template, notes=tuple(notes))
+    return ()
 
 
 def sides(size: Any) -> list[int]:

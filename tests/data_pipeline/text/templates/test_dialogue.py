@@ -94,6 +94,21 @@ def test_images_stand_where_a_turn_says(words: Any, expected: list[str]) -> None
     assert as_strings(pieces)[1 : 1 + len(expected)] == expected
 
 
+def test_texts_around_images() -> None:
+    """The suffix is not doubled, and a prefix may differ before an image."""
+    user = {"prefix": "U: ", "prefix_before_image": "U:"}
+    roles = {"user": user, "assistant": {"prefix": "A:", "weight": 1.0}}
+    template = DialogueTemplate(roles=roles, image_suffix="\n", end="none")
+    fields = talk("<image-1><image-2>What?", "Cats.", "More <image-3>", "<image-1>Here", "<image-2>\nWhat?")
+    pieces = template.prompt(sample(fields, 3))
+    first = ["U:", "[0.png]", "\n", "[1.png]", "\n", "What?", "A:", "Cats."]
+    second = ["U: ", "More ", "[2.png]", "\n", "A:", "[0.png]", "\n", "Here", "U:", "[1.png]", "\nWhat?", "A:"]
+    assert as_strings(pieces) == first + second
+    learned = template.pieces(sample(fields, 3), None)
+    assert [word for word in as_strings(learned) if word.startswith("*")] == ["*Cats.", "*Here"]
+    assert template.model_copy(update={"image_suffix": ""}).prompt(sample(talk("<image>"), 1))[1:-1] == [IMAGES[0]]
+
+
 def test_images_that_nobody_places_stand_before_the_first_turn_that_is_not_the_systems() -> None:
     pieces = DialogueTemplate(system="S").pieces(sample(talk("q", "a", "r", "b"), images=2), None)
     assert as_strings(pieces)[:5] == ["S", " ", "USER: ", "[0.png]", "[1.png]"]
