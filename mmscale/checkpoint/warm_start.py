@@ -3,6 +3,7 @@
     same name, same shape                       -> copied
     token embeddings, other number of rows      -> copy the rows that both have; new rows keep their values
     position embeddings of another grid         -> resampled to the model's grid
+    experts, if the stage upcycles              -> copies or slices of the dense feed-forward (``upcycle.py``)
     anything else                               -> unchanged, and listed in the report
 
 Optimizer state, counters and data position are not loaded. To continue within a stage use ``load.resume``.
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from mmscale.checkpoint.manifest import Manifest, manifest_checksum
 from mmscale.checkpoint.reshard import CheckpointReader, verify_together, whole_parameter
 from mmscale.checkpoint.share import persistent_buffers
+from mmscale.checkpoint.upcycle import Upcycled, fill_upcycled, upcycled_parameters
 from mmscale.dist import raise_on_any_rank
 from mmscale.engine.engine import Engine, FrozenSource
 from mmscale.engine.partition import OwnedRange, parameter_table
@@ -72,6 +74,8 @@ class LoadReport:
         derived: Magnitudes of DoRA that are not loaded although the weight of their layer is. They are set to the norms
             of the rows of that weight.
         left: In both, but in components that were not requested; the model's keep their values.
+        upcycled: Experts that started from a dense feed-forward of the checkpoint. The matrices of that feed-forward
+            are in no list.
     """
 
     loaded: tuple[str, ...]
@@ -82,17 +86,19 @@ class LoadReport:
     resampled: tuple[Resampled, ...] = ()
     left: tuple[str, ...] = ()
     derived: tuple[str, ...] = ()
+    upcycled: tuple[Upcycled, ...] = ()
 
     @property
     def complete(self) -> bool:
         """Whether model and checkpoint have the same parameters and buffers, and all were copied unchanged."""
-        changed = self.resized or self.resampled or self.derived
+        changed = self.resized or self.resampled or self.derived or self.upcycled
         return not (self.missing or self.unused or self.mismatched or self.left or changed)
 
     @property
     def taken(self) -> tuple[str, ...]:
         """Names of all parameters that got values from the checkpoint, at least in part."""
-        return (*self.loaded, *(table.name for table in self.resized), *(table.name for table in self.resampled))
+        experts = (one.name for one in self.upcycled)
+        return (*self.loaded, *(t.name for t in self.resized), *(t.name for t in self.resampled), *experts)
 
     def __str__(self) -> str:
         """Return one line. ``decoder.* (37)`` means all 37 parameters of model or checkpoint whose names begin so.
@@ -110,8 +116,7 @@ class LoadReport:
         if self.complete:
             return f"loaded all {len(self.loaded)} parameters"
         lists = {what: tuple(map(_display_name, names)) for what, names in lists.items()}
-        every = {name for names in lists.values() for name in names}
-        every |= {table.name for table in self.resized} | {table.name for table in self.resampled}
+        every = {name for names in lists.values() for name in names} | {*self.taken} - {*self.loaded}
         parts = [f"{what}: {_grouped(names, every)}" for what, names in lists.items() if names]
         parts += [
             f"{t.name}: loaded {t.taken} of the checkpoint's {t.before} rows"
@@ -122,6 +127,10 @@ class LoadReport:
             f"{t.name}: resampled from {t.before[0]}x{t.before[1]} to {t.now[0]}x{t.now[1]} positions"
             for t in self.resampled
         ]
+        stacks = [one for one in self.upcycled if len(one.sources) > 1]
+        for one in stacks[:1]:  # All blocks with experts have the same number of them.
+            share = f"1/{one.slices}" if one.slices > 1 else "a copy"
+            parts.append(f"{one.experts} experts in {len(stacks)} blocks: each {share} of the dense feed-forward")
         return "; ".join(parts)
 
 
@@ -132,6 +141,7 @@ def warm_start(
     *,
     ema: bool = False,
     lasting: bool = False,
+    upcycle: bool = False,
 ) -> LoadReport:
     """Load the weights and buffers that fit; optimizer state and schedule start anew. All ranks must call.
 
@@ -147,16 +157,17 @@ def warm_start(
         ema: Load the exponential moving average of the trained weights instead of the weights.
         lasting: The checkpoint will exist as long as those of this engine. These name it for the parameters that they
             freeze, instead of storing the values again.
+        upcycle: Start experts from the checkpoint's dense feed-forwards.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, has no average, or holds no parameter that fits; or the model lacks
-            one of ``components``. All ranks raise.
+        CheckpointError: the checkpoint is damaged, has no average, or holds no parameter that fits; the model lacks one
+            of ``components``; or its experts cannot start from the dense feed-forwards. All ranks raise.
     """
     verify_together(engine.world, path)
     try:
         with CheckpointReader(path) as reader:
-            complaint = warm_start_problem(reader.manifest, path, engine.model, components, ema=ema)
-            report = match(engine.model, reader.manifest, components)
+            complaint = warm_start_problem(reader.manifest, path, engine.model, components, ema=ema, upcycle=upcycle)
+            report = match(engine.model, reader.manifest, components, upcycle=upcycle)
     except CheckpointError as error:
         complaint = str(error)
     raise_on_any_rank(engine.world, complaint, CheckpointError)
@@ -172,29 +183,38 @@ def warm_start(
 
 
 def warm_start_problem(
-    manifest: Manifest, path: Path, model: nn.Module, components: Collection[str] | None = None, *, ema: bool = False
+    manifest: Manifest,
+    path: Path,
+    model: nn.Module,
+    components: Collection[str] | None = None,
+    *,
+    ema: bool = False,
+    upcycle: bool = False,
 ) -> str | None:
     """Return the reason why ``warm_start`` from an undamaged checkpoint would fail; None if it would not.
 
     Reads no weights and verifies no file. ``model`` may be on the meta device.
 
     Raises:
-        CheckpointError: the model lacks one of ``components``.
+        CheckpointError: the model lacks one of ``components``, or its experts cannot start from the checkpoint's dense
+            feed-forwards although ``upcycle`` asks for it.
     """
     if ema and not manifest.ema:
         return f"{path} holds no average of the weights: it was saved without stages.*.ema"
-    report = match(model, manifest, components)
+    report = match(model, manifest, components, upcycle=upcycle)
     if report.taken:
         return None
     what = "the model" if components is None else " and ".join(components)
     return f"{path} holds no parameter of {what} in a shape that fits"
 
 
-def match(model: nn.Module, manifest: Manifest, components: Collection[str] | None = None) -> LoadReport:
+def match(
+    model: nn.Module, manifest: Manifest, components: Collection[str] | None = None, *, upcycle: bool = False
+) -> LoadReport:
     """Return the report that ``warm_start`` would return. Reads no weights.
 
     Raises:
-        CheckpointError: the model lacks one of ``components``.
+        CheckpointError: as for ``warm_start_problem``.
     """
     owner = component_of_parameters(model, model.components())  # type: ignore[operator]
     if unknown := set(components or ()) - set(owner.values()):
@@ -203,8 +223,13 @@ def match(model: nn.Module, manifest: Manifest, components: Collection[str] | No
     grids = _grids(model)
     found: dict[str, list[Any]] = {name: [] for name in LoadReport.__dataclass_fields__}
     used: set[str] = set()
+    experts = {one.name: one for one in upcycled_parameters(model, manifest, components)} if upcycle else {}
     for name, entry in parameter_table(model).items():
         stored = manifest.stored_name(name)
+        if name in experts:
+            found["upcycled"].append(experts[name])
+            used.update(experts[name].sources)
+            continue
         if stored is None:
             found["missing"].append(name)
             continue
@@ -240,11 +265,12 @@ def match(model: nn.Module, manifest: Manifest, components: Collection[str] | No
 
 
 def _copy_weights(engine: Engine, reader: CheckpointReader, report: LoadReport, ema: bool) -> None:
-    """Fill this rank's ranges of the parameters that the report lists as loaded, resized or resampled."""
+    """Fill this rank's ranges of the parameters that the report lists as loaded, resized, resampled or upcycled."""
     loaded = set(report.loaded)
     rows = {table.name: table.taken for table in report.resized}
     # Each rank reads these small tables whole and computes the same values, so no communication is needed.
     resampled = {table.name: _resampled(reader, table, ema) for table in report.resampled}
+    experts = {one.name: one for one in report.upcycled}
     layers, derived = adapted_layers(engine.model), set(report.derived)
     for owned in engine.partition.owned(whole=True):
         name, stored = owned.name, reader.manifest.stored_name(owned.name)
@@ -253,6 +279,8 @@ def _copy_weights(engine: Engine, reader: CheckpointReader, report: LoadReport, 
             _fill_magnitudes(reader, layers[path], owned, f"{path}.weight", ema, engine.precision.dtype)
         elif name in resampled:
             owned.master.copy_(resampled[name].view(-1)[owned.start : owned.stop])
+        elif name in experts:
+            fill_upcycled(reader, engine.model, owned, experts[name], ema=ema)
         elif stored is not None and (name in loaded or name in rows):
             stop = owned.stop
             if name in rows:

@@ -19,7 +19,8 @@ def read_layers(path: Path) -> ConfigNode:
     """Read a file and merge it over its base files, recursively.
 
     The key ``base`` of the file, or of a block in it, names the base file, relative to the file itself. Mappings are
-    merged key by key. Lists and scalars of a file replace those of its base.
+    merged key by key. Lists and scalars of a file replace those of its base. The ``base`` of a block replaces the
+    ``base`` that the same block has in a base of the file, with all values from there.
 
     A base may also be a run folder, which means the same block of its ``config.yaml``, or the whole file except for
     ``run_dir``.
@@ -28,21 +29,31 @@ def read_layers(path: Path) -> ConfigNode:
         ConfigError: a file is missing or invalid, the chain of base files is circular, or a run folder's configuration
             lacks the block.
     """
-    return _read(path, (path,))[0]
+    return _read(path, (path,), 0, frozenset())[0]
 
 
-def _read(path: Path, chain: tuple[Path, ...]) -> tuple[ConfigNode, int]:
-    """Return the merged file, and its layer number, which is higher than those of all its bases."""
+def _read(path: Path, chain: tuple[Path, ...], layer: int, replaced: frozenset[Keys]) -> tuple[ConfigNode, int]:
+    """Return the merged file, and the next layer number.
+
+    Args:
+        path: The file.
+        chain: The files whose ``base`` led to this file, ending with this file.
+        layer: Lowest layer number. Each base has a higher number than those that it is merged over.
+        replaced: Blocks whose ``base`` a file above this one replaces.
+    """
     lower = {}
-    layer = 0
-    for keys, base in _bases(read_file(path, 0, chain), ()):
+    bases = dict(_bases(read_file(path, 0, chain), ()))
+    for keys, base in bases.items():
+        if keys in replaced:
+            lower[keys] = ConfigNode({}, base.origin)
+            continue
         file = _base_path(path, base)
         if any(_same(file, earlier) for earlier in chain):
             raise ConfigError(f"{chain[0]}: its chain of '{BASE_KEY}:' files leads back to {file}")
-        tree, base_layer = _read(file, (*chain, file))
+        above = frozenset(key[len(keys) :] for key in {*bases, *replaced} if key[: len(keys)] == keys) - {()}
+        tree, layer = _read(file, (*chain, file), layer, above)
         lower[keys] = _block_of_run(tree, keys, base) if _is_run(path, base) else tree
-        layer = max(layer, base_layer + 1)
-    return _merge_bases(lower, read_file(path, layer, chain), ()), layer
+    return _merge_bases(lower, read_file(path, layer, chain), ()), layer + 1
 
 
 def _bases(entry: ConfigNode, keys: Keys) -> Iterator[tuple[Keys, ConfigNode]]:

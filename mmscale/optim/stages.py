@@ -127,6 +127,10 @@ class StageConfig(StrictConfig):
     stages."""
     weights: tuple[WeightsConfig, ...] = ()
     """Weights to load at the beginning of the stage, in this order, over the weights of the previous stage."""
+    upcycle: bool = False
+    """Start the experts of the decoder from the dense feed-forwards of the loaded weights, so that the model computes
+    what the dense one did (sparse upcycling). ``expert_dim`` must be the width of the dense feed-forward or a divisor
+    of it, and the weights of the chosen experts must sum to 1 (``renormalise``, or ``router: topk_then_softmax``)."""
     distill: tuple[DistillConfig, ...] = ()
     """Teachers whose predictions are targets in addition to the tokens of the data; empty for none."""
 
@@ -154,6 +158,11 @@ class StageConfig(StrictConfig):
             if missing and DEFAULT not in values:
                 raise ValueError(f"{key} has no value for {missing} and no `{DEFAULT}`")
         return self
+
+    @property
+    def upcycles_previous(self) -> bool:
+        """Whether the stage upcycles the decoder of the previous stage, and not one that ``weights`` loads."""
+        return self.upcycle and not any({ALL, "decoder"} & set(source.components) for source in self.weights)
 
     @property
     def named_components(self) -> set[str]:

@@ -27,6 +27,7 @@ from data_pipeline.shards.manifest_check import reject_non_manifest
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from mmscale.bad_steps.detector import BadStepsConfig, Policy
 from mmscale.checkpoint.config import CheckpointConfig
+from mmscale.checkpoint.upcycle import upcycling_problem
 from mmscale.engine.config import EngineConfig
 from mmscale.errors import ConfigError
 from mmscale.evaluate import EvaluationConfig, check_best, check_sets
@@ -35,6 +36,7 @@ from mmscale.metrics.sample_log import SampleLogConfig
 from mmscale.metrics.trackers.config import check_trackers
 from mmscale.models.build import check_adapters, media_spec
 from mmscale.models.config import ModelConfig
+from mmscale.nn.moe import MoeConfig
 from mmscale.optim.stages import ALL, StageConfig
 
 
@@ -108,7 +110,26 @@ class RunConfig(StrictConfig):
                     f"stages.{number} ({stage.name}) names {sorted(unknown)}; this model has {sorted(components)}"
                 )
             self.stage_data(number)  # Raises if an override is not valid.
+            if stage.upcycle and (problem := self._upcycling_problem(number)) is not None:
+                raise ValueError(f"stages.{number} ({stage.name}).upcycle=true: {problem}")
         return self
+
+    def _upcycling_problem(self, number: int) -> str | None:
+        """Return why stage ``number`` cannot start its experts from dense feed-forwards; None if nothing is wrong yet.
+
+        A checkpoint in ``weights`` is checked when the run starts.
+        """
+        stage, decoder = self.stages[number], self.stage_model(number).decoder
+        if not any(mlp.has_experts for mlp in decoder.block_mlps()):
+            return "the decoder of this stage has no experts; set model.decoder.mlp.kind: moe, or leave out upcycle"
+        if not stage.upcycles_previous:
+            return None
+        if number == 0:
+            return "nothing is loaded; name the dense model: `weights: [{checkpoint: RUN}]`"
+        before = self.stage_model(number - 1).decoder
+        pairs = zip(before.block_mlps(), decoder.block_mlps(), strict=False)
+        problems = (upcycling_problem(dense, mlp) for dense, mlp in pairs if isinstance(mlp, MoeConfig))
+        return next((f"model.decoder.mlp.{problem}" for problem in problems if problem), None)
 
     @model_validator(mode="after")
     def _check_roll_back(self) -> RunConfig:

@@ -85,7 +85,9 @@ def _problems(config: RunConfig, state: TrainState) -> Iterator[str]:
                 manifest = read_manifest(path)
                 require_bases(path)
                 reason = missing_or_truncated(path, manifest)
-                reason = reason or warm_start_problem(manifest, path, model, _components(source), ema=source.ema)
+                reason = reason or warm_start_problem(
+                    manifest, path, model, _components(source), ema=source.ema, upcycle=stage.upcycle
+                )
             except CheckpointError as error:
                 reason = str(error)
             if reason is not None:
@@ -106,7 +108,8 @@ def load_stage_weights(engine: Engine, source: WeightsConfig) -> tuple[Path, Loa
     """
     path = newest_on_rank_0(engine.world, source.checkpoint)
     lasting = ADAPTERS in engine.parameter_counts
-    return path, warm_start(engine, path, _components(source), ema=source.ema, lasting=lasting)
+    upcycle = engine.stage.upcycle
+    return path, warm_start(engine, path, _components(source), ema=source.ema, lasting=lasting, upcycle=upcycle)
 
 
 def newest_on_rank_0(world: World, source: Path) -> Path:

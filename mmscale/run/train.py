@@ -251,7 +251,8 @@ def _begin_stage(run: _Run, engine: Engine, latest: Path | None) -> None:
     """Load the weights of the previous stage, if any, then the weights that ``stages.*.weights`` names."""
     name = engine.stage.name
     if latest:
-        run.log.print_line(f"stage {name}, weights of the previous stage: {checkpoint.warm_start(engine, latest)}")
+        report = checkpoint.warm_start(engine, latest, upcycle=engine.stage.upcycles_previous)
+        run.log.print_line(f"stage {name}, weights of the previous stage: {report}")
     for source in engine.stage.weights:
         path, report = load_stage_weights(engine, source)
         run.log.print_line(f"stage {name}, weights of {path}: {report}")

@@ -4,7 +4,8 @@
     images       smaller, in proportion to the grid of that model.
     data sets    the bundled shards that fit the kind of template; special tokens of a layout or chat format are
                  replaced by ordinary tokens.
-    stages       a few steps each, with warm-ups in proportion; no weights of other checkpoints, and no teacher.
+    stages       a few steps each, with warm-ups in proportion; no weights of other checkpoints, no upcycling (widths of
+                 dense feed-forwards and experts shrink differently), and no teacher.
     lanes        few, with packs of few documents.
 
 A smoke-test run shows that the stages, components, optimizers, data overrides and model changes of a recipe work
@@ -71,7 +72,7 @@ def shrink_run(config: RunConfig, *, steps: int = 4, lanes: int = 2) -> RunConfi
 
 
 def dropped_settings(config: RunConfig) -> list[str]:
-    """Return a line for each weight source and teacher that the smoke-test run omits, and one for its evaluation sets.
+    """Return a line for each weight source, upcycling, teacher and list of sets that the smoke-test run omits.
 
     Each line has the key and the value. Other settings that the smoke-test run changes are not listed.
     """
@@ -80,13 +81,14 @@ def dropped_settings(config: RunConfig) -> list[str]:
         for number, stage in enumerate(config.stages)
         for index, source in enumerate(stage.weights)
     ]
+    upcycled = [f"stages.{number}.upcycle: true" for number, stage in enumerate(config.stages) if stage.upcycle]
     teachers = [
         f"stages.{number}.distill.{index}: {teacher.checkpoint}"
         for number, stage in enumerate(config.stages)
         for index, teacher in enumerate(stage.distill)
     ]
     sets = ", ".join(held.name for held in config.evaluation.sets)
-    return [*weights, *teachers, *([f"evaluation.sets: {sets}"] if sets else [])]
+    return [*weights, *upcycled, *teachers, *([f"evaluation.sets: {sets}"] if sets else [])]
 
 
 def _shrink_stage(config: RunConfig, number: int, steps: int, lanes: int) -> dict[str, Any]:
@@ -97,6 +99,7 @@ def _shrink_stage(config: RunConfig, number: int, steps: int, lanes: int) -> dic
     return {
         **stage.with_steps(min(stage.steps, steps)).model_dump(),
         "weights": (),
+        "upcycle": False,
         "distill": (),
         "data": data.model_dump(mode="json") if _changes_data(stage, config, number) else None,
         "model": None if stage.model is None else model.model_dump(mode="json"),

@@ -156,6 +156,25 @@ def test_a_block_has_a_base_of_its_own(write) -> None:
         load(write(FULL.replace("tower:\n", "tower:\n  base: lib/none.yaml\n")), [], Whole)
 
 
+def test_the_base_of_a_block_replaces_its_base_in_a_base_of_the_file(write) -> None:
+    """Values of the replaced base do not remain, those of the lower file itself do."""
+    write("depth: 5\nmlp: {kind: experts, count: 16}\n", "models/a.yaml")
+    write("mlp: {kind: dense}\n", "models/b.yaml")
+    write("rate: 2\ntower: {base: models/a.yaml, mlp: {width: 8}}\n", "first.yaml")
+    write("base: first.yaml\nrate: 3\n", "second.yaml")
+    loaded = load(write("base: second.yaml\ntower: {base: models/b.yaml}\n"), [], Whole)
+    assert loaded.value.tower == Tower(mlp=Dense(width=8))
+    assert (loaded.value.rate, loaded.notes) == (3.0, ())
+    assert load(write("base: second.yaml\n"), [], Whole).value.tower == Tower(depth=5, mlp=Experts(count=16, width=8))
+
+
+def test_a_kind_of_a_base_of_a_block_drops_keys_of_the_file_below(write) -> None:
+    write("mlp: {kind: dense}\n", "b.yaml")
+    write("tower: {mlp: {kind: experts, count: 16}}\n", "a.yaml")
+    with pytest.warns(DroppedKeyWarning, match="count"):
+        assert load(write("base: a.yaml\ntower: {base: b.yaml}\n"), [], Whole).value.tower.mlp == Dense()
+
+
 def test_switched_kind_drops_keys_of_the_file_with_a_warning(write) -> None:
     path = write("tower:\n  mlp:\n    kind: experts\n    count: 16\n    width: 8\n")
     with pytest.warns(DroppedKeyWarning, match="count"):

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from mmscale.cli.main import main
+from mmscale.models.config import ModelConfig
+from tests.configs.files import model_of
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "models"
 COUNTS = {  # Counted in the reference implementations (transformers; Molmo's own code for OLMo-7B-1024).
@@ -62,6 +64,10 @@ NOMINAL = {  # Sizes were not published: models of the published form with about
     "mm1.5-3b": (2_967_440_448, 3e9),
     "mm1.5-7b": (7_014_788_672, 7e9),
     "mm1.5-30b": (30_601_908_800, 30e9),
+}
+EXPERTS = {  # Number of blocks, width, feed-forward of a model of the published form.
+    "mm1.5-1b-moe": (24, 1024, 2816),
+    "mm1.5-3b-moe": (28, 2560, 6912),
 }
 SPLITS = {  # Vision; projector and cross-attention; text without and with the rows for images.
     "llama3.2-11b-vision": (863_567_379, 31_461_376 + 1_744_898_064, 8_030_294_016 - 8 * 4096, 8 * 4096),
@@ -118,8 +124,37 @@ def test_models_of_unpublished_widths_are_near_their_nominal_size_and_say_so(
     assert all(line.endswith("# unknown: not published, our choice") for line in decoder)
 
 
+@pytest.mark.parametrize("name", ["molmo-7b-o", "molmo-72b"])
+def test_a_recipe_on_top_of_another_trains_its_own_model(name: str) -> None:
+    model = model_of(FOLDER / f"{name}.yaml")
+    assert isinstance(model, ModelConfig)
+    dropout = {"dropout": 0.1, "dropout_rows": "learned"}
+    decoder = model.decoder.model_copy(update=dropout)
+    assert model_of(FOLDER.parent / "recipes" / f"{name}.yaml") == model.model_copy(update={"decoder": decoder})
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_of_a_model_of_unpublished_widths(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The counts are those of the dense model, and in every second block 64 experts and a router instead of one."""
+    counts = []
+    for file in (f"{name}.yaml", f"{name.removesuffix('-moe')}.yaml"):
+        assert main(["params", str(FOLDER / file), "--json"]) == 0
+        counts.append(json.loads(capsys.readouterr().out))
+    (sparse, dense), (blocks, width, hidden) = counts, EXPERTS[name]
+    router, expert = 64 * width, 3 * width * hidden
+    assert sparse["total"] == dense["total"] + blocks // 2 * (63 * expert + router)
+    assert sparse["active"] == dense["total"] + blocks // 2 * (1 * expert + router)
+    text = (FOLDER / f"{name}.yaml").read_text()
+    assert f": {sparse['total']:,} parameters, {sparse['active']:,} a token" in text
+    decoder = text[text.index("decoder:") : text.index("vision:")].splitlines()[1:]
+    published = {"num_experts", "experts_per_token", "every", "balance_coefficient", "z_coefficient"}
+    for line in decoder:
+        key = line.split(":")[0].strip()
+        assert key in ("mlp", "kind") or ("published" in line and ("unknown" in line) == (key not in published)), line
+
+
 def test_every_published_configuration_has_a_number() -> None:
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*COUNTS, *FORMULAS, *NOMINAL, "tiny"}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*COUNTS, *FORMULAS, *NOMINAL, *EXPERTS, "tiny"}
 
 
 @pytest.mark.parametrize("name", [name for name in COUNTS if name.startswith("molmo")])

@@ -15,6 +15,7 @@ from mmscale.errors import ConfigError
 from mmscale.models.connector_config import HybridConnectorConfig
 from mmscale.nn.rope import RopeConfig, Rotary2dConfig
 from mmscale.run.config import RunConfig, check_files
+from mmscale.shrink.run import shrink_run
 
 TINY = Path(__file__).parents[1] / "system/tiny.yaml"
 LARGE = {"model": {"vision": {"positions": {"grid": [6, 6]}}}}
@@ -89,6 +90,33 @@ def test_a_stage_trains_and_takes_what_its_own_model_has() -> None:
         run_of({"weights": [{"checkpoint": "x", "components": ["all", "decoder"]}]})
     config = run_of(new, {"train": ["extra_tokens", "connector"]})
     assert config.stage_model(1).components == ("vision", "connector", "decoder", "extra_tokens")
+
+
+def test_a_stage_that_cannot_upcycle_names_the_key() -> None:
+    moe = {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert_dim": 64, "renormalise": True}
+
+    def sparse(**keys: Any) -> dict[str, Any]:
+        return {
+            "model": {"decoder": {"mlp": {**moe, **keys}}, "connector": {"mlp": {"hidden_dim": 64}}},
+            "upcycle": True,
+        }
+
+    assert run_of({}, sparse()).stages[1].upcycles_previous
+    with pytest.raises(ConfigError, match=r"stages\.1 \(s1\)\.upcycle=true: the decoder of this stage has no experts"):
+        run_of({}, {"upcycle": True})
+    with pytest.raises(ConfigError, match=r"stages\.0 \(s0\)\.upcycle=true: nothing is loaded; name the dense model"):
+        run_of(sparse())
+    with pytest.raises(
+        ConfigError, match=r"stages\.1 \(s1\)\.upcycle=true: model\.decoder\.mlp\.expert_dim=48: must be 64"
+    ):
+        run_of({}, sparse(expert_dim=48))
+    with pytest.raises(ConfigError, match=r"stages\.1 \(s1\)\.upcycle=true: model\.decoder\.mlp\.renormalise=false"):
+        run_of({}, sparse(renormalise=False))
+    with pytest.raises(ConfigError, match=r"stages\.2 \(s2\)\.upcycle=true: .* have experts already"):
+        run_of({}, sparse(), {"upcycle": True})
+    loaded = {**sparse(expert_dim=48), "weights": [{"checkpoint": "x", "components": ["decoder"]}]}
+    assert not run_of({}, loaded).stages[1].upcycles_previous  # Checked when the run starts.
+    assert not shrink_run(run_of({}, sparse())).stages[1].upcycle
 
 
 def test_a_model_is_asked_by_the_data_of_the_last_stage_that_has_it() -> None:

@@ -172,17 +172,41 @@ def test_other_learning_rates(stages: Stages) -> None:
 
 def test_new_rows_only(stages: Stages) -> None:
     """The old rows are bitwise unchanged, with and without weight decay."""
-    assert stages.config.stages[-1].optimizer.weight_decay > 0
+    number = stages.number("words")
+    assert stages.config.stages[number].optimizer.weight_decay > 0
     assert set(stages.after("words")) - set(stages.before("words")) == NEW
     first = stages.first_values("words")
     stages.check("words", {**stages.before("words"), **{name: first[name] for name in NEW}})
-    assert stages.lines[-1]["lr/extra_tokens"] > 0
+    assert stages.lines[number * STEPS]["lr/extra_tokens"] > 0
+
+
+def test_feed_forwards_become_experts(stages: Stages) -> None:
+    """The loss of the first step is that of the dense model, to which ``check`` compares a model with experts."""
+    old, first = stages.before("experts"), stages.first_values("experts")
+    begun = {name: values for name, values in old.items() if ".mlp." not in name or not name.startswith("decoder.")}
+    for name in set(first) - set(begun):
+        path = name.rpartition(".experts.")[0]
+        if name.endswith(".gate.weight"):
+            begun[name] = first[name]
+        elif name.endswith(".down_proj"):
+            begun[name] = old[f"{path}.down_proj.weight"].expand(4, -1, -1)
+        else:
+            begun[name] = torch.cat([old[f"{path}.gate_proj.weight"], old[f"{path}.up_proj.weight"]]).expand(4, -1, -1)
+    stages.check("experts", begun)
+    number = stages.number("experts")
+    dense = build_model(stages.config.stage_model(number - 1), seed=None)
+    dense.load_state_dict(old, strict=False)
+    with Loader(stages.config.stage_data(number), stages.config.stage_media(number), seed=1) as loader, torch.no_grad():
+        micros = next(loader).microbatches
+        loss = sum(float(NextToken()(dense, micro).loss_sum) for micro in micros) / sum(m.weight for m in micros)
+    assert stages.lines[number * STEPS]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_data_and_images_decide_whether_the_stream_goes_on(stages: Stages) -> None:
     fresh = [name for number, name in enumerate(stages.names) if not stages.config.continues(number)]
-    # Only `context` changes the packing. `pictures` changes crops and data, and the later stages keep its changes.
-    assert fresh == ["read", "see", "context", "pictures"]
+    # Only `context` changes the packing. `pictures` changes crops and data, and the later stages keep its changes. A
+    # token of `experts` costs more, so a patch costs relatively less, which changes the packs.
+    assert fresh == ["read", "see", "context", "pictures", "experts"]
 
 
 def test_the_sample_log_has_every_step_and_replays_lost_ones(stages: Stages, tmp_path: Path) -> None:
@@ -260,7 +284,7 @@ def test_sources_are_checked_before_training_and_only_while_they_are_needed(
 
 
 def test_frozen_parameters_have_no_moments(stages: Stages) -> None:
-    notes = json.loads((stages.paths[-1] / "rank-00000.json").read_text())["tensors"]
+    notes = json.loads((stages.paths[stages.number("words")] / "rank-00000.json").read_text())["tensors"]
     kinds: dict[str, set[str]] = {}
     for key in notes:
         name, _, kind = key.rpartition("|")
