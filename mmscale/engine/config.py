@@ -32,6 +32,11 @@ class EngineConfig(StrictConfig):
     offload: Literal["none", "optimizer", "optimizer_and_weights"] = "none"
     """State kept in the host's memory. ``optimizer``: master weights and optimizer state (ZeRO stages 1 to 3).
     ``optimizer_and_weights``: also the shards of the weights (stage 3). Allowed on a CPU device, but saves nothing."""
+    expert_parallel: int = Field(default=1, ge=1)
+    """Number of consecutive ranks that share the experts of each layer (expert parallelism). Each of them holds an
+    equal part of the experts, and token rows travel to the rank that holds their experts. Must divide the number of
+    ranks and ``num_experts``; above 1 it needs ZeRO stage 3 and a model with experts. 1: ZeRO gathers all experts on
+    every rank."""
     timeout_seconds: float = Field(default=600.0, gt=0, le=1e9)
     """Seconds to wait for another rank before it counts as lost; above 0."""
     watchdog: WatchdogConfig = WatchdogConfig()
@@ -64,6 +69,11 @@ class EngineConfig(StrictConfig):
         if self.precision == "fp16" and self.zero_stage == 0:
             # At stage 0 DeepSpeed 0.19.8 divides gradients by the loss scale without having multiplied the loss by it.
             raise ValueError("precision=fp16 needs zero_stage=1 or more: DeepSpeed does not scale the loss at stage 0")
+        if self.expert_parallel > 1 and self.zero_stage < 3:
+            raise ValueError(
+                f"expert_parallel={self.expert_parallel} needs zero_stage=3, got {self.zero_stage}: below stage 3 each "
+                "rank holds all experts; set zero_stage=3 or expert_parallel=1"
+            )
         needed = {"none": 0, "optimizer": 1, "optimizer_and_weights": 3}[self.offload]
         if self.zero_stage < needed:
             raise ValueError(f"offload={self.offload} needs zero_stage={needed} or more, got {self.zero_stage}")

@@ -8,7 +8,8 @@ nothing. The weights are equal at any world size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -17,7 +18,10 @@ from torch import nn
 from mmscale.dist import World, start_deepspeed
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.ds_config import deepspeed_config
+from mmscale.engine.expert_parallel import attach_exchange, expert_groups, split_experts
+from mmscale.engine.partition import own_range
 from mmscale.engine.precision import choose_precision
+from mmscale.nn.expert_parallel import full_shape
 
 M = TypeVar("M", bound=nn.Module)
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[object]]
@@ -37,10 +41,14 @@ def construct(build: Callable[[], M], config: EngineConfig, world: World, initia
         config: Stage 3 shards the model from the start. Below stage 3 every rank builds the whole model.
         world: This rank.
         initialise: Writes the same values on every rank, for example ``mmscale.nn.init.initialise_`` with a seed.
+
+    Raises:
+        ConfigError: ``expert_parallel`` does not divide the number of ranks or of experts.
     """
+    gather = partial(_own_range_only, world)
     if config.zero_stage < 3:
         model = build()
-        initialise(model, gather=_own_range_only)
+        initialise(model, gather=gather)
         return model
     start_deepspeed(world)
     import deepspeed
@@ -48,24 +56,30 @@ def construct(build: Callable[[], M], config: EngineConfig, world: World, initia
     precision = choose_precision(config, world.device)
     dictionary = deepspeed_config(config, precision, clip=0.0, device_type=world.device.type)
     # Set the format in the dictionary: on a CPU DeepSpeed replaces a ``dtype`` argument by bf16 (operator precedence).
-    with deepspeed.zero.Init(config_dict_or_path=dictionary):
+    groups = expert_groups(world, config.expert_parallel) if config.expert_parallel > 1 else None
+    with split_experts(groups) if groups else nullcontext(), deepspeed.zero.Init(config_dict_or_path=dictionary):
         model = build()
-    initialise(model, gather=_own_range_only)
+    if groups:
+        attach_exchange(model, groups)
+    initialise(model, gather=gather)
     return model
 
 
 @contextmanager
-def _own_range_only(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Replace sharded parameters by whole, uninitialised ones. On exit keep this rank's range. Sends nothing."""
+def _own_range_only(world: World, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Replace sharded parameters by whole, uninitialised ones. On exit keep this rank's range. Sends nothing.
+
+    A parameter that holds a slice of the experts is replaced by one with all experts.
+    """
     sharded: list[Any] = [parameter for parameter in parameters if hasattr(parameter, "ds_tensor")]
     placeholders = [parameter.data for parameter in sharded]
     for parameter in sharded:
         device = parameter.ds_tensor.device
-        parameter.data = torch.empty(tuple(parameter.ds_shape), dtype=torch.float32, device=device)
+        parameter.data = torch.empty(full_shape(parameter), dtype=torch.float32, device=device)
     yield
     for parameter, placeholder in zip(sharded, placeholders, strict=True):
         shard = parameter.ds_tensor.data.view(-1)
-        rank = torch.distributed.get_rank(parameter.ds_process_group)
-        values = parameter.data.view(-1)[rank * shard.numel() : (rank + 1) * shard.numel()]
+        start, stop = own_range(parameter, world)
+        values = parameter.data.view(-1)[start:stop]
         shard[: values.numel()].copy_(values)
         parameter.data = placeholder

@@ -26,6 +26,7 @@ from mmscale.dist import World, all_reduce_sum, all_reduce_sum_list, any_rank, i
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.deepspeed_attributes import check_attributes
 from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
+from mmscale.engine.expert_parallel import check_placement
 from mmscale.engine.gradient_norms import square_sums
 from mmscale.engine.graph import (
     LossGraph,
@@ -43,6 +44,7 @@ from mmscale.engine.partition import Partition
 from mmscale.engine.precision import Precision, choose_precision
 from mmscale.engine.step_clock import BACKWARD, FORWARD, OPTIMIZER, StepClock, StepSpans, watch_deepspeed
 from mmscale.errors import EngineError
+from mmscale.nn.expert_parallel import full_shape
 from mmscale.nn.router import routers
 from mmscale.optim.schedule import (
     ClippingMixin,
@@ -50,7 +52,6 @@ from mmscale.optim.schedule import (
     LearningRates,
     component_of_parameters,
     freeze,
-    full_shape,
     parameter_groups,
     trained_components,
 )
@@ -136,7 +137,8 @@ class Engine:
             ``mmscale.checkpoint`` set it; equal on all ranks.
 
     Raises:
-        ConfigError: the stage trains a component that the model lacks.
+        ConfigError: the stage trains a component that the model lacks, or ``expert_parallel`` is above 1 and the model
+            has no experts.
         UnsupportedError: this machine cannot compute in the configured precision, or this torch lacks the optimizer.
     """
 
@@ -220,6 +222,7 @@ class Engine:
             dist_init_required=False,
         )
         check_attributes(engine, self.model, self.config.zero_stage, deepspeed.__version__)
+        check_placement(engine, self.model, self.config.expert_parallel, deepspeed.__version__)
         engine.train()
         return engine
 
@@ -353,13 +356,16 @@ class Engine:
         """Add the routers' sums of all microbatches and ranks in one message; return None for a model without them."""
         if not routed:
             return None
-        loads = torch.stack([each.load for each in routed]).sum(0)
-        entropy = torch.stack([each.entropy for each in routed]).double().sum(0)
+        own = [torch.stack(parts).double().sum(0) for parts in zip(*routed, strict=True)]
         with self.clock.communicating():
-            whole = all_reduce_sum_list(self.world, [*loads.flatten().tolist(), *entropy.flatten().tolist()])
-        count = loads.numel()
-        load = torch.tensor(whole[:count], dtype=torch.int64).view(loads.shape)
-        return RouterSums(load, torch.tensor(whole[count:]).view(entropy.shape))
+            whole = all_reduce_sum_list(self.world, torch.cat([each.flatten() for each in own]).tolist())
+        load, entropy, dropped = (
+            part.view(each.shape)
+            for part, each in zip(
+                torch.tensor(whole, dtype=torch.float64).split([x.numel() for x in own]), own, strict=True
+            )
+        )
+        return RouterSums(load.long(), entropy, dropped.long())
 
     def _forward_backward(
         self, microbatches: Sequence[Any], scale: float

@@ -75,10 +75,12 @@ class RouterSums(NamedTuple):
     Attributes:
         load: int64 ``(L, 2, E)``, number of times that text and image tokens chose each expert of each block.
         entropy: float32 ``(L, 2)``, sum over the tokens of the entropy of the router's probabilities, in nats.
+        dropped: int64 ``(L,)``, number of choices that no expert computed because of ``capacity_factor``.
     """
 
     load: Tensor
     entropy: Tensor
+    dropped: Tensor
 
 
 class LossGraph(nn.Module):
@@ -99,7 +101,8 @@ class LossGraph(nn.Module):
         """Return the loss sum of the microbatch, its metric sums, the losses of its documents, and router sums."""
         output = self.objective(self.model, batch)
         metrics = {name: value.detach() for name, value in output.metrics.items()}
-        router = None if output.router is None else RouterSums(output.router.load, output.router.entropy)
+        found = output.router
+        router = None if found is None else RouterSums(found.load, found.entropy, found.dropped)
         return output.loss_sum, metrics, output.document_losses.detach(), router
 
 

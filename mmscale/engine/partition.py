@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mmscale.dist import World
 from mmscale.engine.optimizers.eight_bit import QuantisedRange, zero_moment
 from mmscale.engine.optimizers.shards import FlatMaster, ParameterShard
-from mmscale.optim.schedule import full_shape
+from mmscale.nn.expert_parallel import full_shape, num_parts
 
 EMA = "ema"
 
@@ -53,6 +53,18 @@ def shard_range(numel: int, rank: int, world_size: int) -> tuple[int, int]:
     """Return the range of ``rank`` if ``numel`` values are cut into equal shards; the last ranks' may be empty."""
     length = -(-numel // world_size)
     return min(rank * length, numel), min((rank + 1) * length, numel)
+
+
+def own_range(parameter: nn.Parameter, world: World) -> tuple[int, int]:
+    """Return the range of the flattened whole parameter that this rank's shard covers at stage 3; it may be empty.
+
+    ZeRO-3 cuts a parameter into equal shards, one for each rank. A slice of experts is cut into one for each rank that
+    holds the same slice.
+    """
+    numel, parts = int(parameter.ds_numel), num_parts(parameter)  # type: ignore[attr-defined]
+    first = world.rank % parts * numel
+    start, stop = shard_range(numel, world.rank // parts, world.world_size // parts)
+    return first + start, first + stop
 
 
 class Partition:
@@ -117,9 +129,9 @@ class Partition:
         ]
 
     def _part(self, name: str, parameter: nn.Parameter) -> ParameterShard:
-        """Return a parameter's shard at stage 3, which cuts every parameter into equal shards and pads the last one."""
+        """Return a parameter's shard at stage 3, which pads the last shard to the length of the others."""
         _, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-        start, stop = shard_range(int(parameter.ds_numel), self.world.rank, self.world.world_size)  # type: ignore[attr-defined]
+        start, stop = own_range(parameter, self.world)
         return ParameterShard(name, full_shape(parameter), int(offset), start, stop)
 
     def kinds(self, name: str) -> tuple[str, ...]:
@@ -244,9 +256,11 @@ def frozen_ranges(model: nn.Module, zero_stage: int, world: World) -> Iterator[O
 
 
 def _frozen(name: str, parameter: nn.Parameter, zero_stage: int, world: World, whole: bool) -> Iterator[OwnedRange]:
-    numel = parameter.numel() if zero_stage < 3 else int(parameter.ds_numel)  # type: ignore[attr-defined]
-    whole &= zero_stage < 3
-    start, stop = (0, numel) if whole else shard_range(numel, world.rank, world.world_size)
+    if zero_stage == 3:
+        start, stop = own_range(parameter, world)
+    else:
+        numel = parameter.numel()
+        start, stop = (0, numel) if whole else shard_range(numel, world.rank, world.world_size)
     if start < stop:
         if zero_stage == 3:
             # A shard may end with padding, which is not part of the range.

@@ -21,7 +21,7 @@ from torch import nn
 from mmscale.models.build import build_weights
 from mmscale.models.config import ModelConfig
 from mmscale.nn.cross_entropy import chunk_rows
-from mmscale.nn.moe import Experts
+from mmscale.nn.experts import Experts
 
 _OPTIMIZER_BYTES = 12
 _FACTOR = 1.5

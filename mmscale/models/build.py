@@ -19,8 +19,8 @@ from mmscale.models.flops import cost_per_patch
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.models.vocabulary import LanguageHead
 from mmscale.nn.attention_backends import AttentionChoice, Backend, resolve_backend
+from mmscale.nn.experts import Experts
 from mmscale.nn.init import initialise_
-from mmscale.nn.moe import Experts
 
 AnyModel = MultimodalModel | ContrastiveModel
 

@@ -91,20 +91,23 @@ class MultimodalModel(nn.Module):
         image = torch.zeros_like(batch.valid)
         if (media := batch.media.get("image")) is not None:
             image[media.scatter_index] = True
-        return RoutedRows(batch.valid, image, batch.segments.cu.long())
+        return RoutedRows(batch.valid, image, batch.segments.cu.long(), batch.num_tokens)
 
     def _set_masks(self, batch: MultimodalBatch) -> Dropout | None:
         """Give the adapters their dropout masks, and return those of the decoder's blocks; None without dropout."""
-        rate, adapters = self.config.decoder.dropout, self.config.adapters
+        decoder, adapters = self.config.decoder, self.config.adapters
         if adapters is not None and adapters.dropout:
             masks = self._masks(batch, adapters.dropout, "adapters.dropout")
             for path, layer in adapted_layers(self).items():
                 layer.masks = masks.for_layer(path)
-        if not rate:
+        rates = {"decoder.dropout": decoder.dropout}
+        if isinstance(decoder.mlp, MoeConfig):
+            rates |= {f"decoder.mlp.{key}": getattr(decoder.mlp, key) for key in ("expert_dropout", "jitter")}
+        used = [key for key, rate in rates.items() if rate]
+        if not used:
             return None
-        masks = self._masks(batch, rate, "decoder.dropout")
-        learned = self.config.decoder.dropout_rows == "learned"
-        return replace(masks, chosen=batch.loss_weights > 0) if learned else masks
+        masks = replace(self._masks(batch, rates[used[0]], used[0]), rate=decoder.dropout)
+        return replace(masks, chosen=batch.loss_weights > 0) if decoder.dropout_rows == "learned" else masks
 
     def _masks(self, batch: MultimodalBatch, rate: float, key: str) -> Dropout:
         if batch.dropout_key is None or sum(batch.lane_tokens) != batch.segments.total:

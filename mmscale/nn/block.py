@@ -264,7 +264,7 @@ class MlpBase(StrictConfig, ABC):
     """A kind of feed-forward: ``DenseMlpConfig``, or ``MoeConfig`` in ``moe.py``. A kind has the field ``kind``."""
 
     has_experts: ClassVar[bool] = False
-    """Whether the module is called with ``(hidden, RoutedRows)`` and returns ``(output, RouterTensors)``."""
+    """Whether the module is called with ``(hidden, RoutedRows, Dropout)`` and returns ``(output, RouterTensors)``."""
     training_fields: ClassVar[tuple[str, ...]] = ()
     """Fields that change the training only, not the output of a trained model."""
 
@@ -441,7 +441,7 @@ class TransformerBlock(nn.Module):
         branch = self.post_attention_layernorm(hidden) if pre else hidden
         sums = None
         if self.has_experts:
-            branch, sums = self.mlp(branch, rows)
+            branch, sums = self.mlp(branch, rows, dropout)
         else:
             branch = self.mlp(branch)
         branch = self.mlp_scale(branch if pre else self.post_attention_layernorm(branch))

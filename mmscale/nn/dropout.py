@@ -28,6 +28,8 @@ _STRIDE, _FIRST, _SECOND = (
 _LEVELS = 1 << 16
 """Number of values of the 16 bits that decide one channel. One 64-bit hash serves four channels: hashing takes nearly
 all of the time."""
+_JITTER = int.from_bytes(b"jitter", "little")
+"""Separates the numbers of ``Dropout.jitter`` from those of the masks."""
 
 
 class SubLayer(IntEnum):
@@ -42,7 +44,8 @@ class Dropout:
     """The masks of one microbatch.
 
     Attributes:
-        rate: Share of values to drop, above 0 and below 1; rounded to a multiple of 2^-16 in that range.
+        rate: Share of values to drop, below 1. With 0, calls return their values. Above 0, the rate is rounded to a
+            multiple of 2^-16 in that range.
         rows: int64 ``(T,)``, hash of seed, step, lane and offset in the lane of each row.
         block: Number of the block; different blocks have independent masks.
         chosen: bool ``(T,)``, rows that dropout applies to; None for all. The mask of a row does not depend on it.
@@ -92,16 +95,43 @@ class Dropout:
         key = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "little", signed=True)
         return replace(self, rows=_mix(self.rows ^ key), block=0)
 
+    def for_choices(self, rate: float, rows: Int[Tensor, " R"], experts: Int[Tensor, " R"]) -> Dropout:
+        """Return the masks of rows in experts: those of one row in different experts are independent.
+
+        Args:
+            rate: Share of values to drop.
+            rows: Indices of the rows.
+            experts: Expert of each of ``rows``.
+        """
+        keys = _mix(self.rows.index_select(0, rows) ^ (experts + 1) * _STRIDE)
+        return replace(self, rate=rate, rows=keys, chosen=None)
+
+    def split(self, counts: list[int]) -> list[Dropout]:
+        """Return the masks of consecutive groups of rows; all rows must be chosen."""
+        return [replace(self, rows=part) for part in self.rows.split(counts)]
+
+    def jitter(self, amount: float, dim: int) -> Float[Tensor, "T D"]:
+        """Return a factor in ``(1 - amount, 1 + amount)`` for each of ``dim`` channels of each row, in float32.
+
+        Source: Fedus et al. 2022, "Switch Transformers", section 2.4.
+        """
+        bits = replace(self, rows=_mix(self.rows ^ _JITTER))._bits(SubLayer.FEED_FORWARD, dim)
+        return (bits.float() + 0.5) * (2 * amount / _LEVELS) + 1
+
     def dropped(self, sub_layer: SubLayer, dim: int) -> Bool[Tensor, "T D"]:
         """Return a mask over ``dim`` channels of each row, True where a value is dropped; ignores ``chosen``."""
+        return self._bits(sub_layer, dim) < self._threshold - _LEVELS // 2  # int16 begins at -2^15.
+
+    def _bits(self, sub_layer: SubLayer, dim: int) -> Int[Tensor, "T D"]:
         words = -(-dim // (_WORD_BITS // 16))
         first = (self.block * len(SubLayer) + sub_layer) * words
         offsets = torch.arange(first, first + words, device=self.rows.device)
-        bits = _mix(self.rows.unsqueeze(1) + offsets * _STRIDE).view(torch.int16)[:, :dim]
-        return bits < self._threshold - _LEVELS // 2  # int16 begins at -2^15.
+        return _mix(self.rows.unsqueeze(1) + offsets * _STRIDE).view(torch.int16)[:, :dim]
 
     def __call__(self, values: Float[Tensor, "T D"], sub_layer: SubLayer) -> Float[Tensor, "T D"]:
         """Return ``values`` with dropped ones set to 0 and the others scaled up, in the chosen rows."""
+        if not self.rate:
+            return values
         kept = values.masked_fill(self.dropped(sub_layer, values.shape[1]), 0.0)
         kept = kept.mul_(_LEVELS / (_LEVELS - self._threshold))
         return kept if self.chosen is None else torch.where(self.chosen.unsqueeze(1), kept, values)

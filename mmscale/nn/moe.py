@@ -1,6 +1,6 @@
-"""Mixture of experts: a router and stacked expert weights, without dropped tokens.
+"""Mixture of experts: a router and stacked expert weights, by default without dropped tokens.
 
-    rows --router--> A experts each --sort by expert--> per-expert projections --un-sort, weigh, sum--> rows
+    rows --router--> A experts each --sort by expert--> weighted per-expert projections --un-sort, sum--> rows
 
 All experts share one parameter per matrix. A rank without rows for an expert therefore still runs the same modules as
 the other ranks.
@@ -8,15 +8,16 @@ the other ranks.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mmscale.nn.block import ACTIVATIONS, Activation, DenseMlpConfig, Mlp, MlpBase
+from mmscale.nn.block import Activation, DenseMlpConfig, Mlp, MlpBase
+from mmscale.nn.dropout import Dropout
+from mmscale.nn.experts import Dispatch, Experts
 from mmscale.nn.router import RoutedRows, Router, RouterConfig, RouterTensors
 from mmscale.nn.sizes import Layers, ShrunkTo, Width
 
@@ -25,10 +26,24 @@ class MoeConfig(RouterConfig, MlpBase):
     """Feed-forward block with routed experts."""
 
     has_experts: ClassVar[bool] = True
-    training_fields: ClassVar[tuple[str, ...]] = ("balance", "balance_coefficient", "balance_groups", "z_coefficient")
+    training_fields: ClassVar[tuple[str, ...]] = (
+        "balance",
+        "balance_coefficient",
+        "balance_groups",
+        "z_coefficient",
+        "jitter",
+        "expert_dropout",
+        "capacity_factor",
+    )
     kind: Literal["moe"] = "moe"
     expert_dim: Width
     """F of each routed expert; a multiple of 8 for the grouped CUDA kernel."""
+    expert_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout rate in training between the projections of routed experts (Switch, fine-tuning: 0.4)."""
+    capacity_factor: float | None = Field(default=None, gt=0)
+    """In training, an expert computes at most ``ceil(capacity_factor * rows * experts_per_token / num_experts)`` rows
+    of a microbatch, the first ones (Switch: 1.25). Choices beyond that contribute nothing, and the step report counts
+    them; the other weights are unchanged. Results then depend on the microbatches. Null: no limit."""
     activation: Activation = Activation.SILU
     """Non-linearity of the gated experts."""
     shared_dim: int = Field(default=0, ge=0, le=1 << 20)
@@ -73,44 +88,6 @@ class MoeConfig(RouterConfig, MlpBase):
         return 2 * dim * self.shared_dim if self.shared_dim and not self.shared_gate else 0
 
 
-class Experts(nn.Module):
-    """E gated feed-forward networks, stacked.
-
-    The gate and up projections are one matrix ``(E, 2 F, D)``, gate first, as in Hugging Face's expert modules.
-    """
-
-    def __init__(self, dim: int, config: MoeConfig) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_dim, dim))
-        self.down_proj = nn.Parameter(torch.empty(config.num_experts, dim, config.expert_dim))
-        nn.init.normal_(self.gate_up_proj, std=0.02)
-        nn.init.normal_(self.down_proj, std=0.02)
-        self.activate = ACTIVATIONS[config.activation]
-        self.num_experts = config.num_experts
-        self.experts_per_token = config.experts_per_token
-
-    def forward(self, rows: Float[Tensor, "R D"], experts: Int[Tensor, " R"]) -> Float[Tensor, "R D"]:
-        """Return the output of each row's expert. ``rows`` must be sorted by ``experts``, the expert of each row."""
-        counts = torch.bincount(experts, minlength=self.num_experts)
-        if rows.is_cuda and rows.dtype is torch.bfloat16 and hasattr(F, "grouped_mm"):
-            return self._grouped(rows, counts)
-        return self._split(rows, counts.tolist())
-
-    def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
-        ends = counts.cumsum(0).to(torch.int32)
-        gate, up = F.grouped_mm(rows, self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        return F.grouped_mm(self.activate(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
-
-    def _split(self, rows: Tensor, counts: list[int]) -> Tensor:
-        # unbind, not W[e]: indexing in a loop allocates a gradient of the whole stack per expert, 5x to 70x slower.
-        outputs = []
-        stacks = zip(rows.split(counts), self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
-        for part, gate_up, down in stacks:
-            gate, up = F.linear(part, gate_up).chunk(2, dim=-1)
-            outputs.append(F.linear(self.activate(gate) * up, down))
-        return torch.cat(outputs)
-
-
 class MoeMlp(nn.Module):
     """Routed experts plus, optionally, a shared one.
 
@@ -120,7 +97,7 @@ class MoeMlp(nn.Module):
     def __init__(self, dim: int, config: MoeConfig) -> None:
         super().__init__()
         self.gate = Router(dim, config)
-        self.experts = Experts(dim, config)
+        self.experts = Experts(dim, config.num_experts, config.experts_per_token, config.expert_dim, config.activation)
         if config.shared_dim:
             shared = DenseMlpConfig(hidden_dim=config.shared_dim, activation=config.activation)
             self.shared_expert = Mlp(dim, shared)
@@ -128,21 +105,33 @@ class MoeMlp(nn.Module):
                 self.shared_expert_gate = nn.Linear(dim, 1, bias=False)
         self.config = config
 
-    def forward(self, hidden: Float[Tensor, "T D"], rows: RoutedRows) -> tuple[Float[Tensor, "T D"], RouterTensors]:
+    def forward(
+        self, hidden: Float[Tensor, "T D"], rows: RoutedRows, dropout: Dropout | None = None
+    ) -> tuple[Float[Tensor, "T D"], RouterTensors]:
         """Return the output rows and the router's sums.
 
-        Rows that are not ``rows.valid`` have an output but do not count in the sums.
+        Rows that are not ``rows.valid`` use no routed expert and do not count in the sums.
+
+        Args:
+            hidden: Rows.
+            rows: Their properties.
+            dropout: Random numbers of the rows for ``expert_dropout`` and ``jitter``; None for neither.
         """
-        weights, chosen, sums = self.gate(hidden, rows)
-        copies = self.config.experts_per_token
-        experts, order = chosen.flatten().sort(stable=True)
-        # Repeat, then permute: both have deterministic gradients. Gathering repeated rows has not (CUDA atomics).
-        copied = hidden.repeat_interleave(copies, 0).index_select(0, order)
-        outputs = self.experts(copied, experts).index_select(0, order.argsort())  # back in (T, A) order
-        mixed = (outputs.view(-1, copies, hidden.shape[-1]) * weights.unsqueeze(-1)).sum(1)
-        if self.config.shared_dim:
+        config = self.config
+        weights, chosen, sums = self.gate(hidden, rows, dropout)
+        capacity = None
+        if config.capacity_factor is not None and self.training:
+            num_valid = len(chosen) if rows.index is None else len(rows.index)
+            capacity = math.ceil(config.capacity_factor * num_valid * config.experts_per_token / config.num_experts)
+        dispatch = Dispatch.of(chosen, config.num_experts, rows.index, capacity)
+        if capacity is not None:
+            sums = sums._replace(dropped=sums.load.sum() - len(dispatch.choices))
+        masks = dispatch.masks(dropout, config.expert_dropout, chosen) if dropout and config.expert_dropout else None
+        outputs = self.experts(dispatch.gather(hidden), dispatch.weights(weights), dispatch.counts, masks)
+        mixed = dispatch.sum(outputs)
+        if config.shared_dim:
             shared = self.shared_expert(hidden)
-            if self.config.shared_gate:
+            if config.shared_gate:
                 shared = shared * self.shared_expert_gate(hidden).sigmoid()
             mixed = mixed + shared
         return mixed, sums

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.io.strict import StrictConfig
+from mmscale.nn.dropout import Dropout
 from mmscale.nn.sizes import NumExperts
 
 MODALITIES = ("text", "image")
@@ -57,6 +59,9 @@ class RouterConfig(StrictConfig):
     ``router=sigmoid`` the sum of its best two."""
     groups_per_token: NumExperts = 1
     """Groups that each token chooses among ``choice_groups``."""
+    jitter: float = Field(default=0.0, ge=0, lt=1)
+    """In training, multiply each channel of the router's input by a random factor between ``1 - jitter`` and
+    ``1 + jitter`` (Switch: 0.01). The factor does not depend on ranks and microbatches."""
     balance: Literal["global", "microbatch", "sequence"] = "global"
     """Tokens whose load the balance loss makes equal: all tokens of the step on all ranks, those of each microbatch, or
     those of each document. ``global`` and ``sequence`` do not depend on ranks and microbatches. ``global`` with several
@@ -119,17 +124,25 @@ class RoutedRows:
         valid: bool ``(T,)``, rows that use experts and count; False in dummy documents and padding.
         image: bool ``(T,)``, rows with an image feature.
         offsets: int64 ``(S + 1,)``, bounds of the documents among the rows.
+        num_valid: Number of valid rows if the host knows it. If all rows are valid, the host need not wait for the
+            device to find them.
     """
 
     valid: Bool[Tensor, " T"]
     image: Bool[Tensor, " T"]
     offsets: Int[Tensor, " S_1"]
+    num_valid: int | None = None
 
     @classmethod
     def text(cls, valid: Bool[Tensor, " T"]) -> RoutedRows:
         """Return the rows of one document without images."""
         offsets = torch.tensor([0, len(valid)], device=valid.device)
         return cls(valid, torch.zeros_like(valid), offsets)
+
+    @cached_property
+    def index(self) -> Int[Tensor, " V"] | None:
+        """int64 ``(V,)``, indices of the valid rows; None if the host knows that all rows are valid."""
+        return None if self.num_valid == len(self.valid) else self.valid.nonzero().flatten()
 
 
 class RouterTensors(NamedTuple):
@@ -142,6 +155,7 @@ class RouterTensors(NamedTuple):
         z: float32 ``()`` with gradient, sum of the squared logsumexp of the logits.
         load: int64 ``(2, E)``, number of times that rows of each of ``MODALITIES`` chose each expert.
         entropy: float32 ``(2,)``, sum over the rows of each modality of the entropy of their probabilities, in nats.
+        dropped: int64 ``()``, number of choices that no expert computed because of ``capacity_factor``.
     """
 
     importance: Tensor
@@ -149,6 +163,7 @@ class RouterTensors(NamedTuple):
     z: Tensor
     load: Tensor
     entropy: Tensor
+    dropped: Tensor
 
 
 class RouterOutput(NamedTuple):
@@ -159,6 +174,7 @@ class RouterOutput(NamedTuple):
     z: Tensor
     load: Tensor
     entropy: Tensor
+    dropped: Tensor
 
     @classmethod
     def of(cls, layers: list[RouterTensors]) -> RouterOutput | None:
@@ -189,11 +205,19 @@ class Router(nn.Module):
         self.config = config
 
     def forward(
-        self, hidden: Float[Tensor, "T D"], rows: RoutedRows
+        self, hidden: Float[Tensor, "T D"], rows: RoutedRows, noise: Dropout | None = None
     ) -> tuple[Float[Tensor, "T A"], Int[Tensor, "T A"], RouterTensors]:
-        """Return weights and indices of each row's chosen experts, and sums over the valid rows."""
-        config = self.config
-        logits = F.linear(hidden.float(), self.weight.float())  # (T, E)
+        """Return weights and indices of each row's chosen experts, and sums over the valid rows.
+
+        Args:
+            hidden: Rows.
+            rows: Their properties.
+            noise: Random numbers of the rows for ``jitter``; None for no jitter.
+        """
+        config, inputs = self.config, hidden.float()
+        if noise is not None and config.jitter:
+            inputs = inputs * noise.jitter(config.jitter, inputs.shape[1])
+        logits = F.linear(inputs, self.weight.float())  # (T, E)
         if config.router is RouterOrder.SIGMOID:
             scores = logits.sigmoid()
             probabilities = scores / scores.sum(-1, keepdim=True)
@@ -240,7 +264,8 @@ class Router(nn.Module):
             # float32 counts exactly up to 2^24 rows.
             load = (by_modality @ counts).long()
             entropy = by_modality @ torch.special.entr(probabilities).sum(-1)
-        return RouterTensors(importance, balance, mask @ logits.logsumexp(-1).square(), load, entropy)
+            dropped = load.new_zeros(())
+        return RouterTensors(importance, balance, mask @ logits.logsumexp(-1).square(), load, entropy, dropped)
 
     def rebalance(self, load: Int[Tensor, " E"]) -> None:
         """Raise the bias of each expert with less than the mean load by ``bias_rate``, and lower that of the others.

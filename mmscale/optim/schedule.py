@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmscale.errors import ConfigError
 from mmscale.models.vocabulary import LanguageHead
+from mmscale.nn.expert_parallel import full_shape
 from mmscale.optim.config import AdafactorConfig, AdamWConfig, MuonConfig
 from mmscale.optim.stages import ALL, StageConfig
 
@@ -71,11 +72,6 @@ def freeze(model: nn.Module, components: Components, stage: StageConfig) -> None
     owner = component_of_parameters(model, components)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(owner[name] in names)
-
-
-def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Return the shape of the whole parameter, even if ZeRO-3 has replaced it by an empty placeholder."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def decays(name: str, shape: Sequence[int]) -> bool:

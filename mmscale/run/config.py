@@ -29,6 +29,7 @@ from mmscale.bad_steps.detector import BadStepsConfig, Policy
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.checkpoint.upcycle import upcycling_problem
 from mmscale.engine.config import EngineConfig
+from mmscale.engine.expert_parallel import check_experts, check_ranks
 from mmscale.errors import ConfigError
 from mmscale.evaluate import EvaluationConfig, check_best, check_sets
 from mmscale.metrics.config import MetricsConfig
@@ -130,6 +131,22 @@ class RunConfig(StrictConfig):
         pairs = zip(before.block_mlps(), decoder.block_mlps(), strict=False)
         problems = (upcycling_problem(dense, mlp) for dense, mlp in pairs if isinstance(mlp, MoeConfig))
         return next((f"model.decoder.mlp.{problem}" for problem in problems if problem), None)
+
+    @model_validator(mode="after")
+    def _check_expert_parallel(self) -> RunConfig:
+        size = self.engine.expert_parallel
+        for number in range(len(self.stages)) if size > 1 else ():
+            mlp = self.stage_model(number).decoder.mlp
+            if not isinstance(mlp, MoeConfig):
+                raise ValueError(
+                    f"engine.expert_parallel={size}: the model of {self._place(number)} has no experts; set "
+                    "engine.expert_parallel=1"
+                )
+            try:
+                check_experts(size, mlp.num_experts)
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+        return self
 
     @model_validator(mode="after")
     def _check_roll_back(self) -> RunConfig:
@@ -387,11 +404,12 @@ def _without_images(config: RunConfig, number: int) -> str:
 
 
 def check_world(config: RunConfig, world_size: int) -> None:
-    """Check that every one of ``world_size`` ranks gets a lane in every stage.
+    """Check that every one of ``world_size`` ranks gets a lane in every stage, and an equal part of the experts.
 
     Raises:
-        ConfigError: a rank would get no sample.
+        ConfigError: a rank would get no sample, or ``engine.expert_parallel`` does not divide ``world_size``.
     """
+    check_ranks(config.engine.expert_parallel, world_size)
     for number in range(len(config.stages)):
         lanes = config.stage_data(number).lanes
         if world_size > lanes:

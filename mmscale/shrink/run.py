@@ -62,7 +62,13 @@ def shrink_run(config: RunConfig, *, steps: int = 4, lanes: int = 2) -> RunConfi
             "model": shrink(config.model),
             "stages": stages,
             "engine": config.engine.model_copy(
-                update={"precision": "auto", "device": "auto", "attention": "auto", "micro_lanes": 1}
+                update={
+                    "precision": "auto",
+                    "device": "auto",
+                    "attention": "auto",
+                    "micro_lanes": 1,
+                    "expert_parallel": 1,
+                }
             ),
             "checkpoint": config.checkpoint.model_copy(update={"every_steps": half, "keep_every": None}),
             "bad_steps": config.bad_steps.model_copy(update={"roll_back_steps": 1}),

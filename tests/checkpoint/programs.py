@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 import resource
@@ -32,6 +33,7 @@ from mmscale.checkpoint.share import persistent_buffers
 from mmscale.dist import World
 from mmscale.engine.engine import Engine
 from mmscale.errors import CheckpointError
+from mmscale.nn.expert_parallel import full_shape
 from tests.checkpoint.dying_writer import sitecustomize
 from tests.data_pipeline.lane_states import toy_lane
 from tests.engine.programs import lanes_of, make_engine
@@ -51,7 +53,7 @@ def digest(engine: Engine, world: World) -> str:
     total = hashlib.sha256(str(engine.partition.optimizer_steps()).encode())
     whole: dict[str, torch.Tensor] = {}
     for name, parameter in engine.model.named_parameters():
-        numel = int(torch.Size(getattr(parameter, "ds_shape", parameter.shape)).numel())
+        numel = math.prod(full_shape(parameter))
         for kind in ("weights", *(engine.partition.kinds(name) if parameter.requires_grad else ())):
             whole[f"{name}|{kind}"] = torch.zeros(numel)
     for owned in engine.partition.owned():

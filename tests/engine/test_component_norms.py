@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from mmscale.dist import World, all_reduce_sum
 from mmscale.engine.engine import Engine
-from mmscale.optim.schedule import component_of_parameters, freeze, full_shape
+from mmscale.nn.expert_parallel import full_shape
+from mmscale.optim.schedule import component_of_parameters, freeze
 from tests.engine.fp16 import forced
 from tests.engine.programs import LANES, lanes_of, make_engine, stage
 from tests.engine.ranks import run_ranks

@@ -116,20 +116,29 @@ def test_samples_are_drawn_with_different_random_numbers_and_again_with_the_same
     assert len(set(found[0])) == 4
 
 
-@pytest.mark.dist
-def test_shards_on_two_ranks_give_the_answers_of_one_process(tmp_path: Path) -> None:
-    """A stop text ends the answers of the ranks after different numbers of tokens."""
-    manifest = str(write_set(tmp_path, rows()))
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Any, Path]]:
+    """The results of sharded models on one and on two ranks, and the folders with their answers."""
+    place = tmp_path_factory.mktemp("sharded")
+    manifest = str(write_set(place, rows()))
     held = {**PLAIN, "manifest": manifest, "stop": ["e"], "metric": "anls"}
     found = {}
     for ranks in (1, 2):
-        folder = tmp_path / str(ranks)
+        folder = place / str(ranks)
         arguments = {"held": held, "answers_folder": str(folder)}
         results = run_ranks("tests.evaluate.texts:score_sharded", ranks, arguments)
         assert results == results[:1] * ranks
-        found[ranks] = (results[0], read_answers(folder))
-    assert found[1] == found[2]
-    assert len({len(line["answer"]) for line in found[1][1]}) > 1
+        found[ranks] = (results[0], folder)
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["dense", "experts"])
+def test_shards_on_two_ranks_give_the_answers_of_one_process(sharded: dict[int, tuple[Any, Path]], name: str) -> None:
+    """A stop text ends the answers of the ranks after different numbers of tokens."""
+    one, two = ((results[name], read_answers(folder / name)) for results, folder in sharded.values())
+    assert one == two
+    assert len({len(line["answer"]) for line in one[1]}) > 1
 
 
 @pytest.mark.parametrize(

@@ -66,17 +66,32 @@ def score_all(world: World, sets: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def score_sharded(world: World, held: dict[str, Any], answers_folder: str) -> dict[str, Any]:
-    """Return the result of one set under ZeRO-3 with real shards. Runs on every rank."""
-    settings = ModelConfig(decoder=tiny_model().config.decoder)
+    """Return the results of one set under ZeRO-3 with real shards. Runs on every rank.
+
+    ``dense`` is a model without experts. In ``experts`` each rank holds an equal part of the experts.
+    """
+    dense = tiny_model().config.decoder.model_dump()
+    experts = {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert_dim": 16}
+    cases = {"dense": (dense, 1), "experts": ({**dense, "mlp": experts}, world.world_size)}
+    return {name: _score_sharded(world, held, Path(answers_folder) / name, *case) for name, case in cases.items()}
+
+
+def _score_sharded(
+    world: World, held: dict[str, Any], answers_folder: Path, decoder: dict[str, Any], expert_parallel: int
+) -> dict[str, Any]:
+    settings = ModelConfig.model_validate({"decoder": decoder})
     config = EngineConfig(
-        zero_stage=3, device="cpu", precision="fp32", timeout_seconds=60, persistent_parameter_elements=0
+        zero_stage=3,
+        device="cpu",
+        precision="fp32",
+        timeout_seconds=60,
+        persistent_parameter_elements=0,
+        expert_parallel=expert_parallel,
     )
     model = construct(partial(build_model, settings, seed=None), config, world, partial(initialise_, seed=3))
     stage = StageConfig.model_validate({"name": "all", "steps": 1})
     engine = Engine(model, NextToken(), stage, config, world)
     with engine.inference() as net:
-        found = evaluate(
-            net, evaluation(held), text_data(), media_spec(settings), world, answers_folder=Path(answers_folder)
-        )
+        found = evaluate(net, evaluation(held), text_data(), media_spec(settings), world, answers_folder=answers_folder)
     engine.close()
     return asdict(found["held"])

@@ -110,6 +110,24 @@ def test_evaluation_and_a_rate_of_zero_draw_no_mask(kind: str | None, monkeypatc
     assert generate(net, unkeyed, 3, eos_id=0) == generate(plain, unkeyed, 3, eos_id=0)
 
 
+def test_experts_and_routers_have_noise_without_dropout_of_the_stream() -> None:
+    """The same noise in any microbatch and in recomputed blocks; none in evaluation."""
+    mlp = {**MOE, "expert_dropout": 0.3, "jitter": 0.5}
+    net, plain = model("embedding", mlp=mlp), model("embedding", mlp=MOE)
+    lanes = [lane(net, number) for number in (0, 3, 1)]
+    alone = torch.cat([net(batch).hidden for batch in lanes])
+    batch = together(net, lanes)
+    torch.testing.assert_close(net(batch).hidden, alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(alone, plain(batch).hidden, atol=1e-3)
+    stored, undo = grads(net, batch), recompute(net.checkpoint_units())
+    again = grads(net, batch)
+    undo()
+    assert all(map(torch.equal, stored, again))
+    assert torch.equal(net.eval()(batch).hidden, plain(batch).hidden)
+    with pytest.raises(ValueError, match=r"expert_dropout=0\.3: a training batch needs dropout_key"):
+        net.train()(lane(net, 0, key=None))
+
+
 def test_a_step_has_masks_of_its_own() -> None:
     net = model(None, dropout=0.3)
     outputs = [net(lane(net, 2, (seed, step))).hidden for seed, step in ((1, 6), (1, 7), (2, 6), (1, 6))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,3 +157,36 @@ def test_a_block_with_given_masks_is_the_block_written_by_hand(placement: NormPl
     torch.testing.assert_close(found, x)
     without, _ = block(hidden, None, segments)
     assert (found - without).abs().max() > 0.1
+
+
+def test_masks_of_choices_depend_on_row_and_expert_alone() -> None:
+    whole = masks(rows=40).for_block(3)
+    rows, experts = torch.arange(40).repeat_interleave(2), torch.arange(80) % 7
+    found = whole.for_choices(0.25, rows, experts).dropped(SubLayer.FEED_FORWARD, 64)
+    order = torch.randperm(80)[:50]
+    some = whole.for_choices(0.25, rows[order], experts[order])
+    assert torch.equal(some.dropped(SubLayer.FEED_FORWARD, 64), found[order])
+    halves = [part.dropped(SubLayer.FEED_FORWARD, 64) for part in some.split([20, 30])]
+    assert torch.equal(torch.cat(halves), found[order])
+    assert found.float().mean().item() == pytest.approx(0.25, abs=0.02)
+    others = [
+        whole.for_choices(0.25, rows, experts + 1),
+        whole.for_block(4).for_choices(0.25, rows, experts),
+        replace(whole, rate=0.25, rows=whole.rows[rows]),
+    ]
+    for other in others:  # Independent masks agree in 0.75^2 + 0.25^2 of the values.
+        agree = (other.dropped(SubLayer.FEED_FORWARD, 64) == found).float().mean().item()
+        assert agree == pytest.approx(0.625, abs=0.03)
+
+
+def test_jitter_is_uniform_around_one() -> None:
+    numbers = masks(rows=512).for_block(1)
+    factors = numbers.jitter(0.1, 100)
+    assert factors.dtype is torch.float32
+    assert factors.min() > 0.9
+    assert factors.max() < 1.1
+    assert factors.mean().item() == pytest.approx(1, abs=1e-3)
+    assert factors.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.02)
+    assert not torch.equal(factors, numbers.for_block(2).jitter(0.1, 100))
+    above = numbers.dropped(SubLayer.FEED_FORWARD, 100) == (factors < 1)  # Rate 0.5: equal bits would always agree.
+    assert above.float().mean().item() == pytest.approx(0.5, abs=0.01)

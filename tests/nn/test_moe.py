@@ -12,8 +12,10 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmscale.engine.graph import recompute
 from mmscale.nn.block import ACTIVATIONS
-from mmscale.nn.moe import Experts, MoeConfig, MoeMlp
+from mmscale.nn.dropout import Dropout
+from mmscale.nn.moe import MoeConfig, MoeMlp
 from mmscale.nn.router import RoutedRows, Router, RouterTensors
 
 DIM, ROWS, EXPERTS = 6, 23, 8
@@ -80,14 +82,14 @@ def expected(layer: MoeMlp, hidden: Tensor, rows: RoutedRows) -> tuple[Tensor, R
     config, logits = layer.config, hidden @ layer.gate.weight.T
     bias = layer.gate.bias_steps * config.bias_rate if config.bias_rate else torch.zeros(config.num_experts)
     outputs, choices, probabilities = [], [], []
-    for row, own in zip(hidden, logits, strict=True):
+    for row, own, valid in zip(hidden, logits, rows.valid, strict=True):
         scores, probability = score(config, own)
         chosen = choose(config, (scores + bias).tolist())
         weights = scores[chosen].softmax(0) if config.router == "topk_then_softmax" else scores[chosen]
         if config.renormalise:
             weights = weights / weights.sum()
         total = torch.zeros(DIM)
-        for weight, expert in zip(weights * config.scale, chosen, strict=True):
+        for weight, expert in zip(weights * config.scale, chosen if valid else (), strict=bool(valid)):
             gate, up = (layer.experts.gate_up_proj[expert] @ row).chunk(2)
             total = total + weight * (layer.experts.down_proj[expert] @ (ACTIVATIONS[config.activation](gate) * up))
         if config.shared_dim:
@@ -106,7 +108,7 @@ def expected(layer: MoeMlp, hidden: Tensor, rows: RoutedRows) -> tuple[Tensor, R
         entropy[int(rows.image[number])] -= (probabilities[number] * probabilities[number].log()).sum().item()
     importance = sum((probabilities[number] for number in counted), torch.zeros(config.num_experts))
     z = sum((logits[number].logsumexp(-1).square() for number in counted), zero())
-    return torch.stack(outputs), RouterTensors(importance, balance, z, load, entropy), choices
+    return torch.stack(outputs), RouterTensors(importance, balance, z, load, entropy, zero().long()), choices
 
 
 def zero() -> Tensor:
@@ -142,30 +144,71 @@ def test_values_sums_and_gradients_are_those_of_a_loop(case: dict[str, Any]) -> 
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_without_valid_rows_all_sums_are_zero() -> None:
+def test_without_valid_rows_sums_outputs_and_gradients_are_zero() -> None:
     for scope in ("global", "microbatch", "sequence"):
-        layer = mixture(experts_per_token=2, balance=scope)
-        sums = layer(torch.randn(ROWS, DIM), rows_of([False] * ROWS))[1]
-        assert all(each.abs().sum() == 0 for each in sums)
-        torch.autograd.grad(sums.balance + sums.importance.sum() + sums.z, layer.gate.weight)
+        layer = mixture(experts_per_token=2, balance=scope, capacity_factor=1.0)
+        hidden = torch.randn(ROWS, DIM, requires_grad=True)
+        outputs, sums = layer(hidden, rows_of([False] * ROWS))
+        assert all(each.abs().sum() == 0 for each in (outputs, *sums))
+        (outputs.sum() + sums.balance + sums.importance.sum() + sums.z).backward()
+        for leaf in (hidden, *layer.parameters()):
+            assert leaf.grad is not None
+            assert not leaf.grad.any()
 
 
-@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch.nn.functional.grouped_mm is new in torch 2.10")
-def test_the_kernel_of_all_experts_at_once_equals_one_expert_after_the_other() -> None:
-    """CUDA uses this path in bfloat16; ``grouped_mm`` also runs on the CPU."""
-    torch.manual_seed(3)
-    experts = Experts(16, MoeConfig(num_experts=7, experts_per_token=1, expert_dim=8)).bfloat16()
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    rows = torch.randn(17, 16).bfloat16().requires_grad_()
-    counts = torch.tensor([3, 0, 4, 1, 0, 9, 0])
-    answers = []
-    for outputs in (experts._grouped(rows, counts), experts._split(rows, counts.tolist())):
-        gradients = torch.autograd.grad(outputs.float().square().sum(), [rows, *experts.parameters()])
-        answers.append([outputs, *gradients])
-    for mine, theirs in zip(*answers, strict=True):
-        assert theirs.abs().max() > 0.1
-        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+@pytest.mark.parametrize("factor", [0.3, 1.0, 1.25, 100.0])
+def test_an_expert_computes_at_most_its_capacity(factor: float) -> None:
+    layer = mixture(experts_per_token=2, capacity_factor=factor)
+    hidden = torch.randn(ROWS, DIM)
+    rows = rows_of([number % 3 > 0 for number in range(ROWS)])
+    (outputs, sums), (complete, _, choices) = layer(hidden, rows), expected(layer, hidden, rows)
+    capacity, taken = math.ceil(factor * int(rows.valid.sum()) * 2 / EXPERTS), [0] * EXPERTS
+    dropped, parts = 0, []
+    for number, chosen in enumerate(choices):
+        parts.append(torch.zeros(DIM))
+        weights = (layer.gate.weight @ hidden[number]).softmax(0)
+        for expert in chosen if rows.valid[number] else ():
+            taken[expert] += 1
+            if taken[expert] > capacity:
+                dropped += 1
+                continue
+            gate, up = (layer.experts.gate_up_proj[expert] @ hidden[number]).chunk(2)
+            parts[-1] = parts[-1] + weights[expert] * (layer.experts.down_proj[expert] @ (F.silu(gate) * up))
+    torch.testing.assert_close(outputs, torch.stack(parts), rtol=1e-4, atol=1e-5)
+    assert sums.dropped.item() == dropped
+    assert (dropped == 0) == (factor == 100.0)
+    assert sums.load.sum(0).tolist() == taken
+    torch.testing.assert_close(layer.eval()(hidden, rows)[0], complete, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"expert_dropout": 0.3, "jitter": 0.4}], ids=str)
+def test_noise_does_not_depend_on_the_partition_of_the_rows_and_needs_no_state(changes: dict[str, Any]) -> None:
+    """Two microbatches have the sum of the gradients of one, also if the backward pass recomputes the layer."""
+    layer = mixture(experts_per_token=3, **changes)
+    hidden, direction = torch.randn(ROWS, DIM), torch.randn(ROWS, DIM)
+    rows = rows_of([number % 3 > 0 for number in range(ROWS)])
+    found = []
+    for parts, again in ([[ROWS], False], [[9, ROWS - 9], False], [[9, ROWS - 9], True]):
+        undo = recompute([layer]) if again else None
+        outputs, start = [], 0
+        for lane, count in enumerate(parts):
+            own = slice(start, start + count)
+            lanes = [0, 1] if len(parts) == 1 else [lane]
+            counts = [9, ROWS - 9] if len(parts) == 1 else [count]
+            noise = Dropout.for_microbatch(0.0, (1, 0), lanes, counts, torch.device("cpu"))
+            part = layer(hidden[own], RoutedRows.text(rows.valid[own]), noise.for_block(2))[0]
+            (part * direction[own]).sum().backward()
+            outputs.append(part.detach())
+            start += count
+        found.append([torch.cat(outputs), *(parameter.grad for parameter in layer.parameters())])
+        layer.zero_grad()
+        if undo is not None:
+            undo()
+    for value, truth in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-5, atol=1e-6)
+    assert all(map(torch.equal, found[2], found[1]))
+    if changes:
+        assert not torch.allclose(found[0][0], layer(hidden, rows)[0], atol=0.01)
 
 
 def test_perfect_balance_costs_one() -> None:
