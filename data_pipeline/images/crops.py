@@ -109,6 +109,13 @@ class Canvas:
     at: tuple[int, int] = (0, 0)
     fill: int = 255
     """Value of all channels outside the image, 0 to 255."""
+    via: tuple[Size, ...] = ()
+    """Sizes to which the image is resized before ``content``, in order (Idefics3)."""
+
+    @property
+    def steps(self) -> tuple[Size, ...]:
+        """All sizes to which the image is resized, in order."""
+        return (*self.via, self.content)
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,8 @@ class ImagePlan:
         kept = self.size if self.box is None else self.box[2:]
         # Rounded up: -(-a // b).
         height, width = (
-            max(-(-canvas.content[axis] * self.size[axis] // kept[axis]) for canvas in self.canvases) for axis in (0, 1)
+            max(-(-canvas.steps[0][axis] * self.size[axis] // kept[axis]) for canvas in self.canvases)
+            for axis in (0, 1)
         )
         return height, width
 
@@ -211,9 +219,13 @@ def render(
         pixels = crop_to_box(pixels, (top, left, height, width))
     if plan.flip:
         pixels = pixels[:, ::-1].copy()  # ascontiguousarray keeps the negative stride of a single column.
-    canvases = []
+    canvases, resized = [], dict[tuple[Size, ...], Pixels]({(): pixels})
     for canvas in plan.canvases:
-        drawn = resize(pixels, canvas.content, interpolation)
+        for done, size in enumerate(canvas.steps):
+            before, now = canvas.steps[:done], canvas.steps[: done + 1]
+            if now not in resized:  # Canvases may share their first steps.
+                resized[now] = resize(resized[before], size, interpolation)
+        drawn = resized[canvas.steps]
         if canvas.content != canvas.size:
             plane = np.full((*canvas.size, 3), canvas.fill, dtype=np.uint8)
             top, left = canvas.at

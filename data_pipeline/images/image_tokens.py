@@ -1,6 +1,6 @@
 """The order of the tokens of an image in the text: placeholders of its features, and layout tokens around them.
 
-    start | tags of attended tiles | tag, crop_start, rows of features, crop_end | ... | anchor | end
+    start | tags of attended tiles | crop_start, tag, rows of features, crop_end | break | ... | anchor | end
 
 The layout is a pure function of the crops. An embedded crop contributes its features. An attended crop contributes at
 most its tag (``attended_tags``). An image without any embedded crop gets one anchor token. ``document_builder``
@@ -20,6 +20,7 @@ from pydantic import model_validator
 
 from data_pipeline.document import MediaItem
 from data_pipeline.errors import DataConfigError
+from data_pipeline.images.tilings import Tiles
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.text.tokenizer import Tokenizer
@@ -27,6 +28,8 @@ from data_pipeline.text.tokenizer import Tokenizer
 Ids = tuple[int, ...]
 _NAMES = ("start", "end", "crop_start", "crop_end", "row_end", "row_break")
 """Fields that name one token. ``tile`` and ``overview`` may name a different token for each tile or image."""
+_BREAKS = ("tile_row_break", "overview_break")
+"""Fields that are ordinary text."""
 _PLACEHOLDERS = {"tile": ("n", "row", "column", "image"), "overview": ("image",)}
 """Names that are allowed in braces in a tag."""
 
@@ -42,7 +45,8 @@ class ImageLayoutConfig(StrictConfig):
     end: str | None = None
     """Token after each image: ``<|vision_end|>``, ``</img>``, ``[IMG_END]`` (Pixtral). null for none."""
     crop_start: str | None = None
-    """Token before each embedded crop, or before all tiles if ``join_tiles``: ``<im_start>`` (Molmo). null for none."""
+    """Token before each embedded crop and its tag, or before all tiles if ``join_tiles``: ``<im_start>`` (Molmo). null
+    for none."""
     crop_end: str | None = None
     """Token that closes ``crop_start``: ``<im_end>``. null for none."""
     row_end: str | None = None
@@ -55,13 +59,19 @@ class ImageLayoutConfig(StrictConfig):
     An attended tile has nothing but its tag in the text, and the tag attends that tile alone. null for none."""
     overview: str | None = None
     """Tag before an overview, which may contain ``{image}``: ``<tile_global_thumbnail>``. null for none."""
+    tile_row_break: str | None = None
+    """Text between two rows of tiles, encoded as ordinary text: a line break (Idefics3). null for none."""
+    overview_break: str | None = None
+    """Text between the last tile and the overview, encoded as ordinary text: two line breaks (Idefics3). null for
+    none."""
     attended_tags: Literal["text", "keys"] = "text"
     """Location of the tags of attended crops: in the ``text`` (NVLM-X), or among the attention ``keys``, as embeddings
     before the features of the crop (NVLM-H)."""
     join_tiles: bool = False
     """Order features by rows of the whole image, across all tiles side by side (Molmo), instead of tile by tile."""
-    spell: bool = False
-    """Encode the names as ordinary text of one or more tokens (NVLM), instead of as one special token each."""
+    spell: bool | Literal["tags"] = False
+    """Encode the names as ordinary text of one or more tokens (NVLM), instead of as one special token each. ``tags``
+    encodes ``tile`` and ``overview`` so, and the other names as tokens (Idefics3)."""
 
     @model_validator(mode="after")
     def _check_tags(self) -> ImageLayoutConfig:
@@ -75,24 +85,26 @@ class ImageLayoutConfig(StrictConfig):
                     f"{name}={tag!r}: a sample may have any number of images, so {{image}} cannot name special "
                     "tokens; write tags as text (spell: true)"
                 )
-        if self.tile is not None and self.join_tiles:
-            raise ValueError("tile and join_tiles exclude each other: joined tiles cannot have a tag each")
+        for name in ("tile", "tile_row_break"):
+            if getattr(self, name) is not None and self.join_tiles:
+                raise ValueError(f"{name} and join_tiles exclude each other: joined tiles are one block")
         return self
 
-    def tags(self, max_tiles: int) -> list[str]:
-        """Return all tags that tiles of a sample's first image can have, in tilings of at most ``max_tiles`` tiles."""
+    def tags(self, grids: Sequence[Tiles]) -> list[str]:
+        """Return all tags that tiles of a sample's first image can have, in tilings with these grids."""
         if self.tile is None:
             return []
-        grids = [(rows, columns) for rows in range(1, max_tiles + 1) for columns in range(1, max_tiles // rows + 1)]
         cells = [(index, divmod(index, columns)) for rows, columns in grids for index in range(rows * columns)]
         return list(dict.fromkeys(_tag(self.tile, 0, index, cell) for index, cell in cells))
 
-    def tokens(self, max_tiles: int) -> list[str]:
+    def tokens(self, grids: Sequence[Tiles]) -> list[str]:
         """Return the names of all special tokens of the layout; none if they are spelled as text."""
-        named = [getattr(self, name) for name in (*_NAMES, "overview")]
-        return [] if self.spell else [*(name for name in named if name is not None), *self.tags(max_tiles)]
+        if self.spell is True:
+            return []
+        named = [getattr(self, name) for name in (_NAMES if self.spell else (*_NAMES, "overview"))]
+        return [*(name for name in named if name is not None), *([] if self.spell else self.tags(grids))]
 
-    def check(self, spec: MediaSpec, max_tiles: int) -> None:
+    def check(self, spec: MediaSpec, grids: Sequence[Tiles]) -> None:
         """Check that the model and the transform support all keys that are set.
 
         Raises:
@@ -121,8 +133,14 @@ class ImageLayoutConfig(StrictConfig):
                 "transforms.layout.attended_tags=keys: needs the tags themselves (layout.tile), and a model that "
                 "attends tiles (connector.kind=hybrid or cross_attention)"
             )
-        if (self.tile is not None or self.join_tiles) and not max_tiles:
-            raise DataConfigError("transforms.layout: tile and join_tiles need transforms.kind=tiles")
+        breaks = [name for name in _BREAKS if getattr(self, name) is not None]
+        if breaks and spec.placement is not Placement.EMBEDDING:
+            raise DataConfigError(
+                f"transforms.layout.{breaks[0]}: the model attends tiles, so the text does not contain them"
+            )
+        if (self.tile is not None or self.join_tiles or breaks) and not grids:
+            names = ", ".join((*breaks, "tile", "join_tiles"))
+            raise DataConfigError(f"transforms.layout: {names} need transforms.kind=tiles")
 
 
 @dataclass(frozen=True)
@@ -174,6 +192,8 @@ class ImageLayout:
     crop_end: Ids = ()
     row_end: Ids = ()
     row_break: Ids = ()
+    tile_row_break: Ids = ()
+    overview_break: Ids = ()
     tile: str = ""
     overview: str = ""
     ids_of_tag: Callable[[str], Ids] = field(default=_no_ids, compare=False)
@@ -181,35 +201,39 @@ class ImageLayout:
     tags_among_keys: bool = False
 
     @classmethod
-    def resolve(cls, config: ImageLayoutConfig, tokenizer: Tokenizer, spec: MediaSpec, max_tiles: int) -> ImageLayout:
+    def resolve(
+        cls, config: ImageLayoutConfig, tokenizer: Tokenizer, spec: MediaSpec, grids: Sequence[Tiles]
+    ) -> ImageLayout:
         """Look up the token ids of a configuration.
 
         Args:
             config: Names of the tokens.
             tokenizer: Supplies the ids.
             spec: Requirements of the model.
-            max_tiles: Largest number of tiles of an image; 0 for transforms without tiles.
+            grids: Grids of tiles that an image may have; empty for transforms without tiles.
 
         Raises:
             DataConfigError: a token is missing or is the image token, or the model does not support a key.
         """
-        config.check(spec, max_tiles)
+        config.check(spec, grids)
 
         @functools.cache
         def ids(text: str | None, name: str) -> Ids:
             if text is None:
                 return ()
             key = f"transforms.layout.{name}"
-            found = tuple(tokenizer.encode(text)) if config.spell else (tokenizer.special_id(text, key),)
+            spells = config.spell is True or (config.spell and name in _PLACEHOLDERS)
+            found = tuple(tokenizer.encode(text)) if spells else (tokenizer.special_id(text, key),)
             if tokenizer.image_id in found:
                 raise DataConfigError(f"{key}={text!r}: is the image token, which is reserved for features")
             return found
 
-        for tag in config.tags(max_tiles):
+        for tag in config.tags(grids):
             ids(tag, "tile")  # Raises now, rather than in training, if a tag is not a token.
         ids(config.overview, "overview")
         return cls(
             **{name: ids(getattr(config, name), name) for name in _NAMES},
+            **{name: tuple(tokenizer.encode(getattr(config, name) or "")) for name in _BREAKS},
             tile=config.tile or "",
             overview=config.overview or "",
             ids_of_tag=functools.partial(ids, name="tile"),
@@ -236,8 +260,10 @@ class ImageLayout:
         for number, crop in enumerate(crops):
             if not crop.embedded and not self.tags_among_keys:
                 yield from _tokens(tags[number], number)
+        last: MediaItem | None = None
         for block in self._blocks(crops, embedded):
-            yield from _tokens(tags[block[0]] + self.crop_start)
+            yield from _tokens(self._break_between(last, crops[block[0]]) + self.crop_start + tags[block[0]])
+            last = crops[block[-1]]
             for number, row in enumerate(_rows(crops, block, spec, self._has_rows)):
                 yield from _tokens(self.row_break if number else ())
                 yield from row
@@ -246,6 +272,14 @@ class ImageLayout:
         if not embedded:
             yield LayoutAnchor()
         yield from _tokens(self.end)
+
+    def _break_between(self, last: MediaItem | None, crop: MediaItem) -> Ids:
+        """Return the ids between two embedded crops that follow each other."""
+        if last is None or last.cell is None:
+            return ()
+        if crop.cell is None:
+            return self.overview_break
+        return self.tile_row_break if crop.cell[0] != last.cell[0] else ()
 
     def _tags(self, crops: Sequence[MediaItem], image: int) -> list[Ids]:
         """Return the tag ids of each crop, empty without a tag. Tiles are numbered in their order."""

@@ -46,6 +46,40 @@ def longest_side_size(height: int, width: int, multiple: int, longest: int) -> S
     return round_up(max(height, 1), multiple), round_up(max(width, 1), multiple)
 
 
+def longest_edge_size(height: int, width: int, longest: int, most: int = 4096) -> Size:
+    """Return the size whose longer side is ``longest``, but at most ``most``; smaller images are enlarged.
+
+    The shorter side is rounded down, then up to an even number. Source: Idefics3's image processor in transformers.
+    """
+    aspect = width / height
+    if width >= height:
+        width, height = longest, int(longest / aspect)
+        height += height % 2
+    else:
+        height, width = longest, int(longest * aspect)
+        width += width % 2
+    height, width = max(height, 1), max(width, 1)
+    aspect = width / height
+    if width >= height and width > most:
+        width, height = most, int(most / aspect)
+    elif height > width and height > most:
+        height, width = most, int(most * aspect)
+    return max(height, 1), max(width, 1)
+
+
+def whole_tiles_size(height: int, width: int, side: int) -> Size:
+    """Return the size with the longer side, then the shorter one at the new scale, rounded up to multiples of ``side``.
+
+    Source: ``resize_for_vision_encoder`` of Idefics3's image processor in transformers.
+    """
+    aspect = width / height
+    if width >= height:
+        width = round_up(width, side)
+        return round_up(max(int(width / aspect), 1), side), width
+    height = round_up(height, side)
+    return height, round_up(max(int(height * aspect), 1), side)
+
+
 def shrunk_size(height: int, width: int, most: Size) -> Size:
     """Return the image's size if it is within ``most``, else the largest size of its aspect within ``most``.
 

@@ -6,6 +6,7 @@
     llama      grid that enlarges least, aspect kept; no overview       Llama 3.2 Vision
     molmo      the same rule, crops overlap; overview first             Molmo
     mm1_5      grid that pads least, aspect kept; overview last         MM1.5
+    idefics3   longer side of a fixed length, stretched; overview last  Idefics3, SmolVLM
 
 ``transforms`` decides which tiles are embedded and which attended; ``crops`` renders the pixels.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,7 +25,7 @@ from pydantic import Field, model_validator
 from data_pipeline.document import ContentArea, Region
 from data_pipeline.errors import DataConfigError
 from data_pipeline.images.crops import Canvas, Crop
-from data_pipeline.images.native_sizes import Size, fitted
+from data_pipeline.images.native_sizes import Size, fitted, longest_edge_size, whole_tiles_size
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import MediaSpec
 
@@ -147,11 +149,17 @@ def _padding(size: Size, grid: Tiles, side: int) -> int:
     return grid[0] * grid[1] * side * side - height * width
 
 
-class _Tiling(StrictConfig):
+class _Tiling(StrictConfig, ABC):
     has_overview: ClassVar[bool] = True
+    allows_leftover_pixels: ClassVar[bool] = False
+    """Whether a tile may have pixels beyond its last whole patch, which the tower does not read."""
 
     def check(self, side: int, spec: MediaSpec) -> None:
         """Raise ``DataConfigError`` if the tiling cannot use tiles of ``side`` pixels with this model."""
+
+    @abstractmethod
+    def grids(self, side: int) -> tuple[Tiles, ...]:
+        """Return all grids that an image may have, with tiles of ``side`` pixels."""
 
     def with_reported_padding(self, crops: tuple[Crop, ...]) -> tuple[Crop, ...]:
         """Return the crops with the ``content_area`` that the model receives; by default each crop's own."""
@@ -163,6 +171,9 @@ class _LimitedTiling(_Tiling):
     """Smallest number of tiles of an image, without the overview; at least 1."""
     max_tiles: MaxTiles = 12
     """Largest number of tiles of an image, without the overview; 1 to 256."""
+
+    def grids(self, side: int) -> tuple[Tiles, ...]:
+        return grids(self.min_tiles, self.max_tiles)
 
     @model_validator(mode="after")
     def _check_order(self) -> _LimitedTiling:
@@ -201,6 +212,9 @@ class LlamaTiling(_Tiling):
 
     has_overview: ClassVar[bool] = False
 
+    def grids(self, side: int) -> tuple[Tiles, ...]:
+        return grids(1, self.max_tiles)
+
     def plan(self, size: Size, side: int, spec: MediaSpec) -> Tiled:
         """Return canvases and tiles of an image of ``size``; ``side`` is the side of a tile in pixels."""
         grid = covering_grid(size, side, self.max_tiles)
@@ -225,6 +239,9 @@ class MolmoTiling(_Tiling):
     """Padding that a model with padding embeddings receives for a crop. ``crop``: its own. ``next_crop``: that of the
     next crop, as in the training of the published weights; all patches of the last crop then count as partly
     padded."""
+
+    def grids(self, side: int) -> tuple[Tiles, ...]:
+        return grids(1, self.max_tiles)
 
     def check(self, side: int, spec: MediaSpec) -> None:
         """Check the margin.
@@ -303,12 +320,45 @@ class Mm15Tiling(_LimitedTiling):
         return Tiled(canvases, (*_adjacent(grid, side), Tile(1, 0, 0, None)))
 
 
-Tiling = InternvlTiling | LlamaTiling | MolmoTiling | Mm15Tiling
+class Idefics3Tiling(_Tiling):
+    """Tiles of the image at a fixed length of its longer side, stretched to whole tiles, then an overview.
+
+    The image is resized to ``longest_side`` with its aspect, then to whole tiles, and the overview is made of the
+    result. An image of one tile has no overview. Source: Idefics3 (arXiv 2408.12637), section 2.2; SmolVLM
+    (arXiv 2504.05299), section 2; and their image processor in transformers.
+    """
+
+    allows_leftover_pixels: ClassVar[bool] = True
+    kind: Literal["idefics3"] = "idefics3"
+    longest_side: int = Field(default=2048, ge=1)
+    """Length of the longer side in pixels, to which smaller images are enlarged, too; at most 4096 are used. Published
+    models have four tiles there."""
+    split: bool = True
+    """False makes one crop of the whole image."""
+
+    def grids(self, side: int) -> tuple[Tiles, ...]:
+        most = -(-longest_edge_size(1, 1, self.longest_side)[0] // side) if self.split else 1
+        return tuple((rows, columns) for rows in range(1, most + 1) for columns in range(1, most + 1))
+
+    def plan(self, size: Size, side: int, spec: MediaSpec) -> Tiled:
+        """Return canvases and tiles of an image of ``size``; ``side`` is the side of a tile in pixels."""
+        first = longest_edge_size(*size, self.longest_side)
+        stretched = whole_tiles_size(*first, side)
+        if not self.split or stretched == (side, side):
+            return Tiled((Canvas((side, side), (side, side), via=(first,)),), (Tile(0, 0, 0, None),))
+        whole = Canvas((side, side), (side, side), via=(first, stretched))
+        tiles = _adjacent((stretched[0] // side, stretched[1] // side), side)
+        return Tiled((Canvas(stretched, stretched, via=(first,)), whole), (*tiles, Tile(1, 0, 0, None)))
+
+
+Tiling = InternvlTiling | LlamaTiling | MolmoTiling | Mm15Tiling | Idefics3Tiling
 TilingConfig = Annotated[Tiling, Field(discriminator="kind")]
 
 
 def single_tile(tiling: Tiling) -> Tiling:
     """Return the same tiling with at most one tile."""
+    if isinstance(tiling, Idefics3Tiling):
+        return tiling.model_copy(update={"split": False})
     limits: dict[str, int] = {name: 1 for name in ("min_tiles", "max_tiles") if name in type(tiling).model_fields}
     return tiling.model_copy(update=limits)
 

@@ -24,7 +24,7 @@ from data_pipeline.images.crops import AugmentConfig, Canvas, Crop, ImagePlan, c
 from data_pipeline.images.decode import DecodeMode, Scratch, decode_image, too_many_pixels
 from data_pipeline.images.image_tokens import ImageLayoutConfig
 from data_pipeline.images.native_sizes import Size, area_size, longest_side_size, round_up, shrunk_size
-from data_pipeline.images.tilings import InternvlTiling, Tile, Tiled, TilingConfig, single_tile
+from data_pipeline.images.tilings import InternvlTiling, Tile, Tiled, Tiles, TilingConfig, single_tile
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.order.randomness import Rng
@@ -114,9 +114,11 @@ class TilesTransform(_TransformConfig):
 
     kind: Literal["tiles"] = "tiles"
     size: int | None = Field(default=None, ge=1)
-    """Side of a tile in pixels, a multiple of patch size times merge. null uses the vision tower's fixed size."""
+    """Side of a tile in pixels, a multiple of patch size times merge; null uses the vision tower's fixed size. With
+    ``tiling.kind: idefics3`` it may have pixels beyond the last whole patch, which the tower does not read (SmolVLM
+    2.2B: 384, of which it reads 378)."""
     tiling: TilingConfig = InternvlTiling()
-    """Tiling rule: ``internvl`` (also NVLM), ``llama``, ``molmo`` or ``mm1_5``."""
+    """Tiling rule: ``internvl`` (also NVLM), ``llama``, ``molmo``, ``mm1_5`` or ``idefics3`` (also SmolVLM)."""
     split_up_to: int | None = Field(default=None, ge=1)
     """Largest number of images in a sample whose images are split, at least 1 (MM1.5: 2). In a sample with more images,
     each has at most one tile. null splits all images."""
@@ -140,6 +142,9 @@ class ImageTransform:
         config: Transform of the data set.
         spec: Requirements of the model.
 
+    Attributes:
+        grids: Grids of tiles that an image may have; empty for a transform without tiles.
+
     Raises:
         DataConfigError: the model cannot use the crops of this transform.
     """
@@ -151,6 +156,7 @@ class ImageTransform:
         self.spec = spec
         self.scratch = Scratch()
         self._cached_plan = functools.lru_cache(maxsize=_MAX_CACHED_PLANS)(self._fixed_plan)
+        self.grids: tuple[Tiles, ...] = ()
         self._size = 0
         self._stretched: _Layout | None = None  # Layout of all images, if the transform stretches them to one square.
         if isinstance(config, _NATIVE):
@@ -161,6 +167,7 @@ class ImageTransform:
             self._stretched = self._layout((self._size, self._size), 1)
         if isinstance(config, TilesTransform):
             config.tiling.check(self._size, spec)
+            self.grids = config.tiling.grids(self._size)
             self._check_tiles(config, spec)
             if spec.placement is Placement.HYBRID and not config.tiling.has_overview:
                 raise DataConfigError(
@@ -168,8 +175,7 @@ class ImageTransform:
                     "hybrid) writes overviews into token slots; use another tiling or connector"
                 )
 
-    @staticmethod
-    def _check_tiles(config: TilesTransform, spec: MediaSpec) -> None:
+    def _check_tiles(self, config: TilesTransform, spec: MediaSpec) -> None:
         if spec.placement is Placement.PAIR:
             raise DataConfigError(
                 "transforms.kind=tiles: the model (connector.kind=contrastive) compares one crop of an image with its "
@@ -182,9 +188,9 @@ class ImageTransform:
                 f"transforms.tiling.kind={config.tiling.kind}: has an overview, but the vision tower (vision.tiles) "
                 "accepts only tiles; use kind: llama"
             )
-        if config.tiling.max_tiles > spec.max_tiles:
+        if (most := max(rows * columns for rows, columns in self.grids)) > spec.max_tiles:
             raise DataConfigError(
-                f"transforms.tiling.max_tiles={config.tiling.max_tiles}: the vision tower accepts at most "
+                f"transforms.tiling.max_tiles={most}: the vision tower accepts at most "
                 f"{spec.max_tiles} (vision.tiles.max_tiles)"
             )
 
@@ -224,6 +230,8 @@ class ImageTransform:
                 )
             return grid[0] * self.spec.patch_size
         side = config.size // self.spec.patch_size
+        if isinstance(config, TilesTransform) and config.tiling.allows_leftover_pixels and grid == (side, side):
+            return config.size
         if config.size % self.spec.size_multiple:
             raise DataConfigError(
                 f"transforms.size={config.size}: must be a multiple of patch size x merge = {self.spec.size_multiple}"

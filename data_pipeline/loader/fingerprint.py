@@ -69,9 +69,12 @@ _LATER_KEYS = frozenset(
         *(
             f"{template}.{key}"
             for template in ("template", "template.each")
-            for key in ("images", "joined", "system_for")
+            for key in (
+                *("images", "joined", "system_for", "image_suffix"),
+                *("roles.lead", "roles.prefix_before_image"),
+            )
         ),
-        *("template.roles.lead", "template.each.roles.lead"),
+        *("transforms.layout.tile_row_break", "transforms.layout.overview_break"),
     }
 )
 """Keys that older checkpoints lack. At their default a fingerprint leaves them out, so that such checkpoints resume."""

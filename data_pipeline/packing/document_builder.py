@@ -19,7 +19,7 @@ import numpy.typing as npt
 from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.images.image_tokens import ImageLayout, LayoutAnchor, LayoutElement, LayoutFeatures, LayoutTokens
-from data_pipeline.images.transforms import DecodeTask, ImageTransform, TilesTransform, TransformConfig
+from data_pipeline.images.transforms import DecodeTask, ImageTransform, TransformConfig
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.order.randomness import Rng
 from data_pipeline.sample import ImagePart, Provenance, Sample
@@ -235,14 +235,14 @@ class DocumentBuilder:
         self._requires_images = (
             takes_images and spec.placement is not Placement.PAIR and dataset.template.requires_images
         )
-        max_tiles = transforms.tiling.max_tiles if isinstance(transforms, TilesTransform) else 0
+        grids = () if self._transform is None else self._transform.grids
         layout = transforms.layout if takes_images else None
-        self._layout = None if layout is None else ImageLayout.resolve(layout, tokenizer, spec, max_tiles)
+        self._layout = None if layout is None else ImageLayout.resolve(layout, tokenizer, spec, grids)
         names = dataset.template.named_tokens
         self._special = {name: tokenizer.special_id(name, "template.special_tokens") for name in names}
         if tokenizer.image_id in self._special.values():
             raise DataConfigError("template.special_tokens: the image token marks images; a template cannot use it")
-        laid_out = layout.tokens(max_tiles) if layout is not None else []
+        laid_out = layout.tokens(grids) if layout is not None else []
         self._reserved = self._special | {name: tokenizer.special_id(name, "transforms.layout") for name in laid_out}
 
     def __call__(self, sample: Sample, rng: Rng | None = None) -> Document:

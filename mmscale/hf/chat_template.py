@@ -286,7 +286,7 @@ def _between(text: str, words: Sequence[str]) -> list[str]:
 
 def _candidates(values: dict[str, Any], names: _Names) -> Iterator[dict[str, Any]]:
     """Yield templates to try: the chat formats that we know by name, then the derived strings."""
-    shared = {key: values[key] for key in ("system", "image_suffix") if key in values}
+    shared: dict[str, Any] = {key: values[key] for key in ("system", "image_suffix") if key in values}
     roles: dict[str, dict[str, Any]] = {
         name: {key: text for key, text in values["roles"][name].items() if text}
         for name in ("system", "user", "assistant")

@@ -18,6 +18,18 @@ from typing import Any
 _LLAMA_LIKE = {"hidden_act": "silu", "attention_dropout": 0.0, "tie_word_embeddings": False}
 _WINDOWS = {"use_sliding_window": False, "sliding_window": 4096}
 _TOWER = {"num_channels": 3, "attention_dropout": 0.0}
+_IDEFICS3 = {"scale_factor": 2, "tie_word_embeddings": False}
+_IDEFICS3_TOWER = {
+    **_TOWER,
+    "hidden_size": 1152,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
 
 CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {
@@ -296,6 +308,10 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "use_mask_token": False,
         "use_mean_pooling": True,
     },
+    "idefics3": _IDEFICS3,
+    "idefics3_vision": _IDEFICS3_TOWER,
+    "smolvlm": _IDEFICS3,
+    "smolvlm_vision": _IDEFICS3_TOWER,
     "intern_vit_6b": {
         **_TOWER,
         "hidden_size": 3200,

@@ -123,4 +123,19 @@ def _with_text(
             template, begin = chat.template, chat.begins or (images is not None and files.adds_begin)
     if images is not None and images.begin is not None:
         begin = images.begin
-    return replace(found, tokenizer=files.block(begin=begin, image_token=image_token), template=template, notes=notes)
+    return replace(
+        found,
+        tokenizer=files.block(begin=begin, image_token=image_token),
+        template=template,
+        transforms=_with_spelled_tags(found.transforms, files),
+        notes=notes,
+    )
+
+
+def _with_spelled_tags(transforms: dict[str, Any] | None, files: TokenizerFiles) -> dict[str, Any] | None:
+    """Return the transforms with ``spell: tags`` if the tags of tiles are no tokens of the tokenizer (Idefics3 8B)."""
+    layout = (transforms or {}).get("layout") or {}
+    overview = layout.get("overview")
+    if overview is None or layout.get("spell") or files.id_of(overview) is not None:
+        return transforms
+    return {**(transforms or {}), "layout": {**layout, "spell": "tags"}}

@@ -203,13 +203,16 @@ def _shrink_transforms(transforms: TransformConfig, old: MediaSpec, new: MediaSp
         if value is not None:
             changes[name] = area(value) if name.endswith("pixels") else side(value)
     if isinstance(transforms, TilesTransform):
-        changes["tiling"] = _shrink_tiling(transforms.tiling, new)
+        tile = changes.get("size") or (new.fixed_grid or (1, 1))[0] * new.patch_size
+        changes["tiling"] = _shrink_tiling(transforms.tiling, tile, new)
     if transforms.layout is not None:
         changes["layout"] = transforms.layout.model_copy(update={"spell": True})
     return transforms.model_copy(update=changes)
 
 
-def _shrink_tiling(tiling: Tiling, new: MediaSpec) -> Tiling:
-    sizes = {name: min(getattr(tiling, name, _MAX_TILES), _MAX_TILES) for name in ("min_tiles", "max_tiles")}
+def _shrink_tiling(tiling: Tiling, tile: int, new: MediaSpec) -> Tiling:
+    """Return the same tiling with few tiles of ``tile`` pixels."""
+    sizes = {"longest_side": 2 * tile}
+    sizes |= {name: min(getattr(tiling, name, _MAX_TILES), _MAX_TILES) for name in ("min_tiles", "max_tiles")}
     sizes["margin"] = new.merge * math.ceil(getattr(tiling, "margin", 1) / (4 * new.merge))
     return tiling.model_copy(update={name: size for name, size in sizes.items() if name in type(tiling).model_fields})

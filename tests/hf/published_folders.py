@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from tests.hf import chat_templates, test_fuyu, test_internvl, test_pixtral, test_qwen2_vl
+from tests.hf import chat_templates, test_fuyu, test_idefics3, test_internvl, test_pixtral, test_qwen2_vl
 from tests.hf.decoders import SIZES
 from tests.hf.mllama_reference import reference_model as mllama_model
 from tests.models.reference_models import randomise
@@ -57,7 +57,9 @@ class Published:
 def save(family: str, folder: Path) -> Any:
     """Write the folder of a family; return its model."""
     import transformers
+    from transformers.models.smolvlm import processing_smolvlm
 
+    processing_smolvlm.num2words = str  # The package spells numbers in texts about videos.
     one = FAMILIES[family]
     words = fuyu_tokenizer(one) if family == "fuyu" else tokenizer(one)
     model = one.model(words.get_vocab_size() - len(one.late))
@@ -77,7 +79,7 @@ def save(family: str, folder: Path) -> Any:
         return model.eval()
     images = one.images()
     parts = [images, fast]
-    if one.processor in ("Qwen2VLProcessor", "InternVLProcessor"):
+    if one.processor in ("Qwen2VLProcessor", "InternVLProcessor", "SmolVLMProcessor"):
         parts.append(getattr(transformers, one.processor.replace("Processor", "VideoProcessor"))())
     whole = getattr(transformers, one.processor)(*parts, **one.arguments)
     whole.chat_template = one.chat
@@ -154,6 +156,14 @@ def _mllama(vocab_size: int) -> Any:
 _BASE = ("<pad>", "<s>", "</s>")
 _CHATML = ("<|endoftext|>", "<|start|>", "<|im_end|>", "<|im_start|>")
 _LLAMA3 = ("<|pad|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
+_SMOL = (
+    "<|im_end|>",
+    "<|im_start|>",
+    "<end_of_utterance>",
+    "<image>",
+    *test_idefics3.SPECIAL[1:2],
+    *test_idefics3.SPECIAL[3:],
+)
 FAMILIES: dict[str, Published] = {
     "llama": Published(_LLAMA3, text_model("llama"), chat=chat_templates.LLAMA3, adds_begin=True),
     "qwen2": Published(_CHATML, text_model("qwen2"), chat=chat_templates.QWEN2_5, begin=False),
@@ -231,6 +241,24 @@ FAMILIES: dict[str, Published] = {
         begin=False,
         named=test_internvl.NAMED,
         arguments={"image_seq_length": 4},
+        auto="AutoModelForImageTextToText",
+    ),
+    "idefics3": Published(
+        _SMOL,
+        lambda size: test_idefics3.reference_model(vocabulary=size),
+        _images("Idefics3ImageProcessor", **test_idefics3.pixels()),
+        "Idefics3Processor",
+        chat_templates.IDEFICS3,
+        arguments={"image_seq_len": 4},
+        auto="AutoModelForImageTextToText",
+    ),
+    "smolvlm": Published(
+        _SMOL,
+        lambda size: test_idefics3.reference_model(test_idefics3.SECOND, vocabulary=size),
+        _images("SmolVLMImageProcessor", **test_idefics3.pixels(test_idefics3.SECOND)),
+        "SmolVLMProcessor",
+        chat_templates.IDEFICS3,
+        arguments={"image_seq_len": 4},
         auto="AutoModelForImageTextToText",
     ),
 }

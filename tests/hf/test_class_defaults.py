@@ -76,6 +76,14 @@ TINY: dict[str, dict[str, Any]] = {
         "projector_hidden_act": "gelu_pytorch_tanh",
         "tie_word_embeddings": False,
     },
+    **{
+        family: {
+            "text_config": {**_TEXT, "model_type": "llama", "num_key_value_heads": 2},
+            "vision_config": {**_TEXT, "image_size": 32, "patch_size": 8, "hidden_act": "gelu"},
+            "scale_factor": 4,
+        }
+        for family in ("idefics3", "smolvlm")
+    },
     "clip": {
         "text_config": {**_TEXT, "hidden_act": "gelu"},
         "vision_config": {**_TEXT, "image_size": 64, "patch_size": 16, "hidden_act": "gelu"},
@@ -144,6 +152,8 @@ MUST_BE_THERE = {
     "mllama": {"text_config", "vision_config"},
     "llava": {"text_config"},
     "internvl": {"text_config", "vision_config"},
+    "idefics3": {"text_config"},
+    "smolvlm": {"text_config"},
     "clip": {"text_config", "vision_config"},
     "siglip": {"vision_config"},
 }

@@ -43,6 +43,7 @@ COUNTS = {  # Counted in the reference implementations (transformers; Molmo's ow
     "qwen2-vl-72b": 73_405_560_320,
     "pixtral-12b": 12_682_739_712,
     "internvl3-1b": 938_193_024,
+    "smolvlm-256m": 256_484_928,
     "nvlm-d-72b": 78_863_416_704,  # Without the 7 zero heads per block in the published files.
 }
 EXPERTS = {  # Blocks, experts of a block that a token does not use, D, F.
@@ -58,6 +59,7 @@ TOWERS = {  # Tower, connector.
     "qwen2-vl-72b": (699_356_672, None),
     "pixtral-12b": (403_489_792, 31_467_520),
     "internvl3-1b": (304_012_288, 4_482_816),
+    "smolvlm-256m": (86_433_024, 7_077_888),
 }
 NOMINAL = {  # Sizes were not published: models of the published form with about the published number.
     "mm1.5-1b": (997_853_760, 1e9),

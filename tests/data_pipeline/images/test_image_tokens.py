@@ -18,6 +18,7 @@ from data_pipeline.config import DatasetConfig
 from data_pipeline.document import Document, Span
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.images.image_tokens import ImageLayoutConfig
+from data_pipeline.images.tilings import grids
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.collate import collate
 from data_pipeline.packing.document_builder import DocumentBuilder
@@ -132,14 +133,38 @@ def test_nvlm_spells_its_tags_as_text(tokenizer: Tokenizer) -> None:
     assert document.token_ids[1 : 1 + len(text)].tolist() == text
 
 
+def test_idefics3_breaks_rows_of_tiles(tokenizer: Tokenizer) -> None:
+    """``spell: tags`` encodes the tags as text and the other names as tokens."""
+    tiling = {"kind": "idefics3", "longest_side": 8}
+    names = {"crop_start": "<vs>", "end": "<vs>", "tile": "r{row}c{column}", "overview": "whole", "spell": "tags"}
+    breaks = {"tile_row_break": "\n", "overview_break": "\n\n"}
+    builder = _builder(tokenizer, EMBEDDING, {**names, **breaks}, **{**TILED, "tiling": tiling})
+    ids, start = tokenizer.encode, [tokenizer.special_id("<vs>", "")]
+    features = [tokenizer.image_id] * 4
+    expected: list[int] = []
+    for row in (1, 2):
+        for column in (1, 2):
+            expected += [*start, *ids(f"r{row}c{column}"), *features]
+        expected += ids("\n" if row == 1 else "\n\n")
+    expected += [*start, *ids("whole"), *features, *start]
+    assert _build(builder, (8, 8)).token_ids[1 : 1 + len(expected)].tolist() == expected
+    one = _builder(tokenizer, EMBEDDING, {**names, **breaks}, **{**TILED, "tiling": {**tiling, "split": False}})
+    alone = [*start, *ids("whole"), *features, *start]
+    assert _build(one, (8, 8)).token_ids[1 : 1 + len(alone)].tolist() == alone
+    few = _builder(tokenizer, EMBEDDING, {**names, **breaks}, **{**TILED, "tiling": tiling, "split_up_to": 1})
+    assert len(_build(few, (8, 8)).items) == 5
+    assert len(_build(few, (8, 8), (4, 8)).items) == 2
+    assert ImageLayoutConfig(**names).tokens(grids(1, 4)) == ["<vs>", "<vs>"]
+
+
 def test_tags_tell_the_place_of_a_tile_and_the_number_of_its_image(tokenizer: Tokenizer) -> None:
     """MM1.5 describes indices (k, i, j). Its exact format and the start of its counts are not published."""
     layout = {"tile": "({image},{row},{column})#{n} ", "overview": "({image}) ", "spell": True}
     builder = _builder(tokenizer, EMBEDDING, layout, **{**TILED, "tiling": {"kind": "internvl", "max_tiles": 6}})
-    grids = [(1, 2), (3, 2), (1, 1), (2, 1)]
-    document = _build(builder, *((4 * rows, 4 * columns) for rows, columns in grids))
+    shapes = [(1, 2), (3, 2), (1, 1), (2, 1)]
+    document = _build(builder, *((4 * rows, 4 * columns) for rows, columns in shapes))
     text = ""
-    for image, (rows, columns) in enumerate(grids, 1):
+    for image, (rows, columns) in enumerate(shapes, 1):
         number = 0
         for row in range(1, rows + 1):
             for column in range(1, columns + 1):
@@ -158,14 +183,14 @@ def test_tags_tell_the_place_of_a_tile_and_the_number_of_its_image(tokenizer: To
 
 
 def test_every_tag_is_known_before_an_image_is() -> None:
-    tags = ImageLayoutConfig(tile="{row}.{column}").tags(6)
+    tags = ImageLayoutConfig(tile="{row}.{column}").tags(grids(1, 6))
     shapes = [(rows, columns) for rows in range(1, 7) for columns in range(1, 7) if rows * columns <= 6]
     assert sorted(tags) == sorted(
         {f"{r + 1}.{c + 1}" for rows, columns in shapes for r in range(rows) for c in range(columns)}
     )
-    assert ImageLayoutConfig(tile="<{n}>").tags(3) == ["<1>", "<2>", "<3>"]
-    assert ImageLayoutConfig(tile="<{n}>").tokens(2) == ["<1>", "<2>"]
-    assert ImageLayoutConfig(tile="<{n}{image}>", spell=True).tokens(2) == []
+    assert ImageLayoutConfig(tile="<{n}>").tags(grids(1, 3)) == ["<1>", "<2>", "<3>"]
+    assert ImageLayoutConfig(tile="<{n}>").tokens(grids(1, 2)) == ["<1>", "<2>"]
+    assert ImageLayoutConfig(tile="<{n}{image}>", spell=True).tokens(grids(1, 2)) == []
 
 
 def test_attended_tiles_are_tagged_each_seeing_its_own(tokenizer: Tokenizer) -> None:
@@ -276,6 +301,8 @@ def test_qwen2_vl_positions_are_those_of_transformers(tokenizer: Tokenizer) -> N
         (EMBEDDING, {"tile": "<tile_{n}>"}, {**TILED, "tiling": {"max_tiles": 4, "kind": "llama"}}, "'<tile_4>'"),
         (MediaSpec(Placement.CROSS_ATTENTION, patch_size=2), {"row_end": "<row>"}, TILED, "the text contains none"),
         (MediaSpec(Placement.HYBRID, patch_size=2), {"join_tiles": True}, TILED, "attends tiles"),
+        (MediaSpec(Placement.HYBRID, patch_size=2), {"overview_break": " "}, TILED, "overview_break: .*attends tiles"),
+        (EMBEDDING, {"tile_row_break": " "}, {}, "tile_row_break, tile, join_tiles need transforms.kind=tiles"),
         (MediaSpec(Placement.EMBEDDING, patch_size=2, position_axes=3), {"row_end": "<row>"}, {}, "three axes"),
     ],
 )
@@ -324,7 +351,8 @@ def test_a_missing_piece_says_how_to_train_it() -> None:
         ({"tile": "<{row>"}, "is allowed in braces"),
         ({"overview": "<{n}>"}, r"overview='<\{n\}>': only \{image\} is allowed"),
         ({"tile": "<{image}>"}, "write tags as text"),
-        ({"tile": "<{n}>", "join_tiles": True}, "exclude each other"),
+        ({"tile": "<{n}>", "join_tiles": True}, "tile and join_tiles exclude each other"),
+        ({"tile_row_break": " ", "join_tiles": True}, "tile_row_break and join_tiles exclude each other"),
     ],
 )
 def test_contradictions_are_refused(layout: dict[str, Any], message: str) -> None:

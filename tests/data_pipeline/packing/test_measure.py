@@ -39,6 +39,7 @@ TRANSFORMS: list[tuple[MediaSpec, dict[str, Any]]] = [
     (FIXED, {"kind": "tiles", "tiling": {"kind": "internvl", "max_tiles": 5}}),
     (FIXED, {"kind": "tiles", "tiling": {"kind": "llama"}, "split_up_to": 1}),
     (FIXED, {"kind": "tiles", "tiling": {"kind": "mm1_5", "min_tiles": 2}, "decode": "fast"}),
+    (FIXED, {"kind": "tiles", "tiling": {"kind": "idefics3", "longest_side": 60}, "interpolation": "lanczos"}),
     (FREE, {"kind": "tiles", "size": 24, "tiling": {"kind": "molmo", "margin": 2, "max_tiles": 6}}),
 ]
 LAYOUT = {"start": "[", "end": "]", "overview": "o", "crop_start": "(", "crop_end": ")", "spell": True}
