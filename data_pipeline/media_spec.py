@@ -11,6 +11,25 @@ from data_pipeline.errors import DataConfigError, SampleError
 Grid = tuple[int, int, int]
 """Patches of one item along (time, height, width)."""
 
+QuerySizes = tuple[tuple[int, int], ...]
+"""Pairs (side, number), ascending: a crop whose longer side has at most ``side`` patches has ``number`` features."""
+
+
+def num_queries(sizes: QuerySizes, grid: Grid) -> int:
+    """Return the number of features of each frame of a crop of ``grid`` patches.
+
+    Raises:
+        SampleError: the crop is larger than the last of ``sizes``.
+    """
+    _, height, width = grid
+    for side, number in sizes:
+        if max(height, width) <= side:
+            return number
+    raise SampleError(
+        f"a crop of {height}x{width} patches; the model takes at most {sizes[-1][0]} patches a side "
+        "(connector.projector.queries)"
+    )
+
 
 class Placement(str, Enum):
     """How the decoder uses the features of an image."""
@@ -49,6 +68,8 @@ class MediaSpec:
         padding: Whether the model needs to know which patches are padding (Molmo).
         pooled_side: Side of the square of features that each crop is pooled to, whatever its grid (MM1.5); None: one
             feature for each merged square.
+        query_sizes: Numbers of features of crops by their size, for models with learned queries (Aria); empty for other
+            models.
 
     Raises:
         DataConfigError: ``patch_size``, ``merge`` or ``channels`` is below 1, ``position_axes`` is neither 1 nor 3, or
@@ -68,6 +89,7 @@ class MediaSpec:
     computes_absent: bool = False
     padding: bool = False
     pooled_side: int | None = None
+    query_sizes: QuerySizes = ()
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or self.merge < 1 or self.channels < 1:
@@ -120,7 +142,7 @@ class MediaSpec:
         """Return the features along (time, height, width) of one crop of ``grid`` patches, without class features.
 
         Raises:
-            SampleError: the grid does not fit ``merge`` or ``fixed_grid``.
+            SampleError: the grid does not fit ``merge`` or ``fixed_grid``, or exceeds the largest of ``query_sizes``.
         """
         time, height, width = grid
         if height % self.merge or width % self.merge or min(grid) < 1:
@@ -129,6 +151,8 @@ class MediaSpec:
             raise SampleError(f"a crop of {height}x{width} patches; the vision tower takes {self.fixed_grid} only")
         if self.pooled_side is not None:
             return time, self.pooled_side, self.pooled_side
+        if self.query_sizes:
+            return time, 1, num_queries(self.query_sizes, grid)
         return time, height // self.merge, width // self.merge
 
     def num_features(self, grid: Grid) -> int:

@@ -102,15 +102,23 @@ class AugmentConfig(StrictConfig):
 
 @dataclass(frozen=True)
 class Canvas:
-    """The image resized to ``content`` and pasted at ``at`` (top, left) onto a background of ``size``."""
+    """The image resized to ``content`` and pasted at ``at`` (top, left) onto a background of ``size``.
+
+    Attributes:
+        content: Size of the resized image.
+        size: Size of the canvas.
+        at: Corner of the image on the canvas.
+        fill: Value of all channels outside the image, 0 to 255.
+        via: Sizes to which the image is resized before ``content``, in order (Idefics3); empty with ``source``.
+        source: Index of an earlier canvas and a box of it, to resize instead of the image; the box must lie within it.
+    """
 
     content: Size
     size: Size
     at: tuple[int, int] = (0, 0)
     fill: int = 255
-    """Value of all channels outside the image, 0 to 255."""
     via: tuple[Size, ...] = ()
-    """Sizes to which the image is resized before ``content``, in order (Idefics3)."""
+    source: tuple[int, Box] | None = None
 
     @property
     def steps(self) -> tuple[Size, ...]:
@@ -192,7 +200,11 @@ class ImagePlan:
         kept = self.size if self.box is None else self.box[2:]
         # Rounded up: -(-a // b).
         height, width = (
-            max(-(-canvas.steps[0][axis] * self.size[axis] // kept[axis]) for canvas in self.canvases)
+            max(
+                -(-canvas.steps[0][axis] * self.size[axis] // kept[axis])
+                for canvas in self.canvases
+                if canvas.source is None
+            )
             for axis in (0, 1)
         )
         return height, width
@@ -219,19 +231,24 @@ def render(
         pixels = crop_to_box(pixels, (top, left, height, width))
     if plan.flip:
         pixels = pixels[:, ::-1].copy()  # ascontiguousarray keeps the negative stride of a single column.
-    canvases, resized = [], dict[tuple[Size, ...], Pixels]({(): pixels})
+    canvases: list[Pixels] = []
+    resized = dict[tuple[Size, ...], Pixels]({(): pixels})
     for canvas in plan.canvases:
-        for done, size in enumerate(canvas.steps):
-            before, now = canvas.steps[:done], canvas.steps[: done + 1]
-            if now not in resized:  # Canvases may share their first steps.
-                resized[now] = resize(resized[before], size, interpolation)
-        drawn = resized[canvas.steps]
+        if canvas.source is None:
+            for done, size in enumerate(canvas.steps):
+                before, now = canvas.steps[:done], canvas.steps[: done + 1]
+                if now not in resized:  # Canvases may share their first steps.
+                    resized[now] = resize(resized[before], size, interpolation)
+            drawn = resized[canvas.steps]
+        else:
+            drawn = resize(crop_to_box(canvases[canvas.source[0]], canvas.source[1]), canvas.content, interpolation)
         if canvas.content != canvas.size:
             plane = np.full((*canvas.size, 3), canvas.fill, dtype=np.uint8)
             top, left = canvas.at
             plane[top : top + canvas.content[0], left : left + canvas.content[1]] = drawn
             drawn = plane
-        canvases.append(drawn if plan.color is None else plan.color(drawn))
+        color = plan.color if canvas.source is None else None  # A part of a canvas has its colours already.
+        canvases.append(drawn if color is None else color(drawn))
     for crop, patches in zip(plan.crops, out, strict=True):
         height, width = crop.grid[1] * patch_size, crop.grid[2] * patch_size
         patchify(

@@ -2,6 +2,7 @@
 
     fixed                            one crop of a fixed size
     native, longest_side, padded     one crop at the image's own aspect, in whole patches (``native_sizes``)
+    scaled                           crops with a longer side of one length, of the image or its parts (``splits``)
     tiles                            tiles of one size by a published rule, most with an overview (``tilings``)
 
 ``MediaSpec.placement`` determines which crops are embedded and which are attended. All randomness comes from the sample
@@ -24,6 +25,7 @@ from data_pipeline.images.crops import AugmentConfig, Canvas, Crop, ImagePlan, c
 from data_pipeline.images.decode import DecodeMode, Scratch, decode_image, too_many_pixels
 from data_pipeline.images.image_tokens import ImageLayoutConfig
 from data_pipeline.images.native_sizes import Size, area_size, longest_side_size, round_up, shrunk_size
+from data_pipeline.images.splits import ScaledCrop, SplitConfig
 from data_pipeline.images.tilings import InternvlTiling, Tile, Tiled, Tiles, TilingConfig, single_tile
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import MediaSpec, Placement
@@ -124,10 +126,33 @@ class TilesTransform(_TransformConfig):
     each has at most one tile. null splits all images."""
 
 
-_NATIVE = (NativeTransform, LongestSideTransform, PaddedTransform)
-_Native = NativeTransform | LongestSideTransform | PaddedTransform
+class ScaledTransform(_TransformConfig):
+    """Crops whose longer side has one length, padded with black at the right and the bottom to whole patches.
+
+    Source: Aria (arXiv 2410.05993), section 2.2, and its image processor.
+    """
+
+    kind: Literal["scaled"] = "scaled"
+    longer: int = Field(default=980, ge=1)
+    """Longer side of every crop in pixels, a multiple of patch size times merge: 490 or 980 in Aria. The aspect is
+    kept."""
+    shorter: int = Field(default=336, ge=1)
+    """Least shorter side of a crop in pixels, at most ``longer``. A narrower image is stretched to it."""
+    split: SplitConfig | None = None
+    """Rule by which an image is split into crops (``nearest_aspect``: the authors' code; ``most_pixels``:
+    transformers). null: one crop of the whole image."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ScaledTransform:
+        if self.shorter > self.longer:
+            raise ValueError(f"shorter={self.shorter} is above longer={self.longer}")
+        return self
+
+
+_NATIVE = (NativeTransform, LongestSideTransform, PaddedTransform, ScaledTransform)
+_Native = NativeTransform | LongestSideTransform | PaddedTransform | ScaledTransform
 TransformConfig = Annotated[
-    FixedTransform | NativeTransform | LongestSideTransform | PaddedTransform | TilesTransform,
+    FixedTransform | NativeTransform | LongestSideTransform | PaddedTransform | ScaledTransform | TilesTransform,
     Field(discriminator="kind"),
 ]
 _Layout = tuple[tuple[Canvas, ...], tuple[Crop, ...]]
@@ -202,15 +227,20 @@ class ImageTransform:
         if isinstance(config, NativeTransform):
             self._check_area(config)
             return
-        sides = (
-            {"longest": config.longest}
-            if isinstance(config, LongestSideTransform)
-            else {"max_height": config.max_height, "max_width": config.max_width}
-        )
-        for name, side in sides.items():
+        for name in ("longest", "max_height", "max_width", "longer"):
+            side = getattr(config, name, 0)
             if side % self.spec.size_multiple:
                 raise DataConfigError(
                     f"transforms.{name}={side}: must be a multiple of patch size x merge = {self.spec.size_multiple}"
+                )
+
+        if isinstance(config, ScaledTransform) and config.split is not None:
+            placement = self.spec.placement
+            if placement is Placement.PAIR or (placement is Placement.HYBRID and not config.split.has_overview):
+                remedy = "no split" if placement is Placement.PAIR else "nearest_aspect"
+                raise DataConfigError(
+                    f"transforms.split.kind={config.split.kind}: the model ({placement.value}) needs a crop of the "
+                    f"whole image; use {remedy}"
                 )
 
     def _check_area(self, config: NativeTransform) -> None:
@@ -348,6 +378,10 @@ class ImageTransform:
             tiled = tiling.plan(size, self._size, self.spec)
         elif isinstance(config, FixedTransform) and config.crop is not None:
             tiled = self._square_crop(size, at)
+        elif isinstance(config, ScaledTransform):
+            crop = ScaledCrop(config.longer, config.shorter, self.spec.size_multiple)
+            whole = Tiled((crop.canvas(size),), (Tile(0, 0, 0, None),))
+            tiled = whole if config.split is None else config.split.plan(size, crop)
         else:
             tiled = Tiled((self._whole(size),), (Tile(0, 0, 0, None),))
         tiles = tiled.tiles

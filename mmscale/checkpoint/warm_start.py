@@ -29,7 +29,7 @@ from mmscale.engine.engine import Engine, FrozenSource
 from mmscale.engine.partition import OwnedRange, parameter_table
 from mmscale.errors import CheckpointError
 from mmscale.nn.adapters import ADAPTER_PARAMETERS, AdaptedLinear, adapted_layers
-from mmscale.nn.patch_embed import LearnedPositions, resample_positions
+from mmscale.nn.patch_embed import BucketedPositions, LearnedPositions, resample_positions
 from mmscale.nn.tile_embed import TilePositions
 from mmscale.optim.schedule import component_of_parameters, token_tables
 
@@ -334,7 +334,7 @@ def _grids(model: nn.Module) -> dict[str, _Grid]:
     return {
         f"{path}.{name}": module.grid
         for path, module in model.named_modules()
-        if isinstance(module, LearnedPositions | TilePositions)
+        if isinstance(module, LearnedPositions | BucketedPositions | TilePositions)
         for name in ("position_embedding", "tile_embedding")
         if hasattr(module, name)
     }

@@ -18,6 +18,7 @@ from mmscale.models.projector_config import (
     LinearProjectorConfig,
     MlpProjectorConfig,
     ProjectorConfig,
+    ResamplerConfig,
 )
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "LinearProjectorConfig",
     "MlpProjectorConfig",
     "ProjectorConfig",
+    "ResamplerConfig",
 ]
 
 ConnectorConfig = Annotated[

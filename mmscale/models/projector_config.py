@@ -11,10 +11,11 @@ from data_pipeline.io.own_code import OwnKinds
 from mmscale.models.connectors.attention_pool import AttentionPoolConfig
 from mmscale.models.connectors.c_abstractor import CAbstractorConfig
 from mmscale.models.connectors.projector import LinearProjectorConfig, MlpProjectorConfig, ProjectorBase
+from mmscale.models.connectors.resampler import ResamplerConfig
 from mmscale.nn.flops import Product, attention_product, linear_product
 
 ProjectorConfig = Annotated[
-    LinearProjectorConfig | MlpProjectorConfig | AttentionPoolConfig | CAbstractorConfig,
+    LinearProjectorConfig | MlpProjectorConfig | AttentionPoolConfig | CAbstractorConfig | ResamplerConfig,
     Field(discriminator="kind"),
     OwnKinds(ProjectorBase, "mmscale.projectors"),
 ]
@@ -34,8 +35,12 @@ def typical_crop(projector: ProjectorBase, fixed_grid: tuple[int, int] | None) -
 
     A projector that merges squares has the same ratio for every crop; the result is one square and one feature. With a
     projector that pools each crop to ``pooled_side**2`` features, the crop has the tower's fixed grid. Without a fixed
-    grid, the estimate assumes a crop with one patch per feature. Larger crops then cost less per patch.
+    grid, the estimate assumes a crop with one patch per feature. Larger crops then cost less per patch. With learned
+    queries, the crop is the largest square.
     """
+    if projector.query_sizes:
+        largest, features = projector.query_sizes[-1]
+        return largest**2, features
     side = projector.pooled_side
     if side is None:
         return projector.merge**2, 1
@@ -60,7 +65,10 @@ def projector_products(
     found = []
     for each in projector.work(feature_dim, dim):
         if each.attends:
-            found.append(attention_product(each.per, each.flops, gradients=4 * flows))
+            gradients = 4 * flows - (each.learned_queries and flows and not learns)
+            found.append(attention_product(each.per, each.flops, gradients=gradients))
+        elif each.learned_queries:
+            found.append(linear_product(each.per, each.flops, weights=learns, inputs=learns))
         else:
             found.append(linear_product(each.per, each.flops, weights=learns, inputs=enters))
             enters = flows

@@ -19,8 +19,14 @@ from mmscale.nn.attention_backends import Backend, num_pairs
 from mmscale.nn.block import AttentionConfig, DenseMlpConfig, NormConfig, TransformerBlock, block_products, build_norm
 from mmscale.nn.flops import Product, linear_product
 from mmscale.nn.init import set_init_scale
-from mmscale.nn.patch_embed import LearnedPositions, PatchEmbed
-from mmscale.nn.rope import LearnedPositionsConfig, Rotary2dConfig, Rotation, image_rotation
+from mmscale.nn.patch_embed import BucketedPositions, LearnedPositions, PatchEmbed
+from mmscale.nn.rope import (
+    BucketedPositionsConfig,
+    LearnedPositionsConfig,
+    Rotary2dConfig,
+    Rotation,
+    image_rotation,
+)
 from mmscale.nn.sizes import Channels, Layers, Width
 from mmscale.nn.tile_embed import TileEmbedding, TilePositions
 
@@ -37,7 +43,8 @@ def patch_coordinates(grids: Grids) -> tuple[np.ndarray, np.ndarray]:
 class _KeepInGraph(torch.autograd.Function):
     """Returns ``features`` and keeps ``idle`` in the graph, with a gradient of zero instead of none.
 
-    The parameters of idle layers then receive gradients of zero. ZeRO waits for a gradient of every gathered parameter.
+    The parameters of idle layers and norms then receive gradients of zero. ZeRO waits for a gradient of every gathered
+    parameter.
     """
 
     @staticmethod
@@ -51,7 +58,9 @@ class _KeepInGraph(torch.autograd.Function):
         return gradient, gradient.new_zeros(shape, dtype=dtype)
 
 
-PositionsConfig = Annotated[LearnedPositionsConfig | Rotary2dConfig, Field(discriminator="kind")]
+PositionsConfig = Annotated[
+    LearnedPositionsConfig | BucketedPositionsConfig | Rotary2dConfig, Field(discriminator="kind")
+]
 
 
 class VisionConfig(TowerBase):
@@ -69,7 +78,7 @@ class VisionConfig(TowerBase):
     norm: NormConfig = NormConfig()
     """Kind and epsilon of all norms."""
     positions: PositionsConfig
-    """``learned`` for crops of one fixed size, ``rotary_2d`` for native resolution."""
+    """``learned`` for crops of one fixed size; ``bucketed`` or ``rotary_2d`` for crops of any size."""
     class_token: bool = False
     """Put a learned class token first in every crop (CLIP). Features do not contain it unless ``class_feature`` is set.
     Requires ``learned`` positions."""
@@ -101,6 +110,9 @@ class VisionConfig(TowerBase):
     """Number of blocks after the last of ``feature_layers`` without effect on the features; only with
     ``last_output=false``. They exist because published weights contain them (Molmo: 1). They are computed, and their
     gradients are zero."""
+    idle_norm: bool = False
+    """A norm after the last block without effect on the features, which published weights contain (Aria). Its gradient
+    is zero. Requires ``post_norm=false``."""
     init_std: float | None = Field(default=None, gt=0)
     """Standard deviation of the initial weights; null: ``1 / sqrt(last dimension)``, the fan-in of projections. Divided
     by ``sqrt(2 * number of blocks)`` for projections that write to the residual stream."""
@@ -167,11 +179,11 @@ class VisionConfig(TowerBase):
     @model_validator(mode="after")
     def _consistent(self) -> VisionConfig:
         head_dim = self.attention.resolved_head_dim(self.hidden_dim)
-        if isinstance(self.positions, Rotary2dConfig):
-            if head_dim % 4:
-                raise ValueError(f"positions.kind=rotary_2d needs heads of a multiple of 4 channels, got {head_dim}")
-            if self.class_token:
-                raise ValueError("class_token: has no position in the grid of rotary_2d; use positions.kind=learned")
+        if isinstance(self.positions, Rotary2dConfig) and head_dim % 4:
+            raise ValueError(f"positions.kind=rotary_2d needs heads of a multiple of 4 channels, got {head_dim}")
+        kind = self.positions.kind
+        if self.class_token and kind != "learned":
+            raise ValueError(f"class_token: has no position in the grid of {kind}; use positions.kind=learned")
         if any(not 0 <= layer < self.num_layers for layer in self.feature_layers):
             raise ValueError(
                 f"feature_layers={list(self.feature_layers)}: blocks are numbered 0..{self.num_layers - 1}"
@@ -186,6 +198,8 @@ class VisionConfig(TowerBase):
             raise ValueError(f"idle_layers={self.idle_layers}: the outputs of the last {unused} blocks are unused")
         if not self.last_output and self.post_norm:
             raise ValueError("last_output=false: post_norm would normalise nothing; set post_norm=false")
+        if self.idle_norm and self.post_norm:
+            raise ValueError("idle_norm: post_norm would be a second norm of the last output; set post_norm=false")
         if self.class_feature and not self.class_token:
             raise ValueError("class_feature: there is no class token to keep; set class_token=true")
         if self.tiles is not None:
@@ -193,8 +207,8 @@ class VisionConfig(TowerBase):
         return self
 
     def _check_tiles(self, tiles: TilesConfig) -> None:
-        if isinstance(self.positions, Rotary2dConfig):
-            raise ValueError("tiles: all have the same size; use positions.kind=learned, not rotary_2d")
+        if not isinstance(self.positions, LearnedPositionsConfig):
+            raise ValueError(f"tiles: all have the same size; use positions.kind=learned, not {self.positions.kind}")
         if not self.last_output:
             raise ValueError("last_output=false: the blocks of tiles.global_layers would be unused; set it to true")
         if tiles.attend_absent and self.patch_bias:
@@ -213,6 +227,8 @@ class VisionTower(Tower):
     Source: Dosovitskiy et al. 2021; options as in CLIP, Qwen2-VL, Pixtral and Llama 3.2 Vision.
     """
 
+    positions: nn.Module
+
     def __init__(self, config: VisionConfig, backend: Backend, *, absent_features: bool = False) -> None:
         super().__init__()
         self.config = config
@@ -229,9 +245,12 @@ class VisionTower(Tower):
         )
         if isinstance(config.positions, LearnedPositionsConfig):
             self._build_positions(config.positions.grid)
+        elif isinstance(config.positions, BucketedPositionsConfig):
+            self.positions = BucketedPositions(config.positions.grid, config.hidden_dim)
         self.pre_norm = build_norm(config.norm, config.hidden_dim) if config.pre_norm else nn.Identity()
         self.layers = nn.ModuleList(self._block(backend, None) for _ in range(config.num_layers))
         self.post_norm = build_norm(config.norm, config.hidden_dim) if config.post_norm else nn.Identity()
+        self.idle_norm = build_norm(config.norm, config.hidden_dim) if config.idle_norm else nn.Identity()
         num_global = 0 if config.tiles is None else config.tiles.global_layers
         gate = None if config.tiles is None else config.tiles.global_gate_init
         self.global_layers = nn.ModuleList(self._block(backend, gate) for _ in range(num_global))
@@ -240,7 +259,7 @@ class VisionTower(Tower):
     def _build_positions(self, grid: tuple[int, int]) -> None:
         config, tiles = self.config, self.config.tiles
         if tiles is None:
-            self.positions: nn.Module = LearnedPositions(grid, config.hidden_dim, config.class_token)
+            self.positions = LearnedPositions(grid, config.hidden_dim, config.class_token)
             return
         self.pre_tiles = TileEmbedding(tiles.max_tiles, config.hidden_dim, tiles.gate_init)
         self.positions = TilePositions(grid, config.hidden_dim, config.class_token, tiles.max_tiles, tiles.gate_init)
@@ -282,6 +301,8 @@ class VisionTower(Tower):
             rows, columns = (torch.from_numpy(axis).to(hidden.device) for axis in patch_coordinates(media.grids))
             rotation = image_rotation(rows, columns, self.head_dim, positions, hidden.dtype)
             hidden = self.pre_norm(hidden)
+        elif isinstance(positions, BucketedPositionsConfig):
+            hidden = self.pre_norm(self.positions(hidden, media.grids))
         else:
             hidden = self.pre_norm(self.positions(hidden))
         outputs = {}
@@ -298,8 +319,8 @@ class VisionTower(Tower):
         else:
             parts += inner
         features = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        if config.idle_layers:
-            features = _KeepInGraph.apply(features, last)
+        if config.idle_layers or config.idle_norm:
+            features = _KeepInGraph.apply(features, self.idle_norm(last))
         if config.class_token and not config.class_feature:
             assert isinstance(positions, LearnedPositionsConfig)
             height, width = positions.grid

@@ -23,11 +23,14 @@ class Work(NamedTuple):
         flops: Operations per unit of that count.
         attends: True for the two products of attention (scores, and mixing of values); False for a product with a
             weight.
+        learned_queries: Whether a product reads learned queries instead of features, or, in attention, its queries
+            come from them. They need a gradient only if the connector is trained.
     """
 
     per: str
     flops: int
     attends: bool = False
+    learned_queries: bool = False
 
 
 class Product(NamedTuple):

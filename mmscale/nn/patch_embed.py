@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -130,6 +132,47 @@ class LearnedPositions(nn.Module):
             first = self.class_embedding.expand(crops.shape[0], 1, -1)
             crops = torch.cat([first, crops], dim=1)
         return (crops + self.position_embedding).flatten(0, 1)
+
+
+@lru_cache(maxsize=4096)
+def buckets(count: int, num_buckets: int) -> np.ndarray:
+    """Return the bucket of each of ``count`` rows of a crop: int64 ``(count,)``, ascending, below ``num_buckets``.
+
+    The arithmetic is float32, as in transformers. A row exactly on a boundary is therefore sometimes in the lower
+    bucket: of 50 rows and 70 buckets, rows 5, 10, 15, 20, 30 and 40.
+
+    Source: ``Idefics3VisionEmbeddings`` in transformers; NaViT (arXiv 2307.06304), section 2.1, fractional positions.
+    """
+    boundaries = torch.arange(1 / num_buckets, 1.0, 1 / num_buckets, dtype=torch.float32, device="cpu")
+    steps = torch.arange(count, dtype=torch.float32, device="cpu") * (1.0 / torch.tensor(count, device="cpu"))
+    return torch.bucketize(steps.clamp(max=1.0 - 1e-6), boundaries, right=True).numpy()
+
+
+class BucketedPositions(nn.Module):
+    """Adds a learned vector to each patch, chosen by the patch's relative position in its crop.
+
+    Args:
+        grid: Buckets (rows, columns) of the table.
+        dim: D.
+
+    Source: Idefics2 (arXiv 2405.02246), section 3.2; Aria (arXiv 2410.05993), section 2.2.
+    """
+
+    def __init__(self, grid: tuple[int, int], dim: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.position_embedding = nn.Parameter(torch.zeros(grid[0] * grid[1], dim))
+
+    def forward(self, patches: Float[Tensor, "P D"], grids: Sequence[tuple[int, int, int]]) -> Float[Tensor, "P D"]:
+        """Return the patches of all crops with their vectors; ``grids`` has (time, rows, columns) of each crop."""
+        indices = [
+            np.tile(
+                (buckets(height, self.grid[0])[:, None] * self.grid[1] + buckets(width, self.grid[1])).ravel(), time
+            )
+            for time, height, width in grids
+        ]
+        table_rows = torch.from_numpy(np.concatenate(indices)).to(patches.device)
+        return patches + F.embedding(table_rows, self.position_embedding)
 
 
 def resample_positions(

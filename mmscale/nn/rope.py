@@ -143,6 +143,18 @@ class LearnedPositionsConfig(StrictConfig):
     """Patches (rows, columns) of every crop."""
 
 
+class BucketedPositionsConfig(StrictConfig):
+    """A learned vector for each bucket of a crop's height and width, for crops of any size (Idefics2, Aria, SmolVLM).
+
+    Row r of a crop with h rows is in bucket ``floor(r / h * grid[0])``, so the rows of a smaller crop are spread evenly
+    over the table; columns likewise.
+    """
+
+    kind: Literal["bucketed"] = "bucketed"
+    grid: tuple[Side, Side]
+    """Buckets (rows, columns) of the table. A crop of this size uses each vector once."""
+
+
 @dataclass(frozen=True)
 class Rotation:
     """Cosines and sines of every row's angles, ``(T, R / 2)`` for R rotated channels per head."""

@@ -5,7 +5,7 @@
     depth         2 blocks; 4 if a part is in every n-th block with n > 1, which becomes every second block; more if
                   the feature layers of a tower need them.
     experts       at most 2 per token and 16 in all, in proportion to the model's.
-    images        a quarter of the patches per side, patches of 4 pixels.
+    images        a quarter of the patches per side, patches of 4 pixels; few learned queries.
     vocabulary    2,048 rows, the number of ids of the bundled tokenizer.
     positions     a decoder's position table keeps its length, so documents fit.
 
@@ -34,6 +34,8 @@ _HEAD_DIM = 8
 _MAX_GROUP = 8
 _MAX_WIDTH = 128
 _MIN_SIDE = 6
+_QUERIES = 32
+"""Learned queries of a model for each one of its smoke-test model."""
 _OTHER_WIDTH = 48
 """Width of layers outside of towers, such as a projector's. Most towers have another width, which exposes mix-ups."""
 
@@ -65,6 +67,9 @@ def _shrink_block(block: Block, part: BaseModel, depth: int, merge: int) -> Bloc
     """
     if "num_heads" in block:
         own: Block = {**_shrink_heads(block), "head_dim": _HEAD_DIM}
+        queries = block.get("queries", ())
+        # A dictionary, because two sides may become one.
+        own["queries"] = list({shrunk_side(side, 1): math.ceil(each / _QUERIES) for side, each in queries}.items())
         return {
             name: _shrink_block(value, getattr(part, name), depth, merge)
             if isinstance(value, dict)

@@ -198,13 +198,18 @@ def _shrink_transforms(transforms: TransformConfig, old: MediaSpec, new: MediaSp
         return max(new.size_multiple**2, pixels * new.patch_size**2 // (4 * old.patch_size) ** 2)
 
     changes: dict[str, Any] = {}
-    for name in ("size", "longest", "max_height", "max_width", "min_pixels", "max_pixels"):
+    for name in ("size", "longest", "longer", "shorter", "max_height", "max_width", "min_pixels", "max_pixels"):
         value = getattr(transforms, name, None)
         if value is not None:
             changes[name] = area(value) if name.endswith("pixels") else side(value)
     if isinstance(transforms, TilesTransform):
         tile = changes.get("size") or (new.fixed_grid or (1, 1))[0] * new.patch_size
         changes["tiling"] = _shrink_tiling(transforms.tiling, tile, new)
+    split = getattr(transforms, "split", None)
+    if split is not None:
+        few = tuple(grid for grid in split.grids if math.prod(grid) <= _MAX_TILES)
+        cell = {"cell": side(split.cell)} if hasattr(split, "cell") else {}
+        changes["split"] = split.model_copy(update={"grids": few or split.grids[:1], **cell})
     if transforms.layout is not None:
         changes["layout"] = transforms.layout.model_copy(update={"spell": True})
     return transforms.model_copy(update=changes)

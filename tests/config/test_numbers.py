@@ -117,6 +117,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "GenerationSet": {"kind": "generation", "name": "a", "manifest": "a", "limit": 2},
     "LinearScaling": {"kind": "linear", "factor": 2.0},
     "Mm15Tiling": {},
+    "MostPixelsSplit": {"kind": "most_pixels"},
     "MoeConfig": {"num_experts": 4, "experts_per_token": 2, "expert_dim": 8, "shared_dim": 8},
     "YarnScaling": {"kind": "yarn", "factor": 2.0, "original_context": 64},
     "WeightFrom": {"from_step": 1, "weight": 1.0},

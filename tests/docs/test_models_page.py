@@ -36,6 +36,8 @@ ANY = Placement.EMBEDDING
         # 64 features for 224 x 224 pixels: the paper, section 2.1.
         ("Qwen2-VL", MediaSpec(ANY, 14, 2), (224, 224), [64]),
         ("Pixtral", MediaSpec(ANY, 16), (1024, 512), [64 * 32]),
+        # 256 queries at 980 pixels.
+        ("Aria", MediaSpec(ANY, 14, query_sizes=((35, 128), (70, 256))), (700, 900), [256]),
         ("Fuyu-8B", MediaSpec(ANY, 30), (300, 310), [10 * 11]),
     ],
 )

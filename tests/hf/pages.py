@@ -132,7 +132,12 @@ class Seen:
 
     def theirs(self, model: Any) -> Tensor:
         """Return their logits, with one call per page."""
-        return torch.cat([model(**inputs).logits[0] for inputs in self.inputs])
+        logits = []
+        for inputs in self.inputs:
+            if "pixel_values" in inputs:  # Not every class casts them.
+                inputs = {**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}
+            logits.append(model(**inputs).logits[0])
+        return torch.cat(logits)
 
 
 def compare(

@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from tests.hf import chat_templates, test_fuyu, test_idefics3, test_internvl, test_pixtral, test_qwen2_vl
+from tests.hf import chat_templates, test_aria, test_fuyu, test_idefics3, test_internvl, test_pixtral, test_qwen2_vl
 from tests.hf.decoders import SIZES
 from tests.hf.mllama_reference import reference_model as mllama_model
 from tests.models.reference_models import randomise
@@ -69,6 +69,7 @@ def save(family: str, folder: Path) -> Any:
     model.generation_config.pad_token_id = words.token_to_id(pad)
     model.save_pretrained(folder)
     names = {"bos_token": begin} if one.begin else {}
+    names |= {"image_token": test_aria.IMAGE} if one.processor == "AriaProcessor" else {}
     extra = [] if family == "fuyu" else [*one.special[3:], *one.late]  # Fuyu's are pieces of the vocabulary.
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token=end, pad_token=pad, **names, extra_special_tokens=dict(one.named) or extra
@@ -220,6 +221,16 @@ FAMILIES: dict[str, Published] = {
         "Qwen2VLProcessor",
         chat_templates.QWEN2_VL,
         begin=False,
+        auto="AutoModelForImageTextToText",
+    ),
+    "aria": Published(
+        (*_BASE[:2], "<|im_end|>", *test_aria.SPECIAL, "<|im_start|>"),
+        lambda size: test_aria.reference_model(vocabulary=size),
+        _images("AriaImageProcessor"),
+        "AriaProcessor",
+        chat_templates.ARIA,
+        adds_begin=True,
+        arguments={"size_conversion": test_aria.NUMBERS},
         auto="AutoModelForImageTextToText",
     ),
     "llava": Published(

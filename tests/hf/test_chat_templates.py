@@ -29,6 +29,7 @@ TEMPLATES: dict[str, tuple[dict[str, str], str | None, tuple[str, ...]]] = {
     "LLAMA3_VISION": (LLAMA3, "<|image|>", ()),
     "QWEN2_5": (CHATML, None, ()),
     "QWEN2_VL": (CHATML, VISION, ()),
+    "ARIA": (CHATML, "<fim_prefix><|img|><fim_suffix>", ()),
     "MISTRAL": (NAMES, None, ()),
     "PIXTRAL": (NAMES, "[IMG]", ()),
     "GEMMA": (NAMES, None, ()),

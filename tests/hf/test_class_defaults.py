@@ -84,6 +84,11 @@ TINY: dict[str, dict[str, Any]] = {
         }
         for family in ("idefics3", "smolvlm")
     },
+    "aria": {
+        "text_config": {**_TEXT, "num_key_value_heads": 2, "moe_num_experts": 6, "moe_num_shared_experts": 1},
+        "vision_config": {**_TEXT, "model_type": "idefics3_vision", "image_size": 42, "patch_size": 7},
+        "projector_patch_to_query_dict": {"9": 3, "36": 5},
+    },
     "clip": {
         "text_config": {**_TEXT, "hidden_act": "gelu"},
         "vision_config": {**_TEXT, "image_size": 64, "patch_size": 16, "hidden_act": "gelu"},
@@ -150,6 +155,7 @@ MUST_BE_THERE = {
     "persimmon": {"rope_parameters", "rope_parameters.rope_theta"},  # Its default differs between versions.
     "fuyu": {"text_config", "text_config.rope_parameters", "text_config.rope_parameters.rope_theta"},
     "mllama": {"text_config", "vision_config"},
+    "aria": {"text_config", "vision_config"},
     "llava": {"text_config"},
     "internvl": {"text_config", "vision_config"},
     "idefics3": {"text_config"},

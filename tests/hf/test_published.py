@@ -33,6 +33,7 @@ FAMILIES = {
     "pixtral-12b": "llava",
     "internvl3-1b": "internvl",
     "smolvlm-256m": "smolvlm",
+    "aria": "aria",
 }
 COMMON = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "use_cache": True}
 QWEN3 = {
@@ -53,6 +54,36 @@ QWEN3 = {
     "vocab_size": 151936,
 }
 PUBLISHED: dict[str, dict[str, Any]] = {  # In the format of version 4 of transformers.
+    "aria": {  # By memory.
+        "architectures": ["AriaForConditionalGeneration"],
+        "ignore_index": -100,
+        "image_token_index": 9,
+        "model_type": "aria",
+        "projector_patch_to_query_dict": {"1225": 128, "4900": 256},
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 1664,
+            "max_position_embeddings": 65536,
+            "model_type": "aria_text",
+            "moe_num_experts": 64,
+            "moe_topk": 6,
+            "num_attention_heads": 20,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 20,
+            "rope_theta": 5000000,
+            "vocab_size": 100352,
+        },
+        "torch_dtype": "bfloat16",
+        "vision_config": {
+            "hidden_size": 1152,
+            "image_size": 980,
+            "intermediate_size": 4304,
+            "model_type": "idefics3_vision",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 27,
+            "patch_size": 14,
+        },
+    },
     "fuyu-8b": {  # By memory.
         "architectures": ["FuyuForCausalLM"],
         "attention_dropout": 0.0,

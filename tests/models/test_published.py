@@ -45,8 +45,10 @@ COUNTS = {  # Counted in the reference implementations (transformers; Molmo's ow
     "internvl3-1b": 938_193_024,
     "smolvlm-256m": 256_484_928,
     "nvlm-d-72b": 78_863_416_704,  # Without the 7 zero heads per block in the published files.
+    "aria": 25_307_311_216,
 }
 EXPERTS = {  # Blocks, experts of a block that a token does not use, D, F.
+    "aria": (28, 64 - 6, 2560, 1664),
     "olmoe-1b-7b": (16, 64 - 8, 2048, 1024),
     "molmoe-1b": (16, 64 - 8, 2048, 1024),
     "mixtral-8x7b": (32, 8 - 2, 4096, 14336),
@@ -60,6 +62,7 @@ TOWERS = {  # Tower, connector.
     "pixtral-12b": (403_489_792, 31_467_520),
     "internvl3-1b": (304_012_288, 4_482_816),
     "smolvlm-256m": (86_433_024, 7_077_888),
+    "aria": (417_792_240, 20_427_136),  # The tower with its unused norm.
 }
 NOMINAL = {  # Sizes were not published: models of the published form with about the published number.
     "mm1.5-1b": (997_853_760, 1e9),

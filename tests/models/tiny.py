@@ -38,6 +38,7 @@ TILED = {
 }
 MERGED = {"kind": "mlp", "merge": 2, "norm": "after_merge"}
 POOLED: dict[str, Any] = {"kind": "c_abstractor", "side": 3, "hidden_dim": 32, "depth": 2}
+RESAMPLED: dict[str, Any] = {"kind": "resampler", "queries": [[3, 2], [8, 5]], "num_heads": 2}
 CONNECTORS: dict[str, dict[str, Any]] = {
     "embedding": {"kind": "embedding", "projector": MERGED},
     "cross_attention": {"kind": "cross_attention", "every": 2, "gate_init": 0.7},

@@ -13,7 +13,7 @@ from mmscale.models.config import AnyModelConfig, TowerConfig
 from mmscale.models.decoder import DecoderConfig
 from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.block import Activation, DenseMlpConfig
-from mmscale.nn.rope import LearnedPositionsConfig
+from mmscale.nn.rope import BucketedPositionsConfig, LearnedPositionsConfig
 
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
 """Their name -> our name."""
@@ -186,13 +186,14 @@ def activation_key(ours: Activation) -> str:
 
 
 def image_size(vision: VisionConfig) -> int:
-    """Return the side of the tower's square images in pixels.
+    """Return the side of the tower's square images in pixels; with bucketed positions, that of its table.
 
     Raises:
         CheckpointError: the tower does not have learned positions on a square grid.
     """
     positions = vision.positions
-    if not isinstance(positions, LearnedPositionsConfig) or positions.grid[0] != positions.grid[1]:
+    tables = LearnedPositionsConfig | BucketedPositionsConfig
+    if not isinstance(positions, tables) or positions.grid[0] != positions.grid[1]:
         raise CheckpointError("towers with a fixed image size need learned vision.positions on a square grid")
     return positions.grid[0] * vision.patch_size
 

@@ -5,6 +5,7 @@ A kind is a configuration class and a module in one file. ``models/connector_con
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
 from data_pipeline.io.strict import StrictConfig
-from data_pipeline.media_spec import Placement
+from data_pipeline.media_spec import Placement, num_queries
 from mmscale.models.connectors.lookahead import absent_tile_rows
 from mmscale.models.decoder import CrossAttentionHooks, DecoderConfig
 from mmscale.models.kv_cache import KVCache
@@ -89,6 +90,7 @@ class FeatureConnectorBase(ConnectorBase):
 
     def check(self, vision: AnyVisionConfig, decoder: DecoderConfig) -> None:
         check_projector(self.projector, vision.fixed_grid)
+        self.projector.check_width(vision.feature_dim)
         if vision.class_feature and not self.accepts_class_feature:
             raise ValueError(
                 "vision.class_feature: needs connector.kind=cross_attention and a projector of kind linear or mlp with "
@@ -97,7 +99,12 @@ class FeatureConnectorBase(ConnectorBase):
 
     def media_needs(self) -> dict[str, Any]:
         projector = self.projector
-        return {**super().media_needs(), "merge": projector.merge, "pooled_side": projector.pooled_side}
+        return {
+            **super().media_needs(),
+            "merge": projector.merge,
+            "pooled_side": projector.pooled_side,
+            "query_sizes": projector.query_sizes,
+        }
 
     def products(self, vision: AnyVisionConfig, decoder: DecoderConfig, trained: Collection[str]) -> list[Product]:
         return projector_products(
@@ -115,16 +122,23 @@ class FeatureConnectorBase(ConnectorBase):
         patches = media.items.total + int(vision.class_feature) * frames
         if self.looks_ahead:
             patches += sum(absent_tile_rows(media, vision, merge))
-        return {
+        counts = {
             "feature_patches": patches,
             "pooled_pairs": patches,
             "features": patches // merge**2,
             "frames": frames,
         }
+        if sizes := self.projector.query_sizes:
+            numbers = [(grid, num_queries(sizes, grid)) for grid in media.grids]
+            counts["features"] = sum(grid[0] * number for grid, number in numbers)
+            counts["query_pairs"] = sum(math.prod(grid) * number for grid, number in numbers)
+        return counts
 
     def typical_crop(self, vision: AnyVisionConfig) -> dict[str, int]:
         patches, features = typical_crop(self.projector, vision.fixed_grid)
-        return {"feature_patches": patches, "features": features, "frames": 1, "attended_rows": features}
+        pairs = patches * features if self.projector.query_sizes else 0
+        counts = {"feature_patches": patches, "features": features, "query_pairs": pairs, "frames": 1}
+        return {**counts, "attended_rows": features}
 
 
 class Connector(nn.Module, ABC):

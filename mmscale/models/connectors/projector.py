@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from data_pipeline.io.strict import StrictConfig
+from data_pipeline.media_spec import QuerySizes
 from mmscale.nn.block import ACTIVATIONS, Activation, NormConfig, NormKind, build_norm
 from mmscale.nn.flops import Work
 from mmscale.nn.sizes import Epsilon, Side, Width
@@ -41,7 +42,8 @@ class ProjectorBase(StrictConfig, ABC):
         """Return the forward operations, in order: the first product with a weight reads the tower's features.
 
         The counts are ``feature_patches`` (rows of the tower), ``features`` (those divided by ``merge ** 2``),
-        ``frames``, and for attention ``pooled_pairs`` (query-key pairs within the squares).
+        ``frames``, ``passes`` (1), and for attention ``pooled_pairs`` (query-key pairs within the squares). With
+        ``query_sizes``, ``features`` counts the queries of all crops, and ``query_pairs`` their pairs of query and key.
         """
 
     @property
@@ -55,12 +57,20 @@ class ProjectorBase(StrictConfig, ABC):
         return None
 
     @property
+    def query_sizes(self) -> QuerySizes:
+        """Numbers of features of crops by their size, with learned queries; empty: the number follows from the grid."""
+        return ()
+
+    @property
     def accepts_class_feature(self) -> bool:
         """Whether the tower may put the feature of a class token before those of the patches."""
         return False
 
     def check(self, fixed_grid: tuple[int, int] | None) -> None:
         """Raise ``ValueError`` if the projector does not fit a tower whose crops have this grid (None: any grid)."""
+
+    def check_width(self, feature_dim: int) -> None:
+        """Raise ``ValueError`` if the projector does not fit a tower with this many channels a feature."""
 
 
 class _Merging(ProjectorBase):
