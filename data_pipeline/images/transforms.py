@@ -233,15 +233,12 @@ class ImageTransform:
                 raise DataConfigError(
                     f"transforms.{name}={side}: must be a multiple of patch size x merge = {self.spec.size_multiple}"
                 )
-
-        if isinstance(config, ScaledTransform) and config.split is not None:
-            placement = self.spec.placement
-            if placement is Placement.PAIR or (placement is Placement.HYBRID and not config.split.has_overview):
-                remedy = "no split" if placement is Placement.PAIR else "nearest_aspect"
-                raise DataConfigError(
-                    f"transforms.split.kind={config.split.kind}: the model ({placement.value}) needs a crop of the "
-                    f"whole image; use {remedy}"
-                )
+        split, placement = getattr(config, "split", None), self.spec.placement
+        if split and (placement is Placement.PAIR or (placement is Placement.HYBRID and not split.has_overview)):
+            raise DataConfigError(
+                f"transforms.split.kind={split.kind}: the model ({placement.value}) needs a crop of the whole image; "
+                f"use {'no split' if placement is Placement.PAIR else 'nearest_aspect'}"
+            )
 
     def _check_area(self, config: NativeTransform) -> None:
         least = self.spec.size_multiple**2
@@ -378,10 +375,8 @@ class ImageTransform:
             tiled = tiling.plan(size, self._size, self.spec)
         elif isinstance(config, FixedTransform) and config.crop is not None:
             tiled = self._square_crop(size, at)
-        elif isinstance(config, ScaledTransform):
-            crop = ScaledCrop(config.longer, config.shorter, self.spec.size_multiple)
-            whole = Tiled((crop.canvas(size),), (Tile(0, 0, 0, None),))
-            tiled = whole if config.split is None else config.split.plan(size, crop)
+        elif isinstance(config, ScaledTransform) and config.split is not None:
+            tiled = config.split.plan(size, ScaledCrop(config.longer, config.shorter, self.spec.size_multiple))
         else:
             tiled = Tiled((self._whole(size),), (Tile(0, 0, 0, None),))
         tiles = tiled.tiles
@@ -452,6 +447,8 @@ class ImageTransform:
         if isinstance(config, PaddedTransform):
             content = shrunk_size(height, width, (config.max_height, config.max_width))
             return Canvas(content, (round_up(content[0], multiple), round_up(content[1], multiple)), fill=_FUYU_FILL)
+        if isinstance(config, ScaledTransform):
+            return ScaledCrop(config.longer, config.shorter, multiple).canvas(size)
         side = self._size
         if isinstance(config, FixedTransform) and config.keep_aspect and height != width:
             longer = max(height, width)

@@ -158,7 +158,8 @@ class StreamedLane:
             DataConfigError: no shard holds a sample.
         """
         turn, number, offset = cursor
-        empty = 0
+        # A lane may meet only empty shards for several epochs: with more lanes than shards it does not read all in one.
+        empty: set[int] = set()
         while True:
             epoch, shard = self._shard(turn)
             entries = self._load(shard, number)
@@ -167,8 +168,9 @@ class StreamedLane:
             if len(entries) == self._set.window_size:
                 number, offset = number + 1, 0
                 continue
-            empty = empty + 1 if number == 0 and not entries else 0
-            if empty >= 2 * len(self._set.sources):  # The end of one epoch and the start of the next may be empty.
+            if number == 0 and not entries:
+                empty.add(shard)
+            if len(empty) == len(self._set.sources):
                 raise DataConfigError(f"data set {self._set.dataset}: none of its shards holds a sample")
             turn, number, offset = turn + 1, 0, 0
         order = Permutation(len(entries), self._set.seed, epoch, stream=(shard << _ROW_BITS) + number + 1)

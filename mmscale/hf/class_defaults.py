@@ -277,17 +277,6 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "moe_topk": 2,
         "moe_num_shared_experts": 2,
     },
-    "idefics3_vision": {
-        **_TOWER,
-        "hidden_size": 1152,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 16,
-        "image_size": 224,
-        "patch_size": 32,
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
-    },
     "clip": {"projection_dim": 512, "logit_scale_init_value": 2.6592},
     "clip_text_model": {
         "vocab_size": 49_408,

@@ -127,5 +127,5 @@ class _Send(torch.autograd.Function):
         return exchange.exchange(rows, send_counts, receive_counts)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         return context.exchange.exchange(gradient, *context.counts), None, None, None

@@ -53,7 +53,7 @@ class MoeConfig(RouterConfig, MlpBase):
     """Multiply the shared expert's output by a sigmoid gate per token (Qwen-MoE)."""
     every: Annotated[Layers, ShrunkTo(2)] = 1
     """Every n-th block has experts: blocks n-1, 2n-1, ... (0-based); the others use ``dense``."""
-    dense_first: int = Field(default=0, ge=0, le=1 << 16)
+    dense_first: Annotated[int, Field(ge=0, le=1 << 16), ShrunkTo(1)] = 0
     """Number of first blocks without experts, whatever ``every`` is; they use ``dense`` (DeepSeek-V3: 3)."""
     dense: DenseMlpConfig | None = None
     """Feed-forward of the blocks without experts. Required if ``every`` is above 1 or ``dense_first`` above 0, else

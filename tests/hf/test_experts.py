@@ -103,7 +103,7 @@ def test_every_router_chooses_the_same_experts(name: str, tmp_path: Path) -> Non
 def test_their_balance_loss_joins_the_layers_and_is_larger_by_the_experts_of_a_token(
     tmp_path: Path, parity: Recorder
 ) -> None:
-    """For one layer, theirs is A times ours. For several, theirs averages loads and probabilities before it multiplies."""
+    """For one layer, theirs is A times ours. For several, theirs averages loads and probabilities, then multiplies."""
     theirs = saved_reference("olmoe", tmp_path / "theirs")
     ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
     config, batch = ours.config.decoder.mlp, text_batch(120, lengths=[60])

@@ -193,8 +193,8 @@ def test_the_load_balance_loss_is_the_published_one_over_experts_per_token(parit
     from mmscale.nn.moe import MoeConfig
     from mmscale.nn.router import RoutedRows, Router
 
-    config = MoeConfig(num_experts=8, experts_per_token=3, expert_dim=8, balance="microbatch")
-    router = Router(16, config)
+    torch.manual_seed(0)
+    router = Router(16, MoeConfig(num_experts=8, experts_per_token=3, expert_dim=8, balance="microbatch"))
     hidden = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)) * 20
     sums = router(hidden, RoutedRows.text(torch.arange(40) < 30))[2]
     balance, z = sums.balance / 30, sums.z / 30

@@ -125,7 +125,7 @@ def test_ratios_stay() -> None:
         "num_layers": 40,
         "attention": {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128},
         "mlp": {"kind": "moe", "num_experts": 64, "experts_per_token": 8, "expert_dim": 1024, "every": 2}
-        | {"dense": {"hidden_dim": 14336}},
+        | {"dense": {"hidden_dim": 14336}, "dense_first": 3},
         "rope": {"sections": [16, 24, 24]},
         "extra_tokens": {"rows": 128},
     }
@@ -148,7 +148,7 @@ def test_ratios_stay() -> None:
     assert small.decoder.hidden_dim == 160  # 5 / 4 of the heads' 128.
     assert small.decoder.rope is not None
     assert small.decoder.rope.sections == (2, 3, 3)
-    assert (small.decoder.num_layers, small.decoder.mlp.every) == (4, 2)
+    assert (small.decoder.num_layers, small.decoder.mlp.every, small.decoder.mlp.dense_first) == (4, 2, 1)
     assert (small.decoder.mlp.num_experts, small.decoder.mlp.experts_per_token) == (16, 2)
     assert small.vision is not None
     assert small.vision.positions.grid == (8, 6)

@@ -20,7 +20,8 @@ from mmscale.models.config import ModelConfig
 from mmscale.models.connector_config import EmbeddingConnectorConfig, ResamplerConfig
 from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.block import DenseMlpConfig
-from mmscale.nn.moe import MoeConfig, RouterOrder
+from mmscale.nn.moe import MoeConfig
+from mmscale.nn.router import RouterOrder
 
 _TEXT, _VISION = "aria_text", "idefics3_vision"
 _BALANCE, _Z = 1e-3, 1e-5

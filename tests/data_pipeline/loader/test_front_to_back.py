@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataConfigError, ShardError, TooManyFaultsError
@@ -42,6 +42,7 @@ def _open(sources: tuple[str, ...], window_size: int, seed: int = 1, **faults: o
     window_size=st.integers(1, 5),
     num_lanes=st.integers(1, 4),
 )
+@example(sizes=[0, 1], window_size=1, num_lanes=4)
 @pytest.mark.long
 def test_over_all_lanes_each_sample_comes_once_an_epoch(
     tmp_path: Path, sizes: list[int], window_size: int, num_lanes: int
