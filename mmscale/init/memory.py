@@ -6,9 +6,11 @@ With N values of which n are trained, W ranks and w bytes of a weight, a rank ho
     stage 2    w N + (w + 12) n / W
     stage 3    (w N + (w + 12) n) / W
 
-(Rajbhandari et al. 2020, arXiv 1910.02054, section 3). The activations of a row (a token of the decoder, a patch of the
-tower) are estimated by the inputs and outputs of the linear layers that it passes, times a factor for norms, activation
-functions and attention.
+(Rajbhandari et al. 2020, arXiv 1910.02054, section 3). At stage 3 a rank also gathers the weights of one module, and
+has their whole gradient before it is reduced: 2 w M for the largest module, which may be all experts of a block.
+
+The activations of a row (a token of the decoder, a patch of the tower) are estimated by the inputs and outputs of the
+linear layers that it passes, times a factor for norms, activations and attention. A token passes A of E experts.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from mmscale.models.build import build_weights
 from mmscale.models.config import ModelConfig
 from mmscale.nn.cross_entropy import chunk_rows
 from mmscale.nn.experts import Experts
+from mmscale.nn.router import Router
 
 _OPTIMIZER_BYTES = 12
 _FACTOR = 1.5
@@ -41,7 +44,9 @@ class MemoryModel:
         trained: Number of trained parameters.
         value_bytes: Bytes of a weight or an activation: 2 or 4.
         token_values: Activations of one token: those of the decoder and of the connector.
+        block_values: The part of ``token_values`` in the decoder's largest block.
         patch_values: Activations of one patch in the tower; 0 if the tower is frozen, since it keeps none.
+        largest_module: Number of parameters of the largest module, without its submodules.
         blocks: Number of blocks of the decoder.
         width: Width of the decoder's stream.
         vocab_size: Rows of the head.
@@ -52,7 +57,9 @@ class MemoryModel:
     trained: int
     value_bytes: int
     token_values: int
+    block_values: int
     patch_values: int
+    largest_module: int
     blocks: int
     width: int
     vocab_size: int
@@ -71,6 +78,8 @@ class MemoryModel:
         shared = optimizer + (gradients if zero_stage >= 2 else 0) + (weights if zero_stage == 3 else 0)
         whole = weights + gradients + optimizer - shared
         held = whole + shared // ranks
+        if zero_stage == 3 and ranks > 1:
+            held += 2 * self.value_bytes * self.largest_module
         copy = (weights + optimizer) // ranks if copies and self.device == "cpu" else 0
         logits = 3 * 4 * self.vocab_size * chunk_rows(self.vocab_size, torch.device(self.device))
         return _PROCESS_BYTES + held + copy + logits
@@ -85,7 +94,7 @@ class MemoryModel:
         """
         per_token = self.token_values
         if recompute:
-            per_token = self.blocks * self.width + self.token_values // max(1, self.blocks)
+            per_token = self.blocks * self.width + self.block_values
         return int(self.value_bytes * _FACTOR * (tokens * per_token + patches * self.patch_values))
 
 
@@ -103,7 +112,11 @@ def memory_model(config: ModelConfig, trained: frozenset[str], value_bytes: int,
         trained=sum(parameter.numel() for parameter in set(chosen)),
         value_bytes=value_bytes,
         token_values=values["decoder"] + values["connector"],
+        block_values=max(map(_values, model.get_submodule("decoder.layers").children())),
         patch_values=values["vision"] if vision_learns else 0,
+        largest_module=max(
+            sum(parameter.numel() for parameter in module.parameters(recurse=False)) for module in model.modules()
+        ),
         blocks=config.decoder.num_layers,
         width=config.decoder.hidden_dim,
         vocab_size=config.decoder.vocab_size,
@@ -117,7 +130,8 @@ def _values(part: nn.Module | None) -> int:
     for module in () if part is None else part.modules():
         if isinstance(module, nn.Linear):
             found += module.in_features + module.out_features
-        elif isinstance(module, Experts):
-            matrices = sum(sum(parameter.shape[-2:]) for parameter in module.parameters(recurse=False))
-            found += module.experts_per_token * matrices
+        elif isinstance(module, Router):
+            found += sum(module.weight.shape)
+        elif isinstance(module, Experts):  # It keeps rows, and their gate and up projections.
+            found += module.experts_per_token * sum(module.gate_up_proj.shape[-2:])
     return found

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,9 +16,12 @@ from mmscale.errors import ConfigError
 from mmscale.init.machine import GIB, Machine, free_host_memory
 from mmscale.init.memory import MemoryModel, memory_model
 from mmscale.init.sizes import DocumentSizes, choose_sizes
-from mmscale.models.build import count_parameters
+from mmscale.models.build import build_model, count_parameters, media_spec
 from mmscale.models.config import ModelConfig
+from mmscale.nn.experts import Experts
 from tests.init.test_init import SMALL
+from tests.models.packs import pack, text_document
+from tests.models.tiny import DENSE, VOCAB, config
 
 # Llama 3.2 3B with bf16 weights, all trained.
 LARGE = MemoryModel(
@@ -24,7 +29,9 @@ LARGE = MemoryModel(
     trained=3_200_000_000,
     value_bytes=2,
     token_values=28 * 60_000,
+    block_values=60_000,
     patch_values=0,
+    largest_module=128_256 * 3072,
     blocks=28,
     width=3072,
     vocab_size=128_256,
@@ -106,6 +113,42 @@ def test_a_frozen_tower_keeps_no_activations_and_counts_as_frozen() -> None:
     # The tower projects 8 x 8 pixels of 3 colours to 32. Its block has queries, keys, values and output (32 to 32), and
     # a gated mlp (32 to 64, twice, and back).
     assert whole.patch_values == (8 * 8 * 3 + 32) + 4 * (32 + 32) + 3 * (32 + 64)
+
+
+@pytest.mark.parametrize(
+    "mlp",
+    [
+        DENSE,
+        {"kind": "moe", "num_experts": 16, "experts_per_token": 4, "expert_dim": 24},
+        {"kind": "moe", "num_experts": 8, "experts_per_token": 2, "expert_dim": 48, "shared_dim": 32},
+        {"kind": "moe", "num_experts": 8, "experts_per_token": 4, "expert_dim": 48, "every": 2, "dense": DENSE},
+    ],
+    ids=["dense", "fine", "shared", "second"],
+)
+def test_activations_of_experts_follow_the_tensors_that_autograd_saves(mlp: dict[str, Any]) -> None:
+    """The bytes of all saved tensors but weights are about as far below the estimate with experts as without."""
+    values = config(None, mlp=mlp, hidden_dim=64)
+    model, saved = build_model(values), dict[int, int]()
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    alive = []
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # A freed address could be that of the next tensor.
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        model(pack([text_document(seed, 64, VOCAB) for seed in range(4)], media_spec(values)))
+    memory = memory_model(values, frozenset({"all"}), 4, "cpu")
+    assert 0.6 < sum(saved.values()) / memory.activation_bytes(256, 0, recompute=False) < 1
+    experts = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, Experts)]
+    assert memory.largest_module == max([*experts, 64 * 64])  # Queries, or the experts of a block.
+    gathered = dataclasses.replace(memory, largest_module=0).fixed_bytes(3, 2, copies=False)
+    assert memory.fixed_bytes(3, 2, copies=False) - gathered == 2 * 4 * memory.largest_module
+    if "every" in mlp:  # Recomputation holds one block, at worst one with experts.
+        assert memory.block_values > memory.token_values / 4
 
 
 def test_a_container_has_the_memory_of_its_group(tmp_path: Path) -> None:

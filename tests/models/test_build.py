@@ -12,8 +12,9 @@ from data_pipeline.media_spec import Placement
 from mmscale.models.build import build_model, count_parameters, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.models.connectors.cross_attention import cross_attention_layers
-from tests.models.packs import image_document, pack
-from tests.models.tiny import CONNECTORS, DECODER, DENSE, LEARNED, MOE, PATCHES, VISION, config, model
+from mmscale.nn.experts import Experts
+from tests.models.packs import image_document, pack, text_document
+from tests.models.tiny import CONNECTORS, DECODER, DENSE, LEARNED, MOE, PATCHES, VISION, VOCAB, config, model
 
 
 def llama(layers: int, dim: int, ffn: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> int:
@@ -65,6 +66,34 @@ def test_counts_of_olmoe() -> None:
     count = count_parameters(settings)
     assert count.total == 6_919_161_856
     assert count.total - count.active == 16 * 56 * 3 * 2048 * 1024
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"shared_dim": 0, "shared_gate": False},
+        {"every": 2, "dense": DENSE},
+        {"dense_first": 3, "dense": DENSE, "choice_groups": 3, "groups_per_token": 1},
+    ],
+    ids=["shared", "routed", "second", "first"],
+)
+def test_active_parameters_are_those_that_one_token_reaches(keys: dict[str, Any]) -> None:
+    """Only experts that the token did not choose have a gradient of zero."""
+    net = build_model(config(None, mlp={**MOE, **keys}), seed=1)
+    batch = pack([text_document(1, 1, VOCAB)], media_spec(net.config))
+    net(batch).hidden.square().sum().backward()
+    unreached = 0
+    for module in net.modules():
+        if isinstance(module, Experts):
+            for stack in module.parameters():
+                assert stack.grad is not None
+                reached = stack.grad.flatten(1).any(1)
+                assert reached.sum() == MOE["experts_per_token"]
+                unreached += stack[~reached].numel()
+    count = count_parameters(net.config)
+    assert count.total == sum(parameter.numel() for parameter in net.parameters())
+    assert count.active == count.total - unreached
 
 
 def test_counts_of_a_vision_transformer() -> None:

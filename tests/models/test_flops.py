@@ -27,10 +27,13 @@ from tests.models.tiny import CONNECTORS, DENSE, LEARNED, MOE, PATCHES, POOLED, 
 
 WIDE = {"attention": {"num_heads": 8, "num_kv_heads": 4}, "hidden_dim": 64}
 EVERY_SECOND = {**MOE, "every": 2, "dense": DENSE}
+AFTER_FIRST = {**MOE, "shared_dim": 0, "shared_gate": False, "dense_first": 3, "dense": DENSE, "router": "sigmoid"}
 
 
 @pytest.mark.parametrize(
-    "variant", [{}, {"mlp": MOE}, {"mlp": EVERY_SECOND}, {"vision": LEARNED}], ids=["dense", "moe", "second", "learned"]
+    "variant",
+    [{}, {"mlp": MOE}, {"mlp": EVERY_SECOND}, {"mlp": AFTER_FIRST}, {"vision": LEARNED}],
+    ids=["dense", "moe", "second", "first", "learned"],
 )
 @pytest.mark.parametrize("kind", [None, *CONNECTORS])
 def test_formula_equals_the_counter(kind: str | None, variant: dict[str, Any]) -> None:
