@@ -29,6 +29,9 @@ class MetricsConfig(StrictConfig):
     memory_every: int | None = Field(default=10, ge=1)
     """Measure the peak memory of forward, backward and optimizer separately every this many steps; null for never. This
     resets the system's high-water mark of the process, so another tool that reads it sees the last phase only."""
+    router_every: int | None = Field(default=20, ge=1)
+    """Sum the loads of experts over this many steps, then write their balance to the metrics and the loads to
+    ``RUN/router.json``; null for never. In a window that is too short, experts have no token by chance."""
     peak_flops: float | None = Field(default=None, gt=0)
     """Peak dense floating-point operations per second of one rank's device, for MFU. null: the published value of a
     known GPU; on a CPU the measured speed of a torch matrix product."""

@@ -111,7 +111,7 @@ class RunLog:
         step: int,
         report: StepReport,
         sums: Mapping[str, float],
-        counters: Mapping[str, int] | None = None,
+        counters: Mapping[str, float] | None = None,
         *,
         hold: bool = False,
     ) -> None:
@@ -124,7 +124,7 @@ class RunLog:
             step: Number of the step, from 1.
             report: Report of the step on this rank.
             sums: ``count_step`` and ``step_flops`` of the step, summed over all ranks.
-            counters: Further values of the run so far, by name.
+            counters: Further values by name, such as counts of the run so far.
             hold: Write the line of ``metrics.jsonl`` later: with ``amend``, or before the next line.
         """
         num_tokens, num_samples = int(sums["tokens"]), int(sums["samples"])
@@ -238,7 +238,7 @@ class NullLog:
         step: int,
         report: StepReport,
         sums: Mapping[str, float],
-        counters: Mapping[str, int] | None = None,
+        counters: Mapping[str, float] | None = None,
         *,
         hold: bool = False,
     ) -> None:

@@ -26,6 +26,7 @@ from mmscale.evaluate.result import ANSWERS_FOLDER, binomial_error, read_result
 from mmscale.metrics.format import format_count, format_seconds
 from mmscale.metrics.goodput import Goodput, read_goodput
 from mmscale.metrics.metrics_file import read_metrics
+from mmscale.metrics.router_log import read_router
 from mmscale.report.answers import read_answer_tables
 from mmscale.report.captions import CaptionRecord, read_captions
 from mmscale.report.charts import Bar, Chart, Line, stage_names
@@ -42,6 +43,7 @@ from mmscale.report.curves import (
     thin,
     total,
 )
+from mmscale.report.experts import expert_section
 from mmscale.report.heldout import heldout_charts
 from mmscale.report.page import render_page
 from mmscale.report.spikes import WINDOW_STEPS, find_spikes, page_of
@@ -139,6 +141,7 @@ def render(run_dir: Path, note: Callable[[str], object] = lambda line: None) -> 
     captions: list[CaptionRecord] = _read(lambda: read_captions(run_dir), [], damage)
     configuration: dict[str, list[Setting]] = _read(lambda: read_configuration(run_dir), {}, damage)
     goodput = _read(lambda: read_goodput(run_dir), None, damage)
+    router = _read(lambda: read_router(run_dir), None, damage)
     starts, spikes = read_starts(run_dir), find_spikes(records)
     damage = list(dict.fromkeys(damage))  # Two parts may read the same damaged file.
     for line in damage:
@@ -155,6 +158,7 @@ def render(run_dir: Path, note: Callable[[str], object] = lambda line: None) -> 
         answers=read_answer_tables(run_dir, result.get("heldout", {})),
         no_sets=_has_no_sets(configuration),
         charts=_charts(records, [(spike.step, page_of(run_dir, spike)) for spike in spikes]),
+        experts=expert_section(records, router, stage_names(stage_marks(records))),
         throughput=_throughput(records),
         wall_time=_wall_time(goodput),
         goodput=goodput_rows(goodput),

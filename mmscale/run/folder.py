@@ -8,6 +8,7 @@ bad_steps/             samples of bad steps, roll backs
 starts/                each start: code, configuration, changes since the previous start
 lock/                  the process that works in the folder
 heartbeats/            state of each rank, for the watchdog
+router.json            loads of experts, newest window
 trackers/              ids, progress and offline data of trackers
 profile/               traces of a few steps           goodput.jsonl         time spent outside of steps
 captions.json report/  captions of held-out images     report.html result.json

@@ -46,6 +46,7 @@ from mmscale.errors import ConfigError, EngineError
 from mmscale.metrics.faults import FaultList
 from mmscale.metrics.peaks import peak_of
 from mmscale.metrics.profiler import profile_steps
+from mmscale.metrics.router_log import RouterLog
 from mmscale.metrics.run_log import LoggedStage, NullLog, RunLog, open_run_log
 from mmscale.metrics.sample_images import batch_images
 from mmscale.metrics.sample_log import RunSampleLog
@@ -96,6 +97,7 @@ class _Run:
     world: World
     log: Log
     sample_log: RunSampleLog
+    router_log: RouterLog
     faults: FaultList
     bad_steps: BadSteps
     evaluations: Evaluations
@@ -181,13 +183,15 @@ def _run(
     state, position = bad_steps.state, bad_steps.position
     check_resume(config, world, state, latest)
     sample_log = RunSampleLog(config.run_dir / SAMPLE_LOG, config.sample_log, world, state.step)
+    router_log = RouterLog(config.run_dir, config.metrics.router_every, world, state.step, state.extra)
     log = open_run_log(config.run_dir, config.metrics, state.step, config.total_steps, world.rank, trackers)
     saver = checkpoint.Saver(world, checkpoints, config.checkpoint, log.print_line)
     profiling = profile_steps(config.run_dir, config.metrics, world.rank, state.step, log.print_line, enabled=profile)
     with closing(log), closing(saver), profiling as recorded:
         faults = FaultList(config.run_dir / FAULTS, world, state.step, log.print_line)
         evaluations = Evaluations(config, world, log, state, checkpoints)
-        run = _Run(config, world, log, sample_log, faults, bad_steps, evaluations, saver, stop, watchdog, recorded)
+        logs = (log, sample_log, router_log, faults)
+        run = _Run(config, world, *logs, bad_steps, evaluations, saver, stop, watchdog, recorded)
         if latest:
             log.print_line(f"resuming from {latest} (step {state.step} of {config.total_steps})")
         if start.message:
@@ -319,7 +323,8 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
                 loader=batch.state,
             )
             run.sample_log.step(batch, documents)
-            counters = {"bad_steps": detector.num_bad, "roll_backs": run.bad_steps.num_roll_backs}
+            counters: dict[str, float] = {"bad_steps": detector.num_bad, "roll_backs": run.bad_steps.num_roll_backs}
+            counters |= run.router_log.step(step, report.router, engine.model)
             log.step(step, report, sums, counters, hold=run.evaluations.is_due(state))
             if bad is not None and _handle_bad_step(run, state, batch, report, bad):
                 return state, _StageEnd.ROLLED_BACK
@@ -336,11 +341,11 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
                 ended = run.evaluations.end_reason(state) is not None
             at_end = stopped or ended or step == last
             if at_end or is_best or due(config.checkpoint.every_steps, step):
-                state = replace(
-                    state, extra={**state.extra, **run.bad_steps.extra_state(), **run.evaluations.extra_state()}
-                )
+                extra = run.bad_steps.extra_state() | run.evaluations.extra_state() | run.router_log.extra_state()
+                state = replace(state, extra=state.extra | extra)
                 with run.watchdog.during("checkpoint"):
                     run.sample_log.write()
+                    run.router_log.write()
                     run.saver.save(engine, state, last=at_end, required=is_best)
                 log.pause("checkpoint")
     if stopped:

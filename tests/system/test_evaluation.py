@@ -61,6 +61,7 @@ def record(run: Run) -> dict[str, Any]:
 @pytest.mark.dist
 def test_training_is_bitwise_unchanged(fork_run: MakeRun) -> None:
     words = ("max_steps=3", SETS, "model.decoder.dropout=0.2", ROUTED, "stages.0.ema={decay: 0.9}")
+    words += ("metrics.router_every=3",)
     curves = []
     for ranks, zero_stage in ((2, 3), (1, 0)):
         zero = f"engine.zero_stage={zero_stage}"
@@ -69,6 +70,7 @@ def test_training_is_bitwise_unchanged(fork_run: MakeRun) -> None:
         without.finish()
         scored.finish()
         assert curve(scored) == curve(without)
+        assert "router/dead" in curve(scored)[-1]
         assert state(scored, 3) == state(without, 3)
         assert [step for step, _ in scores(scored)] == [1, 2, 3]
         assert scores(without) == []
