@@ -46,7 +46,7 @@ class Both:
         return open_trained(self.run)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module")
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Both:
     import transformers
 
@@ -106,16 +106,24 @@ CONVERSATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", CONVERSATIONS)
+def reads(family: str, turns: list[tuple[str, int]]) -> bool:
+    """Return whether the family's processor makes a conversation of these turns."""
+    one, images = FAMILIES[family], sum(count for _, count in turns)
+    if family == "fuyu":  # It reads one image with one question, and has no chat template.
+        return images == len(turns) == 1
+    # ``test_the_greedy_answer_is_theirs`` compares the plain prompts of folders without a chat template.
+    return one.chat is not None and images <= (0 if one.images is None else 2)
+
+
+@pytest.mark.parametrize(
+    ("both", "name"),
+    [(family, name) for family in FAMILIES for name, turns in CONVERSATIONS.items() if reads(family, turns)],
+    indirect=["both"],
+    scope="module",
+)
 def test_a_conversation_has_the_same_tokens_and_logits(name: str, both: Both, parity: Recorder) -> None:
-    turns, family = CONVERSATIONS[name], FAMILIES[both.family]
-    if sum(count for _, count in turns) > (0 if family.images is None else 1 if both.family == "fuyu" else 2):
-        pytest.skip("the family reads fewer images")
-    if family.chat is None and (len(turns) > 1 or (both.family == "fuyu" and not turns[0][1])):
-        pytest.skip("the folder has no chat template")
+    turns = CONVERSATIONS[name]
     inputs = their_inputs(both, turns)
-    if family.chat is None and family.images is None:
-        return  # ``test_the_greedy_answer_is_theirs`` compares plain prompts.
     trained = both.trained
     builder, document = our_prompt(trained, turns)
     assert document.token_ids.tolist() == inputs["input_ids"][0].tolist()
@@ -127,11 +135,18 @@ def test_a_conversation_has_the_same_tokens_and_logits(name: str, both: Both, pa
     parity(both.family.split(",")[0], "logits of an imported run", distance(ours[: len(expected)], expected), BOUND)
 
 
-@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize(
+    ("both", "count"),
+    [
+        (family, count)
+        for family, one in FAMILIES.items()
+        for count in (0, 1)
+        if count <= (one.images is not None) and (count or family != "fuyu")
+    ],
+    indirect=["both"],
+    scope="module",
+)
 def test_the_greedy_answer_is_theirs(count: int, both: Both, tmp_path: Path) -> None:
-    family = FAMILIES[both.family]
-    if (count and family.images is None) or (both.family == "fuyu" and not count):
-        pytest.skip("no such prompt")
     inputs = their_inputs(both, [(QUESTION, count)])
     answer = both.theirs.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[
         0, inputs["input_ids"].shape[1] :
@@ -151,6 +166,7 @@ def test_the_greedy_answer_is_theirs(count: int, both: Both, tmp_path: Path) -> 
     assert found == [expected]
 
 
+@pytest.mark.parametrize("both", FAMILIES, indirect=True, scope="module")
 def test_the_import_has_nothing_to_report(both: Both) -> None:
     known = {
         "mistral": "the chat template writes a system turn",
