@@ -17,6 +17,9 @@ is k T < 3 E F (2 E F with recomputation).
     into a node        bytes that enter a node of 8 GPUs if each gathered value enters it once. Groups inside a node do
                        not change them: the ranks of a node together need all experts either way.
 
+Every weight counts as gathered twice, as with ``engine.live_parameter_elements: 0``. By default ZeRO-3 keeps up to 10^9
+values from the forward to the backward pass, and gathers those once.
+
 The check counts the collectives of a real step on gloo ranks, in forward, backward and optimizer, through a dispatch
 mode of torch. Its formula includes the padding of shards, the rows whose experts are on another rank, and their
 weights. Not counted: messages of a few numbers (losses, norms, row counts).

@@ -110,6 +110,11 @@ class MediaSpec:
         return self.patch_size * self.merge
 
     @property
+    def largest_side(self) -> int | None:
+        """Largest side of a crop in pixels, with learned queries; None for no limit."""
+        return self.query_sizes[-1][0] * self.patch_size if self.query_sizes else None
+
+    @property
     def needs_embedded(self) -> bool:
         """Whether each batch must hold an item that is written into token slots."""
         return self.placement in (Placement.EMBEDDING, Placement.HYBRID)

@@ -1,6 +1,6 @@
 """The same documents in two formats: packed by our loader, and padded as by Hugging Face's collator.
 
-    mixed   dense: pages of text, 30 to 700 tokens; mllama: captioned pictures, and pages of two to four pictures
+    mixed   pages of text, 30 to 700 tokens; for mllama captioned pictures, and pages of two to four pictures
     equal   the same tokens and pictures, cut into documents of equal length: no padding
 
 Batches are built before the timing starts. ``benchmarks.loader`` times the loader.
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from mmscale.models.build import media_spec
 
 SHARDS = Path("examples/emoji/shards")
 DATA = ("mixed", "equal")
-EQUAL = {"dense": 256, "mllama": 32}
+EQUAL = {"dense": 256, "olmoe": 256, "active": 256, "mllama": 32}
 """Tokens per document of ``equal``."""
 _KEYS = SIDE * SIDE
 
@@ -59,22 +58,20 @@ class BatchPair:
 def data_config(model: str, lanes: int, max_tokens: int) -> DataConfig:
     """Return the loader's configuration of ``mixed``."""
     images = {"transforms": {"kind": "fixed", "size": PATCH * SIDE}}
-    sets: dict[str, list[dict[str, Any]]] = {
-        "dense": [{"name": "text", "manifest": SHARDS / "train-text.manifest", "template": {"kind": "text"}}],
-        "mllama": [
-            {"name": "pairs", "manifest": SHARDS / "train-quick.manifest", "template": {"kind": "caption"}, **images},
-            {
-                "name": "pages",
-                "manifest": SHARDS / "train-interleaved.manifest",
-                "template": {"kind": "interleaved"},
-                **images,
-            },
-        ],
-    }
+    text = [{"name": "text", "manifest": SHARDS / "train-text.manifest", "template": {"kind": "text"}}]
+    pictures = [
+        {"name": "pairs", "manifest": SHARDS / "train-quick.manifest", "template": {"kind": "caption"}, **images},
+        {
+            "name": "pages",
+            "manifest": SHARDS / "train-interleaved.manifest",
+            "template": {"kind": "interleaved"},
+            **images,
+        },
+    ]
     return DataConfig.model_validate(
         {
             "tokenizer": {"kind": "sentencepiece", "path": "examples/emoji/tokenizer.model"},
-            "datasets": sets[model],
+            "datasets": pictures if model == "mllama" else text,
             "lanes": lanes,
             "packing": {"max_tokens": max_tokens, "look_ahead": 4},
             "order": {"block_size": 4, "window_blocks": 32},

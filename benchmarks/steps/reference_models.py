@@ -1,6 +1,9 @@
-"""Two models, each in Hugging Face's and our implementation with the same weights.
+"""Models in Hugging Face's and our implementation with the same weights.
 
     dense    Llama's decoder: both compute the same function
+    olmoe    OLMoE's decoder with its 64 experts, of which each token uses 8: both compute the same function
+    active   the dense decoder with as many active parameters as ``olmoe``, without the router's: one expert of Hugging
+             Face's OLMoE, which has the weight 1
     mllama   Llama 3.2 Vision: both compute the same function with three exceptions. Hugging Face pads each image to a
              multiple of 8 rows, and real rows attend to the padding; it attends to the class token's row too; and text
              before the first image attends to images.
@@ -26,7 +29,9 @@ PATCH, SIDE, TOWER_LOCAL, TOWER_GLOBAL = 8, 4, 4, 2
 KEPT = (1, 3)
 """Blocks of the tower whose outputs are features in addition to the last output."""
 THETA, EPS, GATE = 10_000.0, 1e-5, 0.5
-MODELS = ("dense", "mllama")
+EXPERTS, CHOSEN, EXPERT_MLP = 64, 8, 96
+"""Experts of ``olmoe``, those that a token uses, and their width: half of the stream's, as in OLMoE."""
+MODELS = ("dense", "mllama", "olmoe", "active")
 
 
 def our_config(model: str) -> ModelConfig:
@@ -55,15 +60,31 @@ def our_config(model: str) -> ModelConfig:
         "feature_layers": list(KEPT),
     }
     connector = {"kind": "cross_attention", "every": EVERY, "gate_init": GATE}
-    return ModelConfig.model_validate(
-        block | {"dense": {}, "mllama": {"vision": vision, "connector": connector}}[model]
-    )
+    experts = {
+        "kind": "moe",
+        "num_experts": EXPERTS,
+        "experts_per_token": CHOSEN,
+        "expert_dim": EXPERT_MLP,
+        "balance_coefficient": 0.0,  # Hugging Face's default too: its loss has no router losses.
+        "z_coefficient": 0.0,
+    }
+    attention = {"num_heads": HEADS, "qk_norm": "full"}
+    changes: dict[str, dict[str, Any]] = {
+        "dense": {},
+        "mllama": {"vision": vision, "connector": connector},
+        "olmoe": {"decoder": block["decoder"] | {"attention": attention, "mlp": experts}},
+        "active": {
+            "decoder": block["decoder"]
+            | {"attention": attention, "mlp": {"kind": "dense", "hidden_dim": CHOSEN * EXPERT_MLP}}
+        },
+    }
+    return ModelConfig.model_validate(block | changes[model])
 
 
 def their_model(model: str, seed: int = 0) -> Any:
     """Return the Hugging Face model on the CPU with its own initial values and open gates, so that images matter."""
     torch.manual_seed(seed)
-    built: Any = {"dense": _llama, "mllama": _mllama}[model]()
+    built: Any = {"dense": _llama, "mllama": _mllama, "olmoe": _olmoe, "active": _active}[model]()
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             if name.endswith(("cross_attn_attn_gate", "cross_attn_mlp_gate")):
@@ -78,6 +99,22 @@ def _llama() -> nn.Module:
 
     rope = {"rope_type": "default", "rope_theta": THETA}
     return LlamaForCausalLM(LlamaConfig(**_text(BLOCKS, rope), tie_word_embeddings=False, use_cache=False))
+
+
+def _olmoe(experts: int = EXPERTS, chosen: int = CHOSEN, width: int = EXPERT_MLP) -> nn.Module:
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    rope = {"rope_type": "default", "rope_theta": THETA}
+    shape = _text(BLOCKS, rope) | {"num_key_value_heads": HEADS, "intermediate_size": width}
+    return OlmoeForCausalLM(
+        OlmoeConfig(
+            **shape, num_experts=experts, num_experts_per_tok=chosen, tie_word_embeddings=False, use_cache=False
+        )
+    )
+
+
+def _active() -> nn.Module:
+    return _olmoe(1, 1, CHOSEN * EXPERT_MLP)
 
 
 def _mllama() -> nn.Module:
@@ -164,6 +201,12 @@ def weights_for_ours(theirs: nn.Module) -> dict[str, Tensor]:
                 renamed = renamed.replace(".fc1.", ".up_proj.").replace(".fc2.", ".down_proj.")
                 found[renamed] = parameter.detach().clone()
                 break
+    for name in [name for name in found if name.endswith("mlp.experts.gate_up_proj") and len(found[name]) == 1]:
+        layer = name.removesuffix("experts.gate_up_proj")
+        gate, up = found.pop(name)[0].chunk(2)
+        down = found.pop(f"{layer}experts.down_proj")[0]
+        del found[f"{layer}gate.weight"]
+        found |= {f"{layer}gate_proj.weight": gate, f"{layer}up_proj.weight": up, f"{layer}down_proj.weight": down}
     if "connector.projector.linear.weight" in found:
         found["vision.patch_embed.projection.weight"] = found["vision.patch_embed.projection.weight"].flatten(1)
         matrix = found["connector.projector.linear.weight"]

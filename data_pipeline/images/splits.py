@@ -14,14 +14,16 @@ differ, as pure functions of the image's size:
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from data_pipeline.errors import DataConfigError
 from data_pipeline.images.crops import Canvas
 from data_pipeline.images.native_sizes import Size, round_up
 from data_pipeline.images.tilings import Tile, Tiled, Tiles
 from data_pipeline.io.strict import StrictConfig
+from data_pipeline.media_spec import MediaSpec, Placement
 
 _BLACK = 0
 _RATIOS = ((1, 2), (1, 3), (1, 4), (1, 5), (1, 6), (1, 7), (1, 8), (2, 4), (2, 3), (2, 2))
@@ -88,7 +90,25 @@ def most_pixels_grid(size: Size, side: int, grids: Grids) -> Tiles:
     return max(grids, key=score)
 
 
-class NearestAspectSplit(StrictConfig):
+class _Split(StrictConfig):
+    has_overview: ClassVar[bool]
+
+    if TYPE_CHECKING:
+
+        @property
+        def kind(self) -> str: ...
+
+    def check(self, spec: MediaSpec) -> None:
+        """Raise ``DataConfigError`` if the model needs a crop of the whole image, or only one crop."""
+        placement = spec.placement
+        if placement is Placement.PAIR or (placement is Placement.HYBRID and not self.has_overview):
+            raise DataConfigError(
+                f"transforms.split.kind={self.kind}: the model ({placement.value}) needs a crop of the whole image; "
+                f"use {'no split' if placement is Placement.PAIR else 'nearest_aspect'}"
+            )
+
+
+class NearestAspectSplit(_Split):
     """The image stretched to the grid of squares with the nearest aspect, after the whole image (Aria's own code).
 
     A grid of one square gives the whole image alone.
@@ -114,7 +134,7 @@ class NearestAspectSplit(StrictConfig):
         return Tiled((Canvas(stretched, stretched), whole, *parts), (Tile(1, 0, 0, None), *tiles))
 
 
-class MostPixelsSplit(StrictConfig):
+class MostPixelsSplit(_Split):
     """The image centred on a black canvas, which is cut into crops of at most the crop's length (transformers).
 
     There is no crop of the whole image. Crops at the right and the bottom may be smaller and are enlarged.

@@ -228,16 +228,19 @@ class ImageTransform:
             self._check_area(config)
             return
         for name in ("longest", "max_height", "max_width", "longer"):
-            side = getattr(config, name, 0)
-            if side % self.spec.size_multiple:
-                raise DataConfigError(
-                    f"transforms.{name}={side}: must be a multiple of patch size x merge = {self.spec.size_multiple}"
-                )
-        split, placement = getattr(config, "split", None), self.spec.placement
-        if split and (placement is Placement.PAIR or (placement is Placement.HYBRID and not split.has_overview)):
+            self._check_side(name, getattr(config, name, 0))
+        if isinstance(config, ScaledTransform) and config.split is not None:
+            config.split.check(self.spec)
+
+    def _check_side(self, name: str, side: int) -> None:
+        if side % self.spec.size_multiple:
             raise DataConfigError(
-                f"transforms.split.kind={split.kind}: the model ({placement.value}) needs a crop of the whole image; "
-                f"use {'no split' if placement is Placement.PAIR else 'nearest_aspect'}"
+                f"transforms.{name}={side}: must be a multiple of patch size x merge = {self.spec.size_multiple}"
+            )
+        if (largest := self.spec.largest_side) is not None and side > largest:
+            raise DataConfigError(
+                f"transforms.{name}={side}: the model takes crops of at most {largest} pixels a side "
+                "(connector.projector.queries)"
             )
 
     def _check_area(self, config: NativeTransform) -> None:
@@ -259,10 +262,7 @@ class ImageTransform:
         side = config.size // self.spec.patch_size
         if isinstance(config, TilesTransform) and config.tiling.allows_leftover_pixels and grid == (side, side):
             return config.size
-        if config.size % self.spec.size_multiple:
-            raise DataConfigError(
-                f"transforms.size={config.size}: must be a multiple of patch size x merge = {self.spec.size_multiple}"
-            )
+        self._check_side("size", config.size)
         if grid is not None and grid != (side, side):
             need = f"{grid[0] * self.spec.patch_size}x{grid[1] * self.spec.patch_size}"
             raise DataConfigError(f"transforms.size={config.size}: the vision tower takes {need} pixels")

@@ -32,10 +32,10 @@ from mmscale.engine.partition import OwnedRange
 from mmscale.errors import CheckpointError
 from mmscale.models.config import ModelConfig, read_model_config
 from mmscale.nn.block import DenseMlpConfig, MlpBase
+from mmscale.nn.expert_parallel import full_shape
 from mmscale.nn.init import first_values
 from mmscale.nn.moe import MoeConfig, MoeMlp
 from mmscale.nn.router import RouterOrder
-from mmscale.optim.schedule import full_shape
 
 _BLOCKS = "decoder.layers."
 

@@ -78,14 +78,16 @@ def _crops_and_totals(dataset: Any, tokenizer: Any, spec: Any, size: tuple[int, 
     rows = []
     apart = "compared" if spec.placement is Placement.PAIR else "attended"
     for crop, item in zip(plan.crops, document.items, strict=True):
-        canvas = plan.canvases[crop.canvas].size
+        canvas, at = plan.canvases[crop.canvas], (crop.top, crop.left)
+        if canvas.source is not None:  # A part of another canvas, which shows where it is.
+            at, canvas = canvas.source[1][:2], plan.canvases[canvas.source[0]]
         height, width = (side * spec.patch_size for side in crop.grid[1:])
         rows.append(
             {
                 "crop": "whole" if crop.cell is None else f"tile {crop.cell[0] + 1},{crop.cell[1] + 1}",
                 "pixels": f"{width}x{height}",
-                "at": f"{crop.left},{crop.top}",
-                "of": f"{canvas[1]}x{canvas[0]}",
+                "at": f"{at[1]},{at[0]}",
+                "of": f"{canvas.size[1]}x{canvas.size[0]}",
                 "role": "embedded" if crop.embedded else apart,
                 "patches": len(item.values),
                 "features": item.num_features(spec),

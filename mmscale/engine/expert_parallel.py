@@ -1,23 +1,25 @@
 """Expert parallelism under ZeRO-3: process groups, and parameters that hold the experts of this rank.
 
-    4 ranks, engine.expert_parallel: 2, 8 experts           experts 0-3      experts 4-7
-        exchange groups (consecutive ranks)     {0, 1}         rank 0           rank 1
-                                                {2, 3}         rank 2           rank 3
-        shard groups (stride 2)                               {0, 2}           {1, 3}
+    4 ranks, engine.expert_parallel: 2, 8 experts    experts 0-3    experts 4-7
+        exchange group {0, 1}                        rank 0         rank 1
+        exchange group {2, 3}                        rank 2         rank 3
+        shard groups                                 {0, 2}         {1, 3}
 
 ZeRO-3 shards each slice of experts over its shard group, and every other parameter over all ranks. So all ranks hold
 equally many values, as without expert parallelism. A slice is a range of the flattened whole parameter, so its shards
 are such ranges too: checkpoints and optimizers need no other rule.
 
 DeepSpeed's own layer for this (AutoEP in 0.19) is not used. It replaces the whole block, which renames and splits the
-parameters, lacks the routers' biases, and its checkpoints need the same number of ranks. This module uses one part of
-it: the stage-3 optimizer shards, gathers and averages a parameter over the group that the parameter's attributes name,
-and includes all slices in the gradient norm. Without ``ds_zero_placement_family`` it would ignore the group's role and
-divide expert gradients by the size of the shard group instead of the number of ranks.
+parameters. It rejects the routers' biases. Its checkpoints need the same number of ranks, or a conversion that loses
+frozen weights. This module uses one part of it: the stage-3 optimizer shards, gathers and averages a parameter over the
+group that the parameter's attributes name, and includes all slices in the gradient norm. Without
+``ds_zero_placement_family`` it would divide expert gradients by the size of the shard group instead of the number of
+ranks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,8 +61,8 @@ def check_ranks(size: int, world_size: int) -> None:
     """
     if world_size % size:
         raise ConfigError(
-            f"engine.expert_parallel={size}: {world_size} ranks cannot be divided into groups of {size}; start a "
-            f"multiple of {size} ranks, or set engine.expert_parallel to a divisor of {world_size}"
+            f"engine.expert_parallel={size}: world size {world_size} cannot be divided into groups of {size} ranks; "
+            f"start a multiple of {size} ranks, or set engine.expert_parallel={math.gcd(size, world_size)}"
         )
 
 
@@ -73,7 +75,7 @@ def check_experts(size: int, num_experts: int) -> None:
     if num_experts % size:
         raise ConfigError(
             f"engine.expert_parallel={size}: {size} ranks cannot hold equally many of num_experts={num_experts}; set "
-            f"engine.expert_parallel to a divisor of {num_experts}"
+            f"engine.expert_parallel={math.gcd(size, num_experts)}"
         )
 
 

@@ -247,6 +247,7 @@ def _transforms(
     spec, reasons = media_spec(model), []
     side = None if spec.fixed_grid is None else spec.fixed_grid[0] * spec.patch_size
     candidates: Sequence[dict[str, Any]] = (
+        *([{"kind": "scaled", "longer": spec.largest_side}] if spec.largest_side is not None else ()),
         *([{"kind": "fixed", "size": side}] if side is not None else ()),
         {"kind": "native", "max_pixels": _NATIVE_PIXELS},
         {"kind": "tiles", "size": side, "tiling": {"kind": "llama"}},

@@ -134,10 +134,10 @@ class RoutedRows:
     num_valid: int | None = None
 
     @classmethod
-    def text(cls, valid: Bool[Tensor, " T"]) -> RoutedRows:
+    def text(cls, valid: Bool[Tensor, " T"], num_valid: int | None = None) -> RoutedRows:
         """Return the rows of one document without images."""
         offsets = torch.tensor([0, len(valid)], device=valid.device)
-        return cls(valid, torch.zeros_like(valid), offsets)
+        return cls(valid, torch.zeros_like(valid), offsets, num_valid)
 
     @cached_property
     def index(self) -> Int[Tensor, " V"] | None:

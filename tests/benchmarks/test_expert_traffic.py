@@ -10,7 +10,11 @@ import pytest
 
 from benchmarks.expert_traffic import NODE, SHAPES, CountedRow, CountingRank, MoeShape, small_model, traffic
 from benchmarks.steps.ranks import Side
-from mmscale.models.build import build_model
+from mmscale.config import load
+from mmscale.models.build import build_model, count_parameters
+from mmscale.models.config import ModelConfig
+from mmscale.nn.moe import MoeConfig
+from tests.engine.ranks import ROOT
 
 TINY = MoeShape("tiny", 1, 2, 64, 1, 3, 64 * 3 * 3 * 2 + 512)
 
@@ -49,11 +53,17 @@ def test_the_limit_decides_for_every_group_and_world(recompute: bool) -> None:
                     assert (shared < alone) == less
 
 
-def test_the_published_sizes_are_those_of_the_papers() -> None:
-    """OLMoE: 6.44 of 6.92 billion values are experts; a token of Aria passes 6 of 64."""
-    olmoe, aria = SHAPES
-    assert olmoe.expert_values == 16 * 64 * 3 * 2048 * 1024
-    assert (olmoe.break_even(recompute=False), aria.break_even(recompute=False)) == (24_576, 53_248)
+@pytest.mark.parametrize(("shape", "name"), [*zip(SHAPES, ("olmoe-1b-7b", "aria"), strict=True)])
+def test_the_sizes_are_those_of_the_shipped_model(shape: MoeShape, name: str) -> None:
+    config = load(ROOT / f"configs/models/{name}.yaml", [], ModelConfig).value
+    decoder, mlp = config.decoder, config.decoder.mlp
+    assert isinstance(mlp, MoeConfig)
+    sizes = (decoder.num_layers, decoder.hidden_dim, mlp.num_experts, mlp.experts_per_token, mlp.expert_dim)
+    assert sizes == (shape.layers, shape.dim, shape.num_experts, shape.experts_per_token, shape.expert_dim)
+    counted = count_parameters(config)
+    assert counted.total == shape.values
+    idle = shape.expert_values * (1 - Fraction(mlp.experts_per_token, mlp.num_experts))
+    assert counted.active == shape.values - idle
 
 
 @pytest.mark.dist

@@ -39,7 +39,7 @@ SLICED = {
 CASES: dict[str, dict[str, Any]] = {
     "copies": {"mlp": EXPERTS, "zero": 3},
     "second": {"mlp": SECOND, "zero": 2},
-    "slices": {"mlp": SLICED, "zero": 3},
+    "slices": {"mlp": SLICED, "zero": 3, "expert_parallel": 2},
 }
 FAMILY = "llama, tied, grouped, stretched"
 BLOCK = "decoder.layers.1.mlp"

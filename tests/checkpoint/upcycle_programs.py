@@ -36,7 +36,12 @@ def upcycle_cases(world: World, path: str, cases: list[dict[str, Any]]) -> list[
     for case in cases:
         config = with_mlp(Path(path), **case["mlp"])
         settings = EngineConfig(
-            zero_stage=case["zero"], device="cpu", precision="fp32", timeout_seconds=60, persistent_parameter_elements=0
+            zero_stage=case["zero"],
+            expert_parallel=case.get("expert_parallel", 1),
+            device="cpu",
+            precision="fp32",
+            timeout_seconds=60,
+            persistent_parameter_elements=0,
         )
         net = construct(partial(build_model, config, seed=None), settings, world, partial(initialise_, seed=2))
         stage = {"name": "s", "steps": 9, "learning_rate": {"default": 1e-2}, "upcycle": True}

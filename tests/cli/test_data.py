@@ -180,6 +180,14 @@ def test_crops_of_an_image_size(capsys: pytest.CaptureFixture[str]) -> None:
     found = figures(capsys, "crops", config, tiles, "model.connector.kind=embedding", "--size", "2000x1000")
     assert [crop["crop"] for crop in found["crops"]] == ["tile 1,1", "tile 1,2", "whole"]
     assert (found["tokens"], found["patches"]) == (48, 48)
+    split = "data.datasets.0.transforms={kind: scaled, longer: 48, shorter: 12, split: {kind: most_pixels, cell: 24}}"
+    positions = "model.vision.positions={kind: bucketed, grid: [12, 12]}"
+    found = figures(capsys, "crops", config, split, positions, "--size", "150x30")
+    assert [(crop["at"], crop["of"], crop["pixels"]) for crop in found["crops"]] == [
+        ("0,0", "120x24", "48x24"),
+        ("48,0", "120x24", "48x24"),
+        ("96,0", "120x24", "48x48"),
+    ]
     assert main(["data", "crops", config, "--size", "90x90", "--dataset", "emoji"]) == 0
     assert "attended" in capsys.readouterr().out
     assert "WIDTHxHEIGHT" in complaint(capsys, "crops", config, "--size", "12", code=2)

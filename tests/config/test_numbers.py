@@ -83,7 +83,8 @@ CrossAttentionConnectorConfig.gate_init DataConfig.workers DecoderConfig.dropout
 EngineConfig.persistent_parameter_elements EngineConfig.live_parameter_elements GenerationSet.seed HeldOutSet.seed
 HybridConnectorConfig.gate_init InterleavedTemplate.text_dropout LinearProjectorConfig.norm_eps
 MetricsConfig.smoothing MlpProjectorConfig.norm_eps MoeConfig.shared_dim MoeConfig.balance_coefficient
-MoeConfig.z_coefficient MoeConfig.bias_rate MuonConfig.weight_decay MuonConfig.momentum MuonConfig.betas
+MoeConfig.z_coefficient MoeConfig.bias_rate MoeConfig.dense_first MoeConfig.jitter MoeConfig.expert_dropout
+MuonConfig.weight_decay MuonConfig.momentum MuonConfig.betas
 NormConfig.eps PatchesConfig.mean PerplexitySet.seed Role.weight RunConfig.seed SamplingConfig.temperature
 SamplingConfig.min_p SamplingConfig.seed StageConfig.warmup_steps StageConfig.min_learning_rate StageConfig.z_loss
 StageConfig.clip StorageConfig.retry_seconds StorageConfig.gap_bytes StorageConfig.read_ahead_bytes
@@ -101,7 +102,8 @@ ContrastiveConnectorConfig.max_scale
 CrossAttentionConnectorConfig.gate_init DatasetConfig.weight DatasetConfig.repeats DecoderConfig.init_std
 DistillConfig.temperature HybridConnectorConfig.gate_init LinearScaling.factor Llama3Scaling.factor
 Llama3Scaling.high_freq_factor MetricsConfig.peak_flops MoeConfig.balance_coefficient MoeConfig.z_coefficient
-MoeConfig.bias_rate MuonConfig.weight_decay MuonConfig.eps NativeTransform.max_aspect PackingConfig.max_cost
+MoeConfig.bias_rate MoeConfig.scale MoeConfig.capacity_factor MuonConfig.weight_decay MuonConfig.eps
+NativeTransform.max_aspect PackingConfig.max_cost
 PatchesConfig.mean PatchesConfig.std RopeConfig.theta Rotary2dConfig.theta SamplingConfig.temperature
 SamplingConfig.repetition_penalty StageConfig.learning_rate StageConfig.z_loss StageConfig.clip TilesConfig.gate_init
 TilesConfig.global_gate_init VisionConfig.mean VisionConfig.std VisionConfig.layer_scale VisionConfig.init_std
@@ -114,8 +116,10 @@ _MORE: dict[str, dict[str, Any]] = {
     "AnnotationsTemplate": {"max_annotations": 2},
     "BestConfig": {"metric": "a/score", "stop_after": 2},
     "CompareConfig": {"seeds": [1], "variants": [{"name": "a"}, {"name": "b"}]},
+    "DatasetConfig": {"name": "a", "manifest": "a"},  # Without weight, which excludes repeats.
     "GenerationSet": {"kind": "generation", "name": "a", "manifest": "a", "limit": 2},
     "LinearScaling": {"kind": "linear", "factor": 2.0},
+    "Idefics3Tiling": {"kind": "idefics3"},
     "Mm15Tiling": {},
     "MostPixelsSplit": {"kind": "most_pixels"},
     "MoeConfig": {"num_experts": 4, "experts_per_token": 2, "expert_dim": 8, "shared_dim": 8},
@@ -137,6 +141,7 @@ _WITHOUT_NUMBERS |= {
     "WandbConfig",
     "MlflowConfig",
     "MlpBase",
+    "RouterConfig",
     "ObjectiveBase",
 }
 """Base classes, and classes without numbers of their own."""

@@ -23,7 +23,7 @@ ANY = Placement.EMBEDDING
     ("model", "spec", "size", "features"),
     [
         # 256 features a tile (InternVL, NVLM): 1 x 2 tiles and the overview.
-        ("InternVL 1.5", MediaSpec(ANY, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
+        ("InternVL 1.5, 3", MediaSpec(ANY, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
         ("NVLM-D", MediaSpec(ANY, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
         ("NVLM-X", MediaSpec(Placement.CROSS_ATTENTION, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
         ("NVLM-H", MediaSpec(Placement.HYBRID, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
@@ -31,6 +31,8 @@ ANY = Placement.EMBEDDING
         ("Llama 3.2 Vision", MediaSpec(Placement.CROSS_ATTENTION, 14, fixed_grid=(40, 40)), (1000, 1000), [1600] * 4),
         # 144 features of the overview; 2 x 2 crops keep 10 x 10 of their 12 x 12.
         ("Molmo", MediaSpec(ANY, 14, 2, fixed_grid=(24, 24)), (560, 560), [144] + [100] * 4),
+        # 64 features a tile of 512 px: 2 x 4 tiles and the overview.
+        ("SmolVLM", MediaSpec(ANY, 16, 4, fixed_grid=(32, 32)), (1024, 2048), [64] * 9),
         # 144 tokens an image, whatever its patches.
         ("MM1.5", MediaSpec(ANY, 14, fixed_grid=(48, 48), pooled_side=12), (1344, 1344), [144] * 5),
         # 64 features for 224 x 224 pixels: the paper, section 2.1.

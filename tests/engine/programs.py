@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -12,6 +13,7 @@ from mmscale.engine.config import EngineConfig
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
 from mmscale.errors import EngineError
+from mmscale.nn.expert_parallel import full_shape
 from mmscale.optim.stages import StageConfig
 from tests.engine.toy import ToyModel, ToyObjective, initialise_, toy_batch
 
@@ -168,8 +170,7 @@ def gathered(engine: Engine, world: World) -> dict[str, list[float]]:
     """Return all masters, gathered from the ranks' ranges."""
     whole = {}
     for name, entry in ((n, p) for n, p in engine.model.named_parameters()):
-        shape = tuple(getattr(entry, "ds_shape", entry.shape))
-        whole[name] = torch.zeros(int(torch.Size(shape).numel()), dtype=torch.float32)
+        whole[name] = torch.zeros(math.prod(full_shape(entry)), dtype=torch.float32)
     for owned in engine.partition.owned():
         whole[owned.name][owned.start : owned.stop] += owned.master.float()
     for values in whole.values():

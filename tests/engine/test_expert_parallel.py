@@ -41,7 +41,6 @@ MANY: dict[str, dict[str, Any]] = {
         "steps": 2,
     },
     "bf16": {"precision": "bf16", "offload": "optimizer_and_weights"},
-    "frozen": {"stage": {"train": ["connector"]}, "steps": 2},
     "muon": {"stage": {"optimizer": {"kind": "muon"}}},
     "adafactor": {"stage": {"optimizer": {"kind": "adafactor"}}},
     "eight bits": {"stage": {"optimizer": {"kind": "adamw", "state_bits": 8}}},
@@ -102,7 +101,7 @@ def assert_equal_runs(split: Trained, whole: Trained, name: str) -> None:
     moments, values = (
         {key: tensor for key, tensor in theirs["last"].items() if key.endswith(kinds[of])} for of in kinds
     )
-    assert any("experts" in key for key in moments) == (name not in ("frozen", "adafactor"))
+    assert any("experts" in key for key in moments) == (name != "adafactor")
     several_steps = len(expected) > 1
     assert_close(mine["last"], moments, 1e-4 if several_steps and name not in ROUNDING else 5 * rounding)
     if name != "bf16":  # There a gradient near 0 may change its sign, and with it a whole step of Adam.
@@ -149,7 +148,7 @@ def test_a_rank_whose_experts_get_no_row_keeps_the_pace(on_two: tuple[Trained, T
 @pytest.mark.timeout(600)
 def test_every_setting_trains_as_on_one_rank(tmp_path: Path) -> None:
     (whole,) = train(1, (1,), MANY, tmp_path)
-    for size, names in ((2, [*MANY]), (4, ["plain", "odd"])):
+    for size, names in ((2, [name for name in MANY if name != "collapsed"]), (4, ["plain", "collapsed"])):
         (split,) = train(4, (size,), {name: MANY[name] for name in names}, tmp_path / str(size))
         for name in names:
             assert_equal_runs(split, whole, name)
@@ -182,15 +181,17 @@ def test_what_cannot_be_divided_is_refused_with_a_remedy(monkeypatch: pytest.Mon
     two = "engine.expert_parallel=2"
     with pytest.raises(ValueError, match=r"expert_parallel=2 needs zero_stage=3, got 2.*set zero_stage=3"):
         EngineConfig(zero_stage=2, expert_parallel=2)
-    with pytest.raises(ConfigError, match=r"hold equally many of num_experts=6; set .* to a divisor of 6"):
+    with pytest.raises(ConfigError, match=r"hold equally many of num_experts=6; set engine.expert_parallel=2"):
         run_config("engine.expert_parallel=4")
     with pytest.raises(ConfigError, match=r"the model of stages.0 \(.*\) has no experts"):
         run_config(two, "model.decoder.mlp={kind: dense, hidden_dim: 8}")
     config = run_config(two)
     check_world(config, 4)
-    with pytest.raises(ConfigError, match="3 ranks cannot be divided into groups of 2; start a multiple of 2 ranks"):
+    with pytest.raises(
+        ConfigError, match="world size 3 cannot be divided into groups of 2 ranks; start a multiple of 2"
+    ):
         check_world(config, 3)
-    with pytest.raises(ConfigError, match="1 ranks cannot be divided"):
+    with pytest.raises(ConfigError, match=r"world size 1 cannot be divided .* or set engine.expert_parallel=1"):
         expert_groups(World(0, 1, 0, torch.device("cpu")), 2)
     assert shrink_run(config).engine.expert_parallel == 1
 

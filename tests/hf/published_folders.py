@@ -69,7 +69,6 @@ def save(family: str, folder: Path) -> Any:
     model.generation_config.pad_token_id = words.token_to_id(pad)
     model.save_pretrained(folder)
     names = {"bos_token": begin} if one.begin else {}
-    names |= {"image_token": test_aria.IMAGE} if one.processor == "AriaProcessor" else {}
     extra = [] if family == "fuyu" else [*one.special[3:], *one.late]  # Fuyu's are pieces of the vocabulary.
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token=end, pad_token=pad, **names, extra_special_tokens=dict(one.named) or extra
@@ -230,6 +229,7 @@ FAMILIES: dict[str, Published] = {
         "AriaProcessor",
         chat_templates.ARIA,
         adds_begin=True,
+        named={"image_token": test_aria.IMAGE},
         arguments={"size_conversion": test_aria.NUMBERS},
         auto="AutoModelForImageTextToText",
     ),

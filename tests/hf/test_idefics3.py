@@ -53,20 +53,20 @@ BOUND, GRADIENT_BOUND = 2e-6, 8e-6
 IMAGE, FAKE, WHOLE, END = "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"
 TAGS = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 SPECIAL = [IMAGE, FAKE, END, WHOLE, *TAGS]  # Ids 3 to 42.
-TWINS: dict[str, dict[str, Any]] = {
+CASES: dict[str, dict[str, Any]] = {
     "idefics3, as SmolVLM 256M": {"side": 32, "patch": 4, "scale_factor": 4},
     "smolvlm, as 2.2B, pixels left over": {"side": 48, "patch": 7, "scale_factor": 3},
     "idefics3, as 8B, tags are text": {"side": 28, "patch": 7, "scale_factor": 2, "tags": False, "tied": True},
 }
 """The family is the first word. ``side``: pixels of a tile; ``tags``: whether the tags of tiles are tokens."""
-FIRST, SECOND, THIRD = TWINS
+FIRST, SECOND, THIRD = CASES
 
 
 def reference_model(name: str = FIRST, seed: int = 0, vocabulary: int = 304) -> Any:
     """Return a tiny random model. The image token is 3, or 4 with the emoji tokenizer's vocabulary."""
     import transformers
 
-    twin = TWINS[name]
+    one = CASES[name]
     kind = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}[name.partition(",")[0]]
     sizes = {"intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = getattr(transformers, f"{kind}Config")(
@@ -83,10 +83,10 @@ def reference_model(name: str = FIRST, seed: int = 0, vocabulary: int = 304) -> 
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
             **sizes,
         },
-        vision_config={"hidden_size": 32, "image_size": twin["side"], "patch_size": twin["patch"], **sizes},
-        scale_factor=twin["scale_factor"],
+        vision_config={"hidden_size": 32, "image_size": one["side"], "patch_size": one["patch"], **sizes},
+        scale_factor=one["scale_factor"],
         image_token_id=4 if vocabulary == VOCABULARY else 3,
-        tie_word_embeddings=twin.get("tied", False),
+        tie_word_embeddings=one.get("tied", False),
     )
     model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
     randomise(model, seed)
@@ -95,18 +95,18 @@ def reference_model(name: str = FIRST, seed: int = 0, vocabulary: int = 304) -> 
 
 def pixels(name: str = FIRST) -> dict[str, Any]:
     """Return the arguments of the image processor: at most two tiles along a side."""
-    side = TWINS[name]["side"]
+    side = CASES[name]["side"]
     return {"size": {"longest_edge": 2 * side}, "max_image_size": {"longest_edge": side}}
 
 
 def processor(tokenizer: Path, name: str, **more: Any) -> Any:
     from transformers import Idefics3ImageProcessor, Idefics3Processor, PreTrainedTokenizerFast
 
-    twin = TWINS[name]
+    one = CASES[name]
     words = PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer), bos_token=BOS, eos_token=EOS, pad_token=PAD, additional_special_tokens=[IMAGE]
     )
-    features = (twin["side"] // twin["patch"] // twin["scale_factor"]) ** 2
+    features = (one["side"] // one["patch"] // one["scale_factor"]) ** 2
     return Idefics3Processor(Idefics3ImageProcessor(**pixels(name), **more), words, features)
 
 
@@ -118,12 +118,12 @@ def transforms_of(name: str, model: Any, **more: Any) -> dict[str, Any]:
     images = layout_of("idefics3").images
     assert images is not None
     found = images(ImageSource(model.config, values, {}, "config.json")).transforms
-    spell = {} if TWINS[name].get("tags", True) else {"spell": "tags"}
+    spell = {} if CASES[name].get("tags", True) else {"spell": "tags"}
     return {**found, "layout": {**found["layout"], **spell}}
 
 
 def seen(folder: Path, model: Any, pages: list[Page], name: str = FIRST, **more: Any) -> Seen:
-    special = SPECIAL if TWINS[name].get("tags", True) else SPECIAL[:3]
+    special = SPECIAL if CASES[name].get("tags", True) else SPECIAL[:3]
     path = save_tokenizer(folder / "tokenizer.json", special)
     theirs = processor(path, name, **more)
 
@@ -136,7 +136,7 @@ def seen(folder: Path, model: Any, pages: list[Page], name: str = FIRST, **more:
     return Seen.of(builder(load(path, IMAGE), media_spec(model.config), transforms), process, pages)
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", CASES)
 def test_the_same_logits_loss_and_gradients(name: str, tmp_path: Path, parity: Recorder) -> None:
     theirs = reference_model(name)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -186,13 +186,13 @@ def test_unsupported_values_are_rejected(block: str | None, change: dict[str, An
         layout_of("idefics3").model_config(values, "config.json")
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", CASES)
 def test_a_hundred_pictures_are_cut_and_placed_as_theirs(name: str, tmp_path: Path, parity: Recorder) -> None:
     """Compare the number, order and pixels of crops, and the tokens, with several pictures and text between them."""
     reference_model(name).save_pretrained(tmp_path / "theirs")
     ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
     pages = seen(tmp_path, ours, odd_pages(100 if name == FIRST else 20, 4, 150), name)  # Asserts equal token ids.
-    patch, places = TWINS[name]["patch"], TWINS[name]["side"] // TWINS[name]["patch"]
+    patch, places = CASES[name]["patch"], CASES[name]["side"] // CASES[name]["patch"]
     for document, inputs in zip(pages.documents, pages.inputs, strict=True):
         values = torch.cat([torch.from_numpy(item.values) for item in document.items])
         whole = inputs["pixel_values"][0, :, :, : places * patch, : places * patch]

@@ -225,19 +225,20 @@ def test_other_keys_of_molmoe_are_refused(keys: dict[str, Any], message: str) ->
 
 
 @pytest.mark.dist
-def test_trained_and_exported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("olmoe", marks=pytest.mark.slow)])
+def test_trained_and_exported(family: str, tmp_path: Path) -> None:
     """After training on two ranks and export, the reference gives the same logits and generates the same tokens.
 
     Two parts are not trained: the last block of the tower, and new tokens, which the emoji tokenizer lacks.
     """
-    theirs = Molmo("qwen2", VOCABULARY)
+    theirs = Molmo(family, VOCABULARY)
     save(theirs, tmp_path / "theirs")
     tiling = {"kind": "molmo", "max_tiles": 2, "margin": 2, "padding_of": "next_crop"}
     transforms = {"kind": "tiles", "tiling": tiling, "interpolation": "bilinear"}
     out = train_and_export(
         tmp_path / "theirs", tmp_path, captions(transforms), idle=r"new_embedding$|resblocks\.3\.", max_tokens=160
     )
-    again = Molmo("qwen2", VOCABULARY)
+    again = Molmo(family, VOCABULARY)
     fill(again, tensors_of(out))
     ours, _ = imported(out, tmp_path / "again")
     letters = Letters(VOCABULARY)

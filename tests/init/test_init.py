@@ -305,6 +305,7 @@ def test_a_model_of_a_hub_is_imported_first(home: Path, published: Path, monkeyp
         pytest.param("mm1.5-1b", marks=pytest.mark.slow),
         pytest.param("internvl3-1b", marks=pytest.mark.slow),
         pytest.param("smolvlm-256m", marks=pytest.mark.slow),
+        pytest.param("aria", marks=pytest.mark.slow),
     ],
 )
 def test_published_models_get_transforms_that_fit(home: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

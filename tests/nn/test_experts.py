@@ -11,12 +11,18 @@ from torch.nn import functional as F
 
 from mmscale.nn.block import ACTIVATIONS, Activation
 from mmscale.nn.dropout import Dropout, SubLayer
-from mmscale.nn.experts import Dispatch, Experts, _ExpertLoop, _Gate, _GroupedExperts
+from mmscale.nn.experts import Dispatch, Experts, _ExpertLoop, _Gate, _group, _GroupedExperts
 
 DIM, HIDDEN, NUM_EXPERTS = 16, 8, 5
 COUNTS = {"some": [3, 0, 4, 9, 1], "one row": [0, 0, 1, 0, 0], "one expert": [0, 17, 0, 0, 0]}
 grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="grouped_mm is new in torch 2.10")
 KERNELS = [_ExpertLoop, pytest.param(_GroupedExperts, marks=grouped_mm)]
+
+
+@pytest.fixture(params=[0, 256, 1 << 20], ids=["alone", "groups", "together"])
+def group_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experts of the loop compute each alone, in groups of 256 bytes of projected rows, or all together."""
+    monkeypatch.setattr("mmscale.nn.experts._GROUP_BYTES", request.param)
 
 
 def stacked(activation: str = "silu", dtype: torch.dtype = torch.float32) -> Experts:
@@ -125,3 +131,30 @@ def test_the_dispatch_takes_the_first_valid_rows_of_each_expert(capacity: int | 
     ]
     for value, truth in zip(*answers, strict=True):
         torch.testing.assert_close(value, truth)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.usefixtures("group_bytes")
+def test_groups_of_experts_do_not_change_the_result(frozen: bool) -> None:
+    counts = COUNTS["some"]
+    experts, rows, weights = stacked().requires_grad_(not frozen), torch.randn(17, DIM), torch.rand(17)
+    leaves = [rows.requires_grad_(), weights.requires_grad_(), *(p for p in experts.parameters() if p.requires_grad)]
+    dropout = Dropout.for_microbatch(0.25, (1, 0), [0], [17], torch.device("cpu"))
+    factors = ~dropout.dropped(SubLayer.FEED_FORWARD, HIDDEN) / 0.75
+    answers = [
+        [outputs, *torch.autograd.grad(outputs.square().sum(), leaves)]
+        for outputs in (
+            experts(rows, weights, torch.tensor(counts), dropout),
+            one_by_one(rows, weights, experts, counts, "silu", factors),
+        )
+    ]
+    for value, truth in zip(*answers, strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_a_group_has_as_many_experts_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmscale.nn.experts._GROUP_BYTES", 40)
+    counts = [1, 0, 3, 0, 9, 0, 2, 2, 1]
+    groups = _group(counts, 10)
+    assert [list(experts) for experts, _ in groups] == [[0, 1, 2, 3], [4], [5, 6, 7], [8]]
+    assert [lengths for _, lengths in groups] == [[1, 0, 3, 0], [9], [0, 2, 2], [1]]

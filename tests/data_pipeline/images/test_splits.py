@@ -116,6 +116,7 @@ def test_a_fast_decoder_leaves_enough_pixels_for_the_largest_canvas() -> None:
     ("config", "spec", "message"),
     [
         ({"longer": 500}, SPEC, r"transforms\.longer=500: must be a multiple of patch size x merge = 14"),
+        ({"longer": 504}, MediaSpec(Placement.EMBEDDING, 14, query_sizes=((35, 3),)), "at most 490 pixels a side"),
         ({}, MediaSpec(Placement.EMBEDDING, 14, fixed_grid=(7, 7)), "the vision tower has a fixed size"),
         (
             {"split": {"kind": "most_pixels"}},
