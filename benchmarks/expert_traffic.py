@@ -289,7 +289,7 @@ class CountingRank:
             world, {**dict.fromkeys(("allgather", "reduce_scatter", "alltoall"), 0), **collectives.sent}
         )
         # The hook saw each row in each forward pass, and a recomputation is one more.
-        away = all_reduce_sum(world, {"rows": sum(rows)})["rows"] / (2 if recompute else 1) / world.world_size
+        away = all_reduce_sum(world, {"sent": sum(rows)})["sent"] / (2 if recompute else 1) / world.world_size
         padded = sum(_padded(parameter, world.world_size) for parameter in model.parameters())
         engine.close()
         sends = 6 if recompute else 4  # Rows and outputs. Weights have half as many: no output, one gradient.

@@ -236,7 +236,13 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "temporal_patch_size": 2,
         "rope_theta": 10_000.0,
     },
-    "llava": {"projector_hidden_act": "gelu", "multimodal_projector_bias": True, "tie_word_embeddings": False},
+    "llava": {
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": False,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+    },
     "internvl": {
         "downsample_ratio": 0.5,
         "projector_hidden_act": "gelu",

@@ -108,11 +108,11 @@ class VisionConfig(TowerBase):
     (Molmo)."""
     idle_layers: int = Field(default=0, ge=0, le=1 << 12)
     """Number of blocks after the last of ``feature_layers`` without effect on the features; only with
-    ``last_output=false``. They exist because published weights contain them (Molmo: 1). They are computed, and their
-    gradients are zero."""
+    ``last_output=false``. They exist because published weights contain them (Molmo, LLaVA: 1). They are computed, and
+    their gradients are zero."""
     idle_norm: bool = False
-    """A norm after the last block without effect on the features, which published weights contain (Aria). Its gradient
-    is zero. Requires ``post_norm=false``."""
+    """A norm after the last block without effect on the features, which published weights contain (Aria, LLaVA). Its
+    gradient is zero. Requires ``post_norm=false``."""
     init_std: float | None = Field(default=None, gt=0)
     """Standard deviation of the initial weights; null: ``1 / sqrt(last dimension)``, the fan-in of projections. Divided
     by ``sqrt(2 * number of blocks)`` for projections that write to the residual stream."""

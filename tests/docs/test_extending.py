@@ -21,7 +21,7 @@ SLOW = ("Objective",)
 """Parts whose test trains a step of a run."""
 MODEL = "Published model"
 OWN = "Your own package"
-MODEL_YAML, LAYOUT = "configs/models/internvl3-1b.yaml", "mmscale/hf/layouts/internvl.py"
+MODEL_YAML, LAYOUT = "configs/models/vip-llava-7b.yaml", "mmscale/hf/layouts/vipllava.py"
 
 _FILE = re.compile(r"^`([^`\n]+)`, (new|changed):\n", re.MULTILINE)
 _BLOCK = re.compile(r"^```(python|yaml|diff)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -118,22 +118,21 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parity
 def test_the_parameter_count_is_that_of_the_page_and_of_the_reference(copy: Path) -> None:
     import torch
-    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
+    from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
 
     shown = printed(f"mmscale params {MODEL_YAML}")
     assert run(copy, "-m", "mmscale.cli.main", "params", MODEL_YAML) == shown
-    text = Qwen2Config(
-        vocab_size=151674,
-        hidden_size=896,
-        intermediate_size=4864,
+    tower = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
         num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
     )
-    with torch.device("meta"):  # InternVLVisionConfig's defaults are InternViT-300M's, except for biases.
-        vision = InternVLVisionConfig(attention_bias=True)
-        config = InternVLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
-        reference = InternVLForConditionalGeneration(config)
+    with torch.device("meta"):  # LlamaConfig's defaults are Llama 7B's, except for the vocabulary.
+        config = VipLlavaConfig(text_config=LlamaConfig(vocab_size=32064), vision_config=tower)
+        reference = VipLlavaForConditionalGeneration(config)
     assert f"{sum(parameter.numel() for parameter in reference.parameters()):,}" in shown
 
 

@@ -22,6 +22,8 @@ ANY = Placement.EMBEDDING
 @pytest.mark.parametrize(
     ("model", "spec", "size", "features"),
     [
+        # 24 x 24 patches of an image of 336 pixels.
+        ("LLaVA-1.5", MediaSpec(ANY, 14, fixed_grid=(24, 24)), (480, 640), [576]),
         # 256 features a tile (InternVL, NVLM): 1 x 2 tiles and the overview.
         ("InternVL 1.5, 3", MediaSpec(ANY, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
         ("NVLM-D", MediaSpec(ANY, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),

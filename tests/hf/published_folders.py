@@ -10,7 +10,16 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from tests.hf import chat_templates, test_aria, test_fuyu, test_idefics3, test_internvl, test_pixtral, test_qwen2_vl
+from tests.hf import (
+    chat_templates,
+    test_aria,
+    test_fuyu,
+    test_idefics3,
+    test_internvl,
+    test_llava,
+    test_pixtral,
+    test_qwen2_vl,
+)
 from tests.hf.decoders import SIZES
 from tests.hf.mllama_reference import reference_model as mllama_model
 from tests.models.reference_models import randomise
@@ -241,6 +250,20 @@ FAMILIES: dict[str, Published] = {
         chat_templates.PIXTRAL,
         adds_begin=True,
         arguments={"patch_size": 16},
+        auto="AutoModelForImageTextToText",
+    ),
+    "llava, CLIP": Published(
+        (*_BASE, "<image>"),
+        lambda size: test_llava.reference_model(vocabulary=size),
+        _images("CLIPImageProcessor", **test_llava.PIXELS),
+        "LlavaProcessor",
+        chat_templates.LLAVA,
+        adds_begin=True,
+        arguments={
+            "patch_size": test_llava.PATCH,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
         auto="AutoModelForImageTextToText",
     ),
     "internvl": Published(

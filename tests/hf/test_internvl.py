@@ -70,7 +70,11 @@ TWINS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"norm_type": "rms_norm", "use_qk_norm": True},
         {"tie_word_embeddings": True},
     ),
-    "llama, 4 x 4 patches": ({"model_type": "llama", "num_key_value_heads": 4}, {}, {"downsample_ratio": 0.25}),
+    "as 3.5, 4 x 4 patches": (
+        {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 24},
+        {},
+        {"downsample_ratio": 0.25},
+    ),
 }
 
 

@@ -304,6 +304,7 @@ def test_a_model_of_a_hub_is_imported_first(home: Path, published: Path, monkeyp
         pytest.param("nvlm-h-72b", marks=pytest.mark.slow),
         pytest.param("mm1.5-1b", marks=pytest.mark.slow),
         pytest.param("internvl3-1b", marks=pytest.mark.slow),
+        pytest.param("llava-1.5-7b", marks=pytest.mark.slow),
         pytest.param("smolvlm-256m", marks=pytest.mark.slow),
         pytest.param("aria", marks=pytest.mark.slow),
     ],

@@ -42,6 +42,7 @@ COUNTS = {  # Counted in the reference implementations (transformers; Molmo's ow
     "qwen2-vl-7b": 8_291_375_616,
     "qwen2-vl-72b": 73_405_560_320,
     "pixtral-12b": 12_682_739_712,
+    "llava-1.5-7b": 7_063_427_072,
     "internvl3-1b": 938_193_024,
     "smolvlm-256m": 256_484_928,
     "nvlm-d-72b": 78_863_416_704,  # Without the 7 zero heads per block in the published files.
@@ -60,6 +61,7 @@ TOWERS = {  # Tower, connector.
     "qwen2-vl-7b": (675_759_104, None),
     "qwen2-vl-72b": (699_356_672, None),
     "pixtral-12b": (403_489_792, 31_467_520),
+    "llava-1.5-7b": (303_507_456, 20_979_712),
     "internvl3-1b": (304_012_288, 4_482_816),
     "smolvlm-256m": (86_433_024, 7_077_888),
     "aria": (417_792_240, 20_427_136),  # The tower with its unused norm.

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 
 from data_pipeline.config import DatasetConfig
+from data_pipeline.images.tilings import Idefics3Tiling
+from data_pipeline.images.transforms import ImageTransform, TilesTransform
+from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import ImagePart
 from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.text.templates import AnnotationsTemplate, DialogueTemplate, EndPiece, TextPiece
 from mmscale.config import load
 from mmscale.run.config import RunConfig
-from mmscale.shrink.run import shrink_run
+from mmscale.shrink.run import _shrink_transforms, shrink_run
 from tests.configs.files import REPO, RUNS, name_of
 
 RECIPES = REPO / "configs" / "recipes"
@@ -97,3 +100,14 @@ def test_a_text_model_reads_text_unless_the_template_is_a_dialogue() -> None:
         ("text", "examples/emoji/shards/train-text.manifest"),
         ("dialogue", "examples/text/shards/talks.manifest"),
     ]
+
+
+def test_images_of_idefics3_keep_two_tiles_along_a_side() -> None:
+    """Published models have four tiles of 512 pixels there, 17 crops an image."""
+    published = MediaSpec(Placement.EMBEDDING, patch_size=16, merge=4, fixed_grid=(32, 32))
+    small = MediaSpec(Placement.EMBEDDING, patch_size=4, merge=4, fixed_grid=(8, 8))
+    for size in (None, 512):
+        transforms = TilesTransform(size=size, tiling=Idefics3Tiling())
+        assert ImageTransform(transforms, published).grids[-1] == (4, 4)
+        found = ImageTransform(_shrink_transforms(transforms, published, small), small)
+        assert found.grids == ((1, 1), (1, 2), (2, 1), (2, 2))

@@ -6,10 +6,10 @@ from typing import Any
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.hf.layouts import llama, mistral, qwen2
+from mmscale.hf.layouts import llama, mistral, qwen2, qwen3
 from mmscale.models.config import ModelConfig
 
-_TEXTS = {layout.model_type: layout for layout in (llama.LAYOUT, qwen2.LAYOUT, mistral.LAYOUT)}
+_TEXTS = {layout.model_type: layout for layout in (llama.LAYOUT, qwen2.LAYOUT, mistral.LAYOUT, qwen3.LAYOUT)}
 """Decoder families; an export tries them in this order, after the family's default."""
 
 
