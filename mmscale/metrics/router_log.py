@@ -126,6 +126,8 @@ class RouterWindow:
             ValueError: a value is missing or wrong, or the sizes differ.
         """
         record = _Record.model_validate(value)
+        if list(record.blocks) != sorted(set(record.blocks)):
+            raise ValueError("blocks: expected ascending numbers")
         length, experts = len(record.blocks), len(record.load[0][0]) if record.load else 0
         tokens, entropy = np.array(record.tokens, np.int64), np.array(record.entropy, np.float64)
         load = np.array(record.load, np.int64) if experts else np.zeros(0, np.int64)

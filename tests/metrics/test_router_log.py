@@ -104,7 +104,9 @@ def test_the_file_has_the_last_whole_window_or_the_first_part(tmp_path: Path, mo
         window = read_router(tmp_path)
         assert window is not None
         assert (window.first, window.last) == steps
-        assert window.load.tolist() == sum(sums(step).load for step in range(steps[0], steps[1] + 1)).tolist()
+        given = [sums(step) for step in range(steps[0], steps[1] + 1)]
+        assert window.load.tolist() == sum(each.load for each in given).tolist()
+        assert window.entropy.tolist() == sum(each.entropy.double() for each in given).tolist()
     RouterLog(tmp_path, 3, OTHER, 0, {})
     assert (tmp_path / ROUTER_FILE).exists()
     RouterLog(tmp_path, 3, ALONE, 5, {})  # Steps 4 to 6 are repeated.
@@ -178,6 +180,13 @@ def test_another_number_of_experts_starts_a_window(tmp_path: Path, model: Any) -
         {"entropy": None},
         {"blocks": []},
         {"dropped": [1, 2]},
+        {
+            "blocks": [2, 1],
+            "tokens": [[1, 1]] * 2,
+            "entropy": [[1, 1]] * 2,
+            "load": [[[1], [1]]] * 2,
+            "dropped": [1, 1],
+        },
         {"blocks": [1 << 60]},
         {"more": 1},
     ],

@@ -24,11 +24,14 @@ from tests.report.pages import Page
 _DEEP = "[" * 100_000
 _LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
 _STEP = {"step": 1, "loss": 2.0, "seconds": 0.5, "data_wait_seconds": 0.1, "time": 9.0, "lr": 1e-3, "mfu": 0.5}
+_ROUTER = {"router/max_over_mean": 1.5, "router/dead": 1, "router/0/max_over_mean": 1.5, "router/0/entropy": 0.5}
+_WINDOW = {"first": 1, "last": 2, "blocks": [0], "tokens": [[3, 2]], "entropy": [[1.5, 1.0]], "dropped": [1]}
 
 
 def _run(folder: Path) -> Path:
-    steps = [_STEP | {"step": step, "forward_seconds": 0.1, "tokens": 10, "samples": 2} for step in (1, 2)]
+    steps = [_STEP | {"step": step, "forward_seconds": 0.1, "tokens": 10, "samples": 2, **_ROUTER} for step in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    (folder / "router.json").write_text(json.dumps(_WINDOW | {"load": [[[2, 1], [0, 2]]]}))
     started = {"time": 1.0, "kind": "started", "seconds": 0.0, "step": 0}
     (folder / "goodput.jsonl").write_text(json.dumps(started) + "\n")
     sets = {
@@ -49,10 +52,11 @@ def test_a_whole_run_has_no_note(tmp_path: Path) -> None:
     page = Page(render(_run(tmp_path), notes.append))
     assert notes == []
     assert "50.0" in page.text
+    assert "dead experts" in page.text
     assert read_captions(tmp_path) == [CaptionRecord("a", "x.png", "b", "c", True)]
 
 
-@pytest.mark.parametrize("name", ["result.json", "captions.json", "config.yaml", "report/origins.json"])
+@pytest.mark.parametrize("name", ["result.json", "captions.json", "router.json", "config.yaml", "report/origins.json"])
 @pytest.mark.parametrize("text", ["{", "[]", "3", _DEEP, _LAUGHS + "{", "\x80", None])
 def test_a_damaged_file_is_named_and_the_rest_shown(tmp_path: Path, name: str, text: str | None) -> None:
     path = _run(tmp_path) / name
@@ -75,7 +79,7 @@ _ODD: list[Any] = [None, "x", -1, 0, 10**400, 1e308, float("nan"), float("inf"),
 
 def test_any_value_in_any_place_of_a_file(tmp_path: Path) -> None:
     folder, odd = _run(tmp_path), itertools.cycle(_ODD)
-    for name in ("result.json", "captions.json", "metrics.jsonl", "goodput.jsonl"):
+    for name in ("result.json", "captions.json", "router.json", "metrics.jsonl", "goodput.jsonl"):
         whole = (folder / name).read_text()
         lines = name.endswith("l")
         held = [json.loads(line) for line in whole.splitlines()] if lines else json.loads(whole)
