@@ -3,7 +3,7 @@
     ours           mmscale.engine.Engine on packed batches of data_pipeline.loader.loader
     hugging face   transformers' model and the DeepSpeed engine that its Trainer builds, on batches padded as its
                    collator and image processor pad them
-    flattened      the same on batches of its DataCollatorWithFlattening (dense only; the mask is tokens x tokens)
+    flattened      the same on batches of its DataCollatorWithFlattening (text only; the mask is tokens x tokens)
 
 Both sides have the same weights, documents per step, optimizer, precision, ZeRO stage and number of threads. Each side
 has its own processes for the whole benchmark, and the sides take turns step by step. Values are medians over the steps
@@ -32,7 +32,7 @@ class TrainStepRow:
     """One comparison.
 
     Attributes:
-        model: ``mllama`` or ``dense``.
+        model: ``mllama``, ``dense``, ``olmoe`` or ``active``.
         data: ``mixed`` or ``equal``.
         world_size: Ranks.
         zero_stage: ZeRO stage of both sides.
@@ -118,7 +118,7 @@ def both(sides: dict[str, Side], name: str, **arguments: Any) -> dict[str, Any]:
 def compare(sides: dict[str, Side], model: str, data: dict[str, Any], steps: int) -> dict[str, Any]:
     """Run the steps of all sides in turn and return the values of a row."""
     turns: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in SIDES}
-    if model == "dense":
+    if model != "mllama":
         turns[FLATTENED] = (SIDES[1], {"flat": True})
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in turns}

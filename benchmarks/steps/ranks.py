@@ -75,7 +75,7 @@ class Rank:
         self._pairs = make_batches(model, data, world.rank, world.world_size, steps, max_tokens)
         self._weights = all_reduce_sum_list(world, [pair.weight for pair in self._pairs])
         self._theirs = {False: [pair.padded for pair in self._pairs]}
-        if model == "dense":
+        if model != "mllama":
             self._theirs[True] = [flatten(pair.packed) for pair in self._pairs]
         names = self._pairs[0].padding
         return {

@@ -149,7 +149,8 @@ def _join(names: Sequence[str]) -> str:
 
 
 def _recipe(comparison: Comparison) -> str:
-    plain = [[s.model_copy(update={"steps": 1, "warmup_steps": 0}) for s in v.run.stages] for v in comparison.variants]
+    apart: dict[str, object] = {"steps": 1, "warmup_steps": 0, "model": None, "upcycle": False}
+    plain = [[stage.model_copy(update=apart) for stage in v.run.stages] for v in comparison.variants]
     if all(stages == plain[0] for stages in plain):
         return "All variants have the same learning rates and optimizer, which were not tuned for any of them."
     return "Learning rates or optimizers differ between variants; see their overrides."

@@ -9,14 +9,16 @@ import torch
 
 from benchmarks import train_step
 from benchmarks.steps import reference_models
-from benchmarks.steps.batches import make_batches
+from benchmarks.steps.batches import DATA, make_batches
 from benchmarks.steps.theirs import trainer_config
 from mmscale.models.build import build_model
 from mmscale.objectives.next_token import NextToken
 
+CASES = [(model, data, tolerance) for model, tolerance in (("dense", 1e-5), ("mllama", 0.02)) for data in DATA]
+CASES += [("olmoe", "equal", 1e-5), ("active", "mixed", 1e-5)]
 
-@pytest.mark.parametrize(("model", "tolerance"), [("dense", 1e-5), ("mllama", 0.02)])
-@pytest.mark.parametrize("data", ["mixed", "equal"])
+
+@pytest.mark.parametrize(("model", "data", "tolerance"), CASES)
 def test_both_sides_learn_the_same_from_the_same_documents(model: str, data: str, tolerance: float) -> None:
     pair = make_batches(model, data, rank=0, world_size=1, steps=1, max_tokens=512)[0]
     theirs = reference_models.their_model(model)

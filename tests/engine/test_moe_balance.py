@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmscale.dist import World
+from mmscale.engine.engine import Engine
+from mmscale.engine.graph import RouterSums
 from mmscale.models.build import build_model, media_spec
 from mmscale.nn.router import routers
 from tests.engine.moe_programs import MICROBATCHES, SCOPES, documents, scoped_model, sharpen_
@@ -51,6 +56,25 @@ def test_the_cases_of_the_test_differ() -> None:
     whole, documents_alone = (expected(scope)["router_balance"] for scope in SCOPES)
     assert documents_alone - whole > 0.3
     assert whole > 1.05
+
+
+def test_router_sums_of_microbatches_are_added_exactly() -> None:
+    """float32 has not every integer above 2^24."""
+    one_rank = SimpleNamespace(
+        clock=SimpleNamespace(communicating=nullcontext), world=World(0, 1, 0, torch.device("cpu"))
+    )
+    large = 1 << 25
+    parts = [
+        RouterSums(
+            torch.full((2, 2, 3), large + step), torch.tensor([[1.5, 0.0], [2.0, step]]), torch.tensor([step, large])
+        )
+        for step in (1, 2)
+    ]
+    sums = Engine._global_router_sums(one_rank, parts)
+    assert torch.equal(sums.load, torch.full((2, 2, 3), 2 * large + 3))
+    assert sums.entropy.tolist() == [[3.0, 0.0], [4.0, 3.0]]
+    assert sums.dropped.tolist() == [3, 2 * large]
+    assert (sums.load.dtype, sums.dropped.dtype) == (torch.int64, torch.int64)
 
 
 @pytest.mark.dist
