@@ -110,23 +110,26 @@ def our_rank(model: str, world: World) -> Rank:
     return Rank("ours", world)
 
 
-def measure_active(steps: int, tokens: int, threads: int) -> Case:
-    """Return milliseconds of a step with experts, and of the dense model with equal active parameters."""
+def measure_active(steps: int, tokens: int, threads: int) -> list[Case]:
+    """Return milliseconds and CPU time of a step with experts, and of the dense model of equal active parameters."""
     names = {"ours": "olmoe", "dense of equal active parameters": "active"}
     with ExitStack() as stack:
         sides = {name: stack.enter_context(closing(Side(name, 2, threads, our_rank))) for name in names}
         for name, model in names.items():
             sides[name].order("build", model=model, zero_stage=3, precision="fp32")
         both(sides, "data", model="olmoe", data="equal", steps=steps + 1, max_tokens=tokens)
-        seconds: dict[str, list[float]] = {name: [] for name in names}
+        done: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for index in range(steps + 1):
             for name, side in sides.items():
-                spent = side.order("step", index=index)["seconds"]
-                if index:
-                    seconds[name].append(spent)
-    medians = {name: 1000 * statistics.median(times) for name, times in seconds.items()}
-    paired = statistics.median(b / a for a, b in zip(*seconds.values(), strict=True))
-    return Case.from_sides(f"step with experts, 2 ranks, ZeRO 3, {2 * tokens} tokens", medians, "ms", paired=paired)
+                done[name].append(side.order("step", index=index))
+    cases = []
+    for key, kind in (("seconds", "step"), ("cpu_seconds", "CPU time of a rank")):
+        seconds = {name: [step[key] for step in each[1:]] for name, each in done.items()}
+        medians = {name: 1000 * statistics.median(times) for name, times in seconds.items()}
+        paired = statistics.median(b / a for a, b in zip(*seconds.values(), strict=True))
+        case = f"experts, 2 ranks, ZeRO 3, {2 * tokens} tokens: {kind}"
+        cases.append(Case.from_sides(case, medians, "ms", paired=paired))
+    return cases
 
 
 def measure(options: argparse.Namespace) -> Iterator[BenchmarkRow]:
@@ -141,7 +144,7 @@ def measure(options: argparse.Namespace) -> Iterator[BenchmarkRow]:
     if "step" in options.parts:
         yield from measure_steps(step_arguments([*STEP, *shape]))
     if "active" in options.parts:
-        yield measure_active(options.steps, tokens, threads)
+        yield from measure_active(options.steps, tokens, threads)
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:

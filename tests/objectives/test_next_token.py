@@ -61,8 +61,8 @@ def test_router_losses_are_added_with_their_coefficients() -> None:
     batch = pack([text_document(1, 30, VOCAB)], media_spec(nets[0].config))
     output, without = (NextToken()(net, batch) for net in nets)
     router = nets[0](batch).router
-    config, load = nets[0].config.decoder.mlp, router.load.sum(1).float()
-    balance = torch.stack([config.balance_of(*pair) for pair in zip(load, router.importance, strict=True)]).mean()
+    experts, load = nets[0].config.decoder.mlp, router.load.sum(1).float()
+    balance = torch.stack([experts.balance_of(*pair) for pair in zip(load, router.importance, strict=True)]).mean()
     z = router.z.mean() / batch.num_tokens
     torch.testing.assert_close(output.loss_sum, without.loss_sum + (0.5 * balance + 0.25 * z) * batch.weight)
     torch.testing.assert_close(output.metrics["router_balance"] / batch.weight, balance.detach())
