@@ -52,7 +52,8 @@ def fingerprint(
         "order": config.order.model_dump(mode="json"),
         "packing": config.packing.model_dump(mode="json"),
         "tokenizer": tokenizer,
-        "model.media": repr(spec),
+        # Older checkpoints lack ``query_sizes``, so its default is left out.
+        "model.media": repr(spec).replace(", query_sizes=()", ""),
         "datasets": [dataset.name for dataset in datasets],
         "weights": [(schedule.starts[phase], [schedule.weights[phase][i] for i in used]) for phase in phases],
     }

@@ -255,9 +255,10 @@ class Engine:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = rates[group["component"]]
         try:
-            if isinstance(self._objective, WholeStepObjective):
+            objective = self._objective
+            if isinstance(objective, WholeStepObjective) and objective.needs_prepare(self.model, len(microbatches)):
                 with self.clock.phase(FORWARD), torch.no_grad():
-                    microbatches = self._objective.prepare(self.model, microbatches)
+                    microbatches = objective.prepare(self.model, microbatches)
             sums, losses, routed = self._forward_backward(microbatches, self.world.world_size / weight)
             squares = self._square_sums() if component_norms or self._clips else {}
             loss, metrics, norms = self._global_means(sums, weight, squares)

@@ -55,7 +55,11 @@ class ObjectiveLike(Protocol):
 
 @runtime_checkable
 class WholeStepObjective(Protocol):
-    """An objective whose loss of one microbatch depends on all others of the step."""
+    """An objective whose loss of one microbatch may depend on all others of the step."""
+
+    def needs_prepare(self, model: Any, num_microbatches: int) -> bool:
+        """Return whether a step with this number of microbatches a rank must go through ``prepare``."""
+        ...
 
     def prepare(self, model: Any, microbatches: Sequence[Any]) -> Sequence[Any]:
         """Return the microbatches with the information about the whole step that the objective needs.

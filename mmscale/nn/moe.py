@@ -79,7 +79,7 @@ class MoeConfig(RouterConfig, MlpBase):
         return MoeMlp(dim, self)
 
     def flops_per_row(self, dim: int) -> int:
-        """Return the forward operations of one row: its experts, the shared expert, and the router."""
+        """Return the forward operations of one valid row: its experts, the shared expert, and the router."""
         routed = 6 * dim * self.expert_dim * self.experts_per_token
         shared = 6 * dim * self.shared_dim + (2 * dim if self.shared_gate else 0)
         return routed + shared + 2 * dim * self.num_experts

@@ -148,6 +148,11 @@ class Contrastive:
         """Return the number of pairs: the divisor of ``loss_sum``. Does not run the model."""
         return float(len(batch.pairs))
 
+    def needs_prepare(self, model: ContrastiveModel, num_microbatches: int) -> bool:
+        """Return whether ``prepare`` changes the microbatches: if there are several."""
+        del model
+        return num_microbatches > 1
+
     def prepare(
         self, model: ContrastiveModel, microbatches: Sequence[MultimodalBatch]
     ) -> Sequence[MultimodalBatch | PreparedBatch]:
@@ -157,7 +162,7 @@ class Contrastive:
         microbatch is returned unchanged. All ranks must call, with gradients disabled and with the same number of
         microbatches.
         """
-        if len(microbatches) == 1:
+        if not self.needs_prepare(model, len(microbatches)):
             return microbatches
         own = [model(batch.to(self._world.device, non_blocking=True)) for batch in microbatches]
         pairs, first = self._gather(own)

@@ -44,10 +44,16 @@ class NextToken:
         """Return the divisor of ``loss_sum``: the sum of the loss weights. Does not run the model."""
         return batch.weight
 
+    def needs_prepare(self, model: MultimodalModel, num_microbatches: int) -> bool:
+        """Return whether a step must go through ``prepare``: with experts, if there are several microbatches."""
+        return num_microbatches > 1 and isinstance(model.config.decoder.mlp, MoeConfig)
+
     def prepare(
         self, model: MultimodalModel, microbatches: Sequence[MultimodalBatch]
     ) -> Sequence[MultimodalBatch | PreparedBatch]:
         """Return the microbatches of a step in the form that ``__call__`` needs; see ``RouterLosses.prepare``."""
+        if not self.needs_prepare(model, len(microbatches)):
+            return microbatches
         return self._router.prepare(model, microbatches)
 
     def __call__(self, model: MultimodalModel, batch: MultimodalBatch | PreparedBatch) -> ObjectiveOutput:

@@ -70,16 +70,13 @@ class RouterLosses:
         self._device = torch.device("cpu") if world is None else world.device
         self._gather = gather or gather_one_rank
 
-    def prepare(self, model: Any, microbatches: Sequence[MultimodalBatch]) -> Sequence[MultimodalBatch | PreparedBatch]:
-        """Return the microbatches of a step with the sums that ``losses`` needs.
+    def prepare(self, model: Any, microbatches: Sequence[MultimodalBatch]) -> list[PreparedBatch]:
+        """Return the microbatches of a step of a model with experts, with the sums that ``losses`` needs.
 
-        A single microbatch, and those of a model without experts, are returned unchanged. All ranks must call, without
-        gradients, with the model in training mode, and with the same number of microbatches.
+        All ranks must call, without gradients, with the model in training mode, and with the same number of
+        microbatches.
         """
-        config = model.config.decoder.mlp
-        if len(microbatches) == 1 or not isinstance(config, MoeConfig):
-            return microbatches
-        loads = []
+        config, loads = model.config.decoder.mlp, []
         if config.balance == "global" and config.balance_coefficient:
             loads = [model(batch.to(self._device, non_blocking=True)).router.load for batch in microbatches]
         totals = self._totals(loads, microbatches)

@@ -357,7 +357,7 @@ FOLDERS = [
     ),
     Mistake("import-nothing", "checkpoint import absent {tmp}/out", 1, "absent", "no such folder"),
     Mistake(
-        "import-unknown-family", "checkpoint import {hf} {tmp}/out --from hf", 1, "model_type='nothing'", "only clip"
+        "import-unknown-family", "checkpoint import {hf} {tmp}/out --from hf", 1, "model_type='nothing'", "only aria"
     ),
     Mistake("export-over-files", "checkpoint export {run} {tmp}/full", 1, "/full", "new folder"),
 ]

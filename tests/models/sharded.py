@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from mmscale.dist import World, any_rank
+from mmscale.dist import World, any_rank, gather_rows
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
@@ -54,7 +54,8 @@ def _run(world: World, kind: str, steps: int) -> dict[str, Any]:
     build = partial(build_model, settings, seed=None)
     model = construct(build, engine_config, world, partial(initialise_, seed=3))
     stage = StageConfig.model_validate({"name": "all", "steps": steps, "learning_rate": {"default": 1e-2}})
-    engine = Engine(model, NextToken(), stage, engine_config, world)
+    objective = NextToken(world=world, gather=partial(gather_rows, world))
+    engine = Engine(model, objective, stage, engine_config, world)
     mine = range(world.rank, LANES, world.world_size)
     losses = [engine.train_step([lane(step, number) for number in mine]).loss for step in range(steps)]
     prompts = [pack([image_document(spec, 50 + number, number, sizes, VOCAB)], spec) for number in mine]

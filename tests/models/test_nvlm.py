@@ -101,9 +101,9 @@ def by_our_names(theirs: Nvlm, ours: MultimodalModel, value_of: Callable[[Tensor
     ):
         own = {name: shape for name, shape in shapes.items() if name.startswith(ends)}
         for stored in layout_of(family).hf_tensors(config, own).values():
-            for name, values in stored.split(parts[prefix + stored.name]):
-                assert name is not None
-                found[name] = values
+            for part, values in stored.split(parts[prefix + stored.name]):
+                assert part is not None
+                found[part.name] = values
     for name in shapes.keys() - found.keys():
         rest = name.removeprefix("connector.")
         if rest.startswith("projector."):
