@@ -98,7 +98,7 @@ def upcycled_parameters(model: nn.Module, manifest: Manifest, components: Collec
 
     Args:
         model: The model with experts. It may be on the meta device or sharded.
-        manifest: Of the checkpoint.
+        manifest: The manifest of the checkpoint.
         components: Components that are loaded; None for all.
 
     Raises:

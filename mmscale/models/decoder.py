@@ -31,7 +31,7 @@ from mmscale.nn.flops import Product, linear_product
 from mmscale.nn.init import set_init_scale
 from mmscale.nn.moe import MoeConfig
 from mmscale.nn.rope import RopeConfig, rotated_width, text_rotation
-from mmscale.nn.router import RoutedRows, RouterOutput, RouterTensors
+from mmscale.nn.router import RoutedRows, RouterTensors
 from mmscale.nn.sizes import Layers, ShrunkTo, Vocabulary, Width
 
 MlpConfig = Annotated[DenseMlpConfig | MoeConfig, Field(discriminator="kind")]
@@ -201,7 +201,7 @@ class Decoder(nn.Module):
         cross_attention: CrossAttentionHooks | None,
         cache: KVCache | None = None,
         dropout: Dropout | None = None,
-    ) -> tuple[Float[Tensor, "T D"], RouterOutput | None]:
+    ) -> tuple[Float[Tensor, "T D"], RouterTensors | None]:
         """Run the blocks and the final norm.
 
         Args:
@@ -235,7 +235,7 @@ class Decoder(nn.Module):
             hidden, sums = layer(hidden, rotation, segments, rows, layer_cache, layer_dropout)
             if sums is not None:
                 routed.append(sums)
-        return self.norm(hidden), RouterOutput.of(routed)
+        return self.norm(hidden), RouterTensors.stack(routed)
 
     def _check_length(self, segments: AttentionSegments, cache: KVCache | None) -> None:
         """Raise ``ValueError`` if positions exceed the table. An out-of-range lookup would fail on the device."""

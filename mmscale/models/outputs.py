@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mmscale.nn.router import RouterOutput
+from mmscale.nn.router import RouterTensors
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,9 @@ class ModelOutput:
 
     Attributes:
         hidden: ``(T, D)``, after the final norm. ``model.head`` computes logits or the loss from it.
-        router: Sums of the routers over the valid rows; None for a model without experts. An objective adds the losses
-            of ``mmscale.objectives.router``.
+        router: Sums of the routers of all blocks, stacked, over the valid rows; None for a model without experts. An
+            objective adds the losses of ``mmscale.objectives.router``.
     """
 
     hidden: Tensor
-    router: RouterOutput | None = None
+    router: RouterTensors | None = None

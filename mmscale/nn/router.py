@@ -146,7 +146,7 @@ class RoutedRows:
 
 
 class RouterTensors(NamedTuple):
-    """Sums over the valid rows of a microbatch in one block. ``RouterOutput`` has the same fields for L blocks.
+    """Sums over the valid rows of a microbatch in one block; of L blocks after ``stack``.
 
     Attributes:
         importance: float32 ``(E,)`` with gradient, sum of the rows' probabilities of each expert.
@@ -165,21 +165,10 @@ class RouterTensors(NamedTuple):
     entropy: Tensor
     dropped: Tensor
 
-
-class RouterOutput(NamedTuple):
-    """``RouterTensors`` of the L blocks with experts, stacked: each field has L as its first dimension."""
-
-    importance: Tensor
-    balance: Tensor
-    z: Tensor
-    load: Tensor
-    entropy: Tensor
-    dropped: Tensor
-
     @classmethod
-    def of(cls, layers: list[RouterTensors]) -> RouterOutput | None:
-        """Return the stacked tensors of all blocks with experts; None without such blocks."""
-        return cls(*(torch.stack(parts) for parts in zip(*layers, strict=True))) if layers else None
+    def stack(cls, blocks: list[RouterTensors]) -> RouterTensors | None:
+        """Return the tensors of L blocks with L as their first dimension; None without blocks."""
+        return cls(*(torch.stack(parts) for parts in zip(*blocks, strict=True))) if blocks else None
 
 
 class Router(nn.Module):

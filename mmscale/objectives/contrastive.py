@@ -28,7 +28,7 @@ from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.models.connectors.contrastive import PairVectors
 from mmscale.models.contrastive import ContrastiveModel
 from mmscale.objectives.outputs import ObjectiveOutput
-from mmscale.objectives.ranks import GatherRows, WorldInfo, gather_one_rank
+from mmscale.objectives.ranks import GatherRows, WorldInfo, gather_or_one_rank
 
 _ROWS = 1024
 """Rows of the similarities that are in memory at a time."""
@@ -138,11 +138,9 @@ class Contrastive:
     teachers = ()
 
     def __init__(self, config: ContrastiveConnectorConfig, world: WorldInfo, gather: GatherRows | None = None) -> None:
-        if gather is None and world.world_size > 1:
-            raise ValueError(f"{world.world_size} ranks share a step: pass gather, a function that gathers their rows")
         self._softmax = config.loss == "softmax"
         self._limit = math.log(config.max_scale)
-        self._world, self._gather_rows = world, gather or gather_one_rank
+        self._world, self._gather_rows = world, gather_or_one_rank(world, gather)
 
     def weight(self, batch: MultimodalBatch) -> float:
         """Return the number of pairs: the divisor of ``loss_sum``. Does not run the model."""

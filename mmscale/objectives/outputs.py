@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mmscale.nn.router import RouterOutput
+from mmscale.nn.router import RouterTensors
 
 
 @dataclass(frozen=True)
@@ -26,4 +26,4 @@ class ObjectiveOutput:
     loss_sum: Tensor
     metrics: dict[str, Tensor]
     document_losses: Tensor
-    router: RouterOutput | None = None
+    router: RouterTensors | None = None

@@ -24,6 +24,14 @@ class WorldInfo(Protocol):
     def device(self) -> torch.device: ...
 
 
-def gather_one_rank(rows: Tensor) -> list[Tensor]:
-    """Return the rows of the only rank."""
-    return [rows]
+def gather_or_one_rank(world: WorldInfo | None, gather: GatherRows | None) -> GatherRows:
+    """Return ``gather``, or without it a function that returns the rows of the only rank.
+
+    Raises:
+        ValueError: there are several ranks, but no ``gather``.
+    """
+    if gather is not None:
+        return gather
+    if world is not None and world.world_size > 1:
+        raise ValueError(f"{world.world_size} ranks share a step: pass gather, a function that gathers their rows")
+    return lambda rows: [rows]

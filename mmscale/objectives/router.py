@@ -22,8 +22,8 @@ from torch import Tensor
 
 from data_pipeline.batch import MultimodalBatch
 from mmscale.nn.moe import MoeConfig
-from mmscale.nn.router import RouterOutput
-from mmscale.objectives.ranks import GatherRows, WorldInfo, gather_one_rank
+from mmscale.nn.router import RouterTensors
+from mmscale.objectives.ranks import GatherRows, WorldInfo, gather_or_one_rank
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,8 @@ class RouterLosses:
     """
 
     def __init__(self, world: WorldInfo | None = None, gather: GatherRows | None = None) -> None:
-        if gather is None and world is not None and world.world_size > 1:
-            raise ValueError(f"{world.world_size} ranks share a step: pass gather, a function that gathers their rows")
         self._device = torch.device("cpu") if world is None else world.device
-        self._gather = gather or gather_one_rank
+        self._gather = gather_or_one_rank(world, gather)
 
     def prepare(self, model: Any, microbatches: Sequence[MultimodalBatch]) -> list[PreparedBatch]:
         """Return the microbatches of a step of a model with experts, with the sums that ``losses`` needs.
@@ -83,7 +81,7 @@ class RouterLosses:
         return [PreparedBatch(batch, totals) for batch in microbatches]
 
     def losses(
-        self, config: MoeConfig, router: RouterOutput, batch: MultimodalBatch, totals: StepTotals | None
+        self, config: MoeConfig, router: RouterTensors, batch: MultimodalBatch, totals: StepTotals | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss sum of a microbatch, and metrics: sums like those of ``ObjectiveOutput``.
 
@@ -91,8 +89,8 @@ class RouterLosses:
         blocks and over the valid tokens of the step. All ranks must call.
 
         Args:
-            config: Of the model.
-            router: Result of the model for the microbatch.
+            config: The feed-forward of the model.
+            router: Stacked result of the model for the microbatch.
             batch: The microbatch.
             totals: Sums of the step, from ``prepare``; None if this microbatch is the only one of this rank.
         """
