@@ -10,6 +10,7 @@ time of a command that only reads a configuration.
 
 from __future__ import annotations
 
+import io
 import threading
 from enum import Enum
 
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
+from PIL import PngImagePlugin
 from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import FaultKind, SampleError
@@ -112,7 +114,7 @@ def decode_image(
             pixels = _decode_png(data)
         else:
             pixels = _torchvision(data, size.format, "UNCHANGED")
-    except (RuntimeError, ValueError) as error:  # Errors of libjpeg, libpng and libwebp.
+    except (RuntimeError, ValueError, OSError, SyntaxError) as error:  # Errors of libjpeg, libwebp and Pillow.
         raise SampleError(
             f"a damaged {size.format.value} image: {_first_line(error)}", kind=FaultKind.DECODE
         ) from error
@@ -192,55 +194,55 @@ def _cmyk_to_rgb(inks: Pixels) -> Pixels:
 def _decode_png(data: bytes) -> Pixels:
     """Decode a PNG to uint8 or uint16 ``(H, W, 1..4)``, with an alpha channel if the file has any transparency.
 
-    torchvision does not handle two cases: it ignores a transparent colour key, and returns uninitialised memory as the
-    alpha of a palette without transparency.
+    Pillow decodes it, because torchvision 0.29 crashes the process on a damaged PNG. This function checks the checksums
+    of the pixels, because Pillow does not, and leaves out metadata, because Pillow raises if they exceed 1 MiB.
+
+    Raises:
+        OSError, SyntaxError, ValueError: the data are damaged.
     """
+    image_data, transparency, name = [data[:8]], b"", b""
+    for name, at, length in png_chunks(data):
+        if name[0] & 32 and name != b"tRNS":  # A lower-case first letter: the decoder does not need the chunk.
+            continue
+        if crc32(data[at - 4 : at + length]) != int.from_bytes(data[at + length : at + length + 4], "big"):
+            raise ValueError(f"the checksum of its chunk {name!r} is wrong")
+        image_data.append(data[at - 8 : at + length + 4])
+        if name == b"tRNS":
+            transparency = data[at : at + length]
+        if name == b"IEND":
+            break
+    if name != b"IEND":
+        raise ValueError("its end is missing")
     bits, kind = data[24], data[25]
-    chunks = {name: data[at : at + length] for name, at, length in png_chunks(data) if name in (b"PLTE", b"tRNS")}
-    transparency = chunks.get(b"tRNS")
-    if kind == _PNG_PALETTE:
-        if not transparency:
-            return _torchvision(data, ImageFormat.PNG, "RGB")
-        return _palette_with_alpha(data, bits, chunks.get(b"PLTE", b""), transparency)
-    pixels = _torchvision(data, ImageFormat.PNG, "UNCHANGED")
+    # Not Image.open: it has a limit of pixels of its own.
+    with PngImagePlugin.PngImageFile(io.BytesIO(b"".join(image_data))) as image:
+        if image.size != (int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")):
+            raise ValueError(f"a second header says {image.width}x{image.height} pixels")
+        if kind == _PNG_PALETTE:
+            return np.asarray(image.convert("RGBA" if "transparency" in image.info else "RGB"))
+        pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None].astype(np.uint16 if bits == 16 else np.uint8)
     num_channels = {_PNG_GRAY: 1, _PNG_RGB: 3}.get(kind, 0)
-    if not transparency or not num_channels or len(transparency) != 2 * num_channels:
+    if not num_channels or len(transparency) != 2 * num_channels:
         return pixels
     key = np.frombuffer(transparency, ">u2") & ((1 << bits) - 1)
     if bits < 8:
-        key = key * (255 // ((1 << bits) - 1))  # As libpng expands fewer than 8 bits.
+        key = key * (255 // ((1 << bits) - 1))  # As Pillow expands fewer than 8 bits.
+    elif pixels.dtype == np.uint8:
+        key = key >> (bits - 8)  # Pillow keeps the upper byte of 16-bit colours; the key is compared with that byte.
     opaque = (pixels != key).any(axis=2, keepdims=True) * np.iinfo(pixels.dtype).max
     return np.concatenate([pixels, opaque.astype(pixels.dtype)], axis=2)
 
 
-def _palette_with_alpha(data: bytes, bits: int, palette: bytes, alpha: bytes) -> Pixels:
-    """Decode a palette PNG with transparency.
-
-    The PNG is decoded with an identity palette, which gives the palette indices. The colours are then looked up here.
-    """
-    table = np.zeros((256, 4), dtype=np.uint8)
-    colors = np.frombuffer(palette[: min(len(palette) // 3 * 3, 3 * 256)], np.uint8).reshape(-1, 3)
-    table[: len(colors), :3] = colors
-    table[:, 3] = 255
-    table[: len(alpha), 3] = np.frombuffer(alpha[:256], np.uint8)
-    numbers = bytes(number for number in range(1 << min(bits, 8)) for _ in range(3))
-    chunks = [data[:33], _png_chunk(b"PLTE", numbers)]
-    chunks += [data[at - 8 : at + length + 4] for name, at, length in png_chunks(data) if name in (b"IDAT", b"IEND")]
-    return table[_torchvision(b"".join(chunks), ImageFormat.PNG, "RGB")[..., 0]]
-
-
-def _png_chunk(name: bytes, content: bytes) -> bytes:
-    return len(content).to_bytes(4, "big") + name + content + crc32(name + content).to_bytes(4, "big")
-
-
 def _torchvision(data: bytes, kind: ImageFormat, mode: str) -> Pixels:
     """Decode with torchvision to ``(H, W, C)``. ``mode`` is the name of an ``ImageReadMode``."""
-    from torchvision import io
+    from torchvision import io as torch_io
 
-    decode = {ImageFormat.JPEG: io.decode_jpeg, ImageFormat.PNG: io.decode_png, ImageFormat.WEBP: io.decode_webp}[kind]
+    decode = {ImageFormat.JPEG: torch_io.decode_jpeg, ImageFormat.WEBP: torch_io.decode_webp}[kind]
     # Copied because torch warns about read-only memory.
     encoded = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
-    return decode(encoded, io.ImageReadMode[mode]).permute(1, 2, 0).numpy()
+    return decode(encoded, torch_io.ImageReadMode[mode]).permute(1, 2, 0).numpy()
 
 
 def _apply_orientation(pixels: Pixels, orientation: int) -> Pixels:

@@ -212,7 +212,7 @@ def test_numbers_outside_a_palette_are_black() -> None:
 def test_pixels_of_the_color_key_become_white(bits: int) -> None:
     dtype, key = {8: ">u1", 16: ">u2"}[bits], (1 << (bits - 1)) + 5
     values = np.random.default_rng(bits).integers(0, 1 << bits, (4, 5, 3)).astype(dtype)
-    values[1, 2], values[3, 3] = key, (key, key, key + 1)
+    values[1, 2], values[3, 3] = key, (key, key, key + (1 << (bits - 8)))  # The upper byte of 16 bits is compared.
     chunk = _chunk(b"tRNS", struct.pack(">HHH", key, key, key))
     pixels = decode_image(_png((5, 4), bits, 2, [row.tobytes() for row in values], chunk), max_pixels=LIMIT)
     expected = (values >> (bits - 8)).astype(np.uint8)
@@ -265,6 +265,31 @@ def _bomb(side: int) -> bytes:
 def test_a_decompression_bomb_is_refused_by_its_header() -> None:
     with pytest.raises(SampleError, match=r"60000x60000 pixels, the limit is 16777216.*bomb"):
         decode_image(_bomb(60_000), max_pixels=LIMIT)
+
+
+@pytest.mark.fault
+def test_a_second_header_of_a_png_cannot_raise_its_size() -> None:
+    second = _chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    with pytest.raises(SampleError, match="damaged png image: a second header says 60000x60000"):
+        decode_image(_png((7, 5), 8, 2, [bytes(21)] * 5, second), max_pixels=LIMIT)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("pixels", [b"no zlib stream", zlib.compress(bytes(30))[:-6], zlib.compress(b"\7" * 110)])
+def test_pixels_of_a_png_that_no_decoder_can_read_are_refused(pixels: bytes) -> None:
+    chunks = (
+        _chunk(b"IHDR", struct.pack(">IIBBBBB", 7, 5, 8, 2, 0, 0, 0)) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
+    )
+    with pytest.raises(SampleError, match="damaged png image"):
+        decode_image(b"\x89PNG\r\n\x1a\n" + chunks, max_pixels=LIMIT)
+
+
+@pytest.mark.fault
+def test_large_metadata_and_bytes_after_a_png_are_ignored() -> None:
+    rows = [bytes(range(21))] * 5
+    text = _chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(1 << 22)))
+    expected = decode_image(_png((7, 5), 8, 2, rows), max_pixels=LIMIT)
+    np.testing.assert_array_equal(decode_image(_png((7, 5), 8, 2, rows, text) + b"tail", max_pixels=LIMIT), expected)
 
 
 @pytest.mark.fault
