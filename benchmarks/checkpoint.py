@@ -80,7 +80,7 @@ def measure() -> list[Case]:
     world = init_distributed(config)
     try:
         stage = StageConfig(name="all", steps=1000)
-        engine = Engine(model(), NextToken(), stage, config, world)
+        engine = Engine(model(), NextToken(world=world), stage, config, world)
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
             return _cases(engine, world, Path(folder))
     finally:

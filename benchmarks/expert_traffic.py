@@ -279,7 +279,7 @@ class CountingRank:
         )
         build = functools.partial(build_model, small_model(), seed=None, dtype=torch.bfloat16)
         model = construct(build, config, world, functools.partial(initialise_, seed=0))
-        engine = Engine(model, NextToken(), stage(), config, world)
+        engine = Engine(model, NextToken(world=world), stage(), config, world)
         batches = make_batches("dense", "equal", world.rank, world.world_size, steps=2, max_tokens=256)
         engine.train_step([batches[0].packed])  # DeepSpeed records the order of the modules in the first step.
         rows = _count_rows_elsewhere(model, world.rank % size, size)

@@ -216,7 +216,7 @@ class MemoryRank:
         before = self._restart()
         model = construct(build, config, self.world, functools.partial(initialise_, seed=0))
         plan = stage().model_copy(update={"optimizer": AdamWConfig(state_bits=state_bits)})
-        engine = Engine(model, NextToken(), plan, config, self.world)
+        engine = Engine(model, NextToken(world=self.world), plan, config, self.world)
         start_peak = _status_bytes("VmHWM") - before
         self._restart()
         for pair in pairs:

@@ -4,7 +4,7 @@ The run may be started by a launcher, by ``srun``, or as a single process. The c
 messages that all ranks need. Not for: gradients and weights, which DeepSpeed communicates.
 
 Small values are sent by gloo on the host, also if weights use NCCL. So these collectives never wait for the device. The
-exception is ``gather_rows``, which uses the backend of the device.
+exception is ``World.gather_rows``, which uses the backend of the device.
 """
 
 from __future__ import annotations
@@ -67,6 +67,26 @@ class World:
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes the files of the run."""
         return self.rank == 0
+
+    def gather_rows(self, rows: Tensor) -> list[Tensor]:
+        """Return the rows of all ranks, in rank order, on the device of ``rows``. All ranks must call.
+
+        Ranks may have different numbers of rows, or none. The backend of the device sends them (NCCL on CUDA).
+
+        Raises:
+            EngineError: another rank is lost or did not answer in time.
+        """
+        if self.world_size == 1:
+            return [rows]
+        counts = [int(length) for length in gather_numbers(self, len(rows))]
+        mine = rows.new_zeros(max(1, *counts), *rows.shape[1:])
+        mine[: len(rows)] = rows
+        theirs = [torch.empty_like(mine) for _ in counts]
+        try:
+            torch_dist.all_gather(theirs, mine)
+        except RuntimeError as error:
+            raise peer_lost(self, error) from error
+        return [each[:count] for each, count in zip(theirs, counts, strict=True)]
 
 
 def init_distributed(settings: DistributedSettings) -> World:
@@ -385,27 +405,6 @@ def broadcast_bytes(world: World, data: bytes) -> bytes:
     except RuntimeError as error:
         raise peer_lost(world, error) from error
     return buffer[:length].numpy().tobytes()
-
-
-def gather_rows(world: World, rows: Tensor) -> list[Tensor]:
-    """Return the rows of all ranks, in rank order, on the device of ``rows``. All ranks must call.
-
-    Ranks may have different numbers of rows, or none. The rows are sent by the backend of the device (NCCL on CUDA).
-
-    Raises:
-        EngineError: another rank is lost or did not answer in time.
-    """
-    if world.world_size == 1:
-        return [rows]
-    counts = [int(length) for length in gather_numbers(world, len(rows))]
-    mine = rows.new_zeros(max(1, *counts), *rows.shape[1:])
-    mine[: len(rows)] = rows
-    theirs = [torch.empty_like(mine) for _ in counts]
-    try:
-        torch_dist.all_gather(theirs, mine)
-    except RuntimeError as error:
-        raise peer_lost(world, error) from error
-    return [each[:count] for each, count in zip(theirs, counts, strict=True)]
 
 
 def gather_bytes(world: World, data: bytes) -> list[bytes]:

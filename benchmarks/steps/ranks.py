@@ -16,14 +16,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.steps.batches import BatchPair, flatten, make_batches
 from benchmarks.steps.reference_models import fill_from, our_config, their_model, weights_for_ours
 from benchmarks.steps.theirs import LEARNING_RATE, TheirEngine
-from mmscale.dist import World, all_reduce_sum_list, gather_rows, init_distributed, shutdown
+from mmscale.dist import World, all_reduce_sum_list, init_distributed, shutdown
 from mmscale.engine.config import EngineConfig
 from mmscale.optim.config import AdamWConfig
 from mmscale.optim.stages import StageConfig
@@ -66,7 +65,7 @@ class Rank:
         config = EngineConfig(zero_stage=zero_stage, precision=precision, device="cpu")
         fill = fill_from(weights_for_ours(theirs))
         ours = construct(lambda: build_model(our_config(model), seed=None), config, self.world, fill)
-        objective = NextToken(world=self.world, gather=partial(gather_rows, self.world))
+        objective = NextToken(world=self.world)
         self._engine = Engine(ours, objective, stage(), config, self.world)
 
     def data(self, model: str, data: str, steps: int, max_tokens: int) -> dict[str, Any]:

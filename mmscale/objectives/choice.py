@@ -12,7 +12,7 @@ from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.objectives.base import ObjectiveBase
 from mmscale.objectives.contrastive import Contrastive
 from mmscale.objectives.next_token import NextToken
-from mmscale.objectives.ranks import GatherRows, WorldInfo
+from mmscale.objectives.ranks import WorldInfo
 from mmscale.objectives.teacher import Teacher
 from mmscale.optim.stages import StageConfig
 
@@ -20,19 +20,18 @@ Objective = NextToken | Contrastive | ObjectiveBase
 
 
 def choose_objective(
-    model: ModelConfig, stage: StageConfig, world: WorldInfo, gather: GatherRows, teachers: Sequence[Teacher]
+    model: ModelConfig, stage: StageConfig, world: WorldInfo, teachers: Sequence[Teacher]
 ) -> Objective:
     """Return the objective of a stage.
 
     Args:
         model: Configuration of the model that is trained.
         stage: Settings of the loss.
-        world: The ranks that share a step.
-        gather: Gathers rows from all ranks; used by a contrastive loss and by the losses of routers.
+        world: The ranks that share a step; used by a contrastive loss and by the losses of routers.
         teachers: Frozen models for distillation; used by the next-token loss.
     """
     if stage.objective is not None:
         return stage.objective
     if isinstance(model.connector, ContrastiveConnectorConfig):
-        return Contrastive(model.connector, world, gather)
-    return NextToken(stage.z_loss, teachers, world, gather)
+        return Contrastive(model.connector, world)
+    return NextToken(stage.z_loss, teachers, world)

@@ -28,7 +28,7 @@ from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.models.connectors.contrastive import PairVectors
 from mmscale.models.contrastive import ContrastiveModel
 from mmscale.objectives.outputs import ObjectiveOutput
-from mmscale.objectives.ranks import GatherRows, WorldInfo, gather_or_one_rank
+from mmscale.objectives.ranks import WorldInfo
 
 _ROWS = 1024
 """Rows of the similarities that are in memory at a time."""
@@ -129,18 +129,14 @@ class Contrastive:
     Args:
         config: Kind of loss and limit of the scale.
         world: The ranks that share a step.
-        gather: Gathers rows from all ranks (``mmscale.dist.gather_rows``); may be None with one rank.
-
-    Raises:
-        ValueError: there are several ranks, but no ``gather``.
     """
 
     teachers = ()
 
-    def __init__(self, config: ContrastiveConnectorConfig, world: WorldInfo, gather: GatherRows | None = None) -> None:
+    def __init__(self, config: ContrastiveConnectorConfig, world: WorldInfo) -> None:
         self._softmax = config.loss == "softmax"
         self._limit = math.log(config.max_scale)
-        self._world, self._gather_rows = world, gather_or_one_rank(world, gather)
+        self._world = world
 
     def weight(self, batch: MultimodalBatch) -> float:
         """Return the number of pairs: the divisor of ``loss_sum``. Does not run the model."""
@@ -197,7 +193,7 @@ class Contrastive:
     def _gather(self, own: Sequence[PairVectors]) -> tuple[StepPairs, int]:
         """Return all pairs of the step, and the index of this rank's first pair. All ranks must call."""
         mine = torch.cat([torch.cat([each.images, each.texts], dim=1) for each in own])
-        by_rank = self._gather_rows(mine)
+        by_rank = self._world.gather_rows(mine)
         first = sum(len(rows) for rows in by_rank[: self._world.rank])
         images, texts = torch.cat(by_rank).chunk(2, dim=1)
         log_scale, bias = own[0].log_scale.detach(), own[0].bias
@@ -206,7 +202,7 @@ class Contrastive:
         pairs = StepPairs(images, texts, scale, images.new_zeros(()) if bias is None else bias.detach(), empty, empty)
         if self._softmax:
             norms = [*self._normalisers(pairs, first, len(mine)), *self._normalisers(pairs.swapped(), first, len(mine))]
-            parts = torch.cat(self._gather_rows(torch.stack(norms, dim=1))).unbind(1)
+            parts = torch.cat(self._world.gather_rows(torch.stack(norms, dim=1))).unbind(1)
             half = len(LogNormalisers._fields)
             pairs = replace(pairs, image_norms=LogNormalisers(*parts[:half]), text_norms=LogNormalisers(*parts[half:]))
         if float(log_scale) > self._limit:
@@ -216,7 +212,7 @@ class Contrastive:
     def _gradient_lowers_scale(self, pairs: StepPairs, first: int, count: int) -> bool:
         """Return whether a smaller scale would lower the loss of the step. All ranks must call."""
         gradient = (self._row_gradients(pairs, first, count).vectors * pairs.images[first : first + count]).sum()
-        return float(torch.cat(self._gather_rows(gradient.view(1))).sum()) > 0
+        return float(torch.cat(self._world.gather_rows(gradient.view(1))).sum()) > 0
 
     @staticmethod
     def _normalisers(pairs: StepPairs, first: int, count: int) -> LogNormalisers:

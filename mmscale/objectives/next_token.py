@@ -11,7 +11,7 @@ from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn.cross_entropy import ZLoss
 from mmscale.nn.moe import MoeConfig
 from mmscale.objectives.outputs import ObjectiveOutput
-from mmscale.objectives.ranks import GatherRows, WorldInfo
+from mmscale.objectives.ranks import WorldInfo
 from mmscale.objectives.router import PreparedBatch, RouterLosses, StepTotals
 from mmscale.objectives.teacher import Teacher
 
@@ -25,20 +25,16 @@ class NextToken:
         z_coefficient: Coefficient of the z loss on the logits (``ZLoss``); 0 for none.
         teachers: Frozen models that run on the same batches. The sum of their shares must be at most 1; not checked
             here.
-        world: The ranks that share a step; None for one rank on the CPU. Used only for a model with experts.
-        gather: Gathers rows from all ranks (``mmscale.dist.gather_rows``); may be None with one rank.
+        world: The ranks that share a step; None for one rank on the CPU. Used only for a model with experts, which
+            raises ``ValueError`` in its first step if there are several ranks and no ``world``.
     """
 
     def __init__(
-        self,
-        z_coefficient: float = 0.0,
-        teachers: Sequence[Teacher] = (),
-        world: WorldInfo | None = None,
-        gather: GatherRows | None = None,
+        self, z_coefficient: float = 0.0, teachers: Sequence[Teacher] = (), world: WorldInfo | None = None
     ) -> None:
         self.z_coefficient = z_coefficient
         self.teachers = tuple(teachers)
-        self._router = RouterLosses(world, gather)
+        self._router = RouterLosses(world)
 
     def weight(self, batch: MultimodalBatch) -> float:
         """Return the divisor of ``loss_sum``: the sum of the loss weights. Does not run the model."""

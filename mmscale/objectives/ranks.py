@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-
-GatherRows = Callable[[Tensor], list[Tensor]]
-"""Returns the rows of every rank, by rank. Ranks may have different numbers of rows. All ranks must call."""
 
 
 @runtime_checkable
@@ -19,19 +15,27 @@ class WorldInfo(Protocol):
     @property
     def rank(self) -> int: ...
     @property
-    def world_size(self) -> int: ...
-    @property
     def device(self) -> torch.device: ...
 
+    def gather_rows(self, rows: Tensor) -> list[Tensor]:
+        """Return the rows of every rank, by rank. Ranks may have different numbers of rows. All ranks must call."""
+        ...
 
-def gather_or_one_rank(world: WorldInfo | None, gather: GatherRows | None) -> GatherRows:
-    """Return ``gather``, or without it a function that returns the rows of the only rank.
 
-    Raises:
-        ValueError: there are several ranks, but no ``gather``.
-    """
-    if gather is not None:
-        return gather
-    if world is not None and world.world_size > 1:
-        raise ValueError(f"{world.world_size} ranks share a step: pass gather, a function that gathers their rows")
-    return lambda rows: [rows]
+class OneRank:
+    """The only rank of a step, on the CPU."""
+
+    rank, device = 0, torch.device("cpu")
+
+    def gather_rows(self, rows: Tensor) -> list[Tensor]:
+        """Return ``[rows]``.
+
+        Raises:
+            ValueError: this process is one of several ranks.
+        """
+        if torch.distributed.is_initialized() and (ranks := torch.distributed.get_world_size()) > 1:
+            raise ValueError(
+                f"{ranks} ranks share a step, but the objective would use the rows of one: build it with "
+                "world=, the result of mmscale.dist.init_distributed"
+            )
+        return [rows]

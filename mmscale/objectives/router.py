@@ -23,7 +23,7 @@ from torch import Tensor
 from data_pipeline.batch import MultimodalBatch
 from mmscale.nn.moe import MoeConfig
 from mmscale.nn.router import RouterTensors
-from mmscale.objectives.ranks import GatherRows, WorldInfo, gather_or_one_rank
+from mmscale.objectives.ranks import OneRank, WorldInfo
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,12 @@ class RouterLosses:
     """Adds the losses of routers to an objective.
 
     Args:
-        world: The ranks that share a step; None for one rank on the CPU.
-        gather: Gathers rows from all ranks (``mmscale.dist.gather_rows``); may be None with one rank.
-
-    Raises:
-        ValueError: there are several ranks, but no ``gather``.
+        world: The ranks that share a step; None for one rank on the CPU. If there are several ranks and no ``world``,
+            ``prepare`` and ``losses`` raise ``ValueError``.
     """
 
-    def __init__(self, world: WorldInfo | None = None, gather: GatherRows | None = None) -> None:
-        self._device = torch.device("cpu") if world is None else world.device
-        self._gather = gather_or_one_rank(world, gather)
+    def __init__(self, world: WorldInfo | None = None) -> None:
+        self._world = world or OneRank()
 
     def prepare(self, model: Any, microbatches: Sequence[MultimodalBatch]) -> list[PreparedBatch]:
         """Return the microbatches of a step of a model with experts, with the sums that ``losses`` needs.
@@ -76,7 +72,7 @@ class RouterLosses:
         """
         config, loads = model.config.decoder.mlp, []
         if config.balance == "global" and config.balance_coefficient:
-            loads = [model(batch.to(self._device, non_blocking=True)).router.load for batch in microbatches]
+            loads = [model(batch.to(self._world.device, non_blocking=True)).router.load for batch in microbatches]
         totals = self._totals(loads, microbatches)
         return [PreparedBatch(batch, totals) for batch in microbatches]
 
@@ -111,9 +107,9 @@ class RouterLosses:
     def _totals(self, loads: Sequence[Tensor], microbatches: Sequence[MultimodalBatch]) -> StepTotals:
         """Return the sums over all microbatches and ranks. All ranks must call."""
         host = [sum(batch.num_tokens for batch in microbatches), sum(batch.weight for batch in microbatches)]
-        own = torch.tensor(host, dtype=torch.float64, device=self._device)
+        own = torch.tensor(host, dtype=torch.float64, device=self._world.device)
         if loads:
             load = torch.stack([each.sum(1) for each in loads]).sum(0).double()
             own = torch.cat([own, load.flatten()])
-        whole = torch.stack(self._gather(own)).sum(0) if len(own) else own
+        whole = torch.stack(self._world.gather_rows(own)).sum(0)
         return StepTotals(whole[2:].view(load.shape) if loads else None, whole[0], whole[1])

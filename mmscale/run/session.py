@@ -11,7 +11,6 @@ writes and reads.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 from data_pipeline.loader.loader import Loader
 from mmscale.config import Loaded, load
 from mmscale.config.trust import check_commands, code_allowed
-from mmscale.dist import World, gather_rows, init_distributed, shutdown
+from mmscale.dist import World, init_distributed, shutdown
 from mmscale.engine.engine import Engine
 from mmscale.objectives.choice import choose_objective
 from mmscale.run.config import RunConfig
@@ -90,9 +89,7 @@ def open_engine(config: RunConfig, *, stage: int = 0) -> Iterator[Engine]:
     """
     world = init_distributed(config.engine)
     try:
-        objective = choose_objective(
-            config.stage_model(stage), config.stages[stage], world, functools.partial(gather_rows, world), ()
-        )
+        objective = choose_objective(config.stage_model(stage), config.stages[stage], world, ())
         engine = Engine(build(config, world, stage), objective, config.stages[stage], config.engine, world)
         try:
             yield engine

@@ -35,7 +35,7 @@ from mmscale.bad_steps.roll_back import is_abandoned, read_roll_backs
 from mmscale.checkpoint import TrainState
 from mmscale.checkpoint.manifest import folder_name
 from mmscale.config import Loaded
-from mmscale.dist import World, all_reduce_sum, gather_rows, init_distributed, shutdown
+from mmscale.dist import World, all_reduce_sum, init_distributed, shutdown
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine, StepReport
 from mmscale.engine.memory import MemoryUse, explain_memory
@@ -248,7 +248,7 @@ def _objective(run: _Run, state: TrainState) -> Objective:
     """Return the loss of the state's stage."""
     model, stage = run.config.stage_model(state.stage_index), run.config.stages[state.stage_index]
     teachers = open_teachers(run.config, run.world, state) if model.predicts_tokens else ()
-    return choose_objective(model, stage, run.world, functools.partial(gather_rows, run.world), teachers)
+    return choose_objective(model, stage, run.world, teachers)
 
 
 def _begin_stage(run: _Run, engine: Engine, latest: Path | None) -> None:

@@ -60,7 +60,7 @@ def engine_of(world: World, kind: str | None, stage: dict[str, Any], zero: int) 
         activation_checkpointing=kind == "lora",
     )
     model = construct(partial(build_model, settings(kind), seed=None), block, world, partial(initialise_, seed=3))
-    return Engine(model, NextToken(), StageConfig.model_validate(stage), block, world)
+    return Engine(model, NextToken(world=world), StageConfig.model_validate(stage), block, world)
 
 
 def train(engine: Engine, world: World, first: int, last: int) -> list[float]:

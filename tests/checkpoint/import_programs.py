@@ -171,7 +171,7 @@ def save_other(world: World, folder: str) -> dict[str, Any]:
 def save_both(world: World, config: str, folder: str) -> str:
     """Train two steps of a real run; save the same engine with DeepSpeed and with mmscale."""
     run = load(config, [], RunConfig).value
-    engine = Engine(build(run, world, 0), NextToken(), run.stages[0], run.engine, world)
+    engine = Engine(build(run, world, 0), NextToken(world=world), run.stages[0], run.engine, world)
     data = run.stage_data(0)
     loader = Loader(data, run.media_spec, seed=1, rank=world.rank, world_size=world.world_size, micro_lanes=1)
     with contextlib.closing(loader):

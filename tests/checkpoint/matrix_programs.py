@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmscale.checkpoint import TrainState, resume, save
-from mmscale.dist import World, gather_rows
+from mmscale.dist import World
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
@@ -66,7 +66,7 @@ def _engine(world: World, name: str) -> Engine:
     model = construct(partial(build_model, settings, seed=None), engine_config, world, partial(initialise_, seed=3))
     train = ["all"] if trained == "all" else ["connector", "decoder"]
     values = {"name": "all", "steps": 9, "learning_rate": {"default": 1e-3}, "train": train}
-    objective = NextToken(world=world, gather=partial(gather_rows, world))
+    objective = NextToken(world=world)
     return Engine(model, objective, StageConfig.model_validate(values), engine_config, world)
 
 

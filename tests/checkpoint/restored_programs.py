@@ -61,7 +61,7 @@ def _engine(world: World) -> Engine:
     engine_config = EngineConfig.model_validate({"device": "cpu", "precision": "fp32", "zero_stage": 2})
     model = construct(partial(build_model, settings, seed=None), engine_config, world, partial(initialise_, seed=3))
     stage = {"name": "all", "steps": 9, "learning_rate": {"default": 1e-2}}
-    return Engine(model, NextToken(), StageConfig.model_validate(stage), engine_config, world)
+    return Engine(model, NextToken(world=world), StageConfig.model_validate(stage), engine_config, world)
 
 
 def _plain(buffers: dict[str, torch.Tensor]) -> dict[str, list[Any]]:

@@ -45,7 +45,7 @@ def upcycle_cases(world: World, path: str, cases: list[dict[str, Any]]) -> list[
         )
         net = construct(partial(build_model, config, seed=None), settings, world, partial(initialise_, seed=2))
         stage = {"name": "s", "steps": 9, "learning_rate": {"default": 1e-2}, "upcycle": True}
-        engine = Engine(net, NextToken(), StageConfig.model_validate(stage), settings, world)
+        engine = Engine(net, NextToken(world=world), StageConfig.model_validate(stage), settings, world)
         report = warm_start(engine, Path(path), upcycle=True)
         batch = pack([text_document(3, 12, config.decoder.vocab_size)], media_spec(config))
         net.eval()

@@ -39,7 +39,7 @@ def _engine(world: World, model: dict[str, Any], zero: int, seed: int, **stage: 
     build = partial(build_model, settings(**model), seed=None)
     net = construct(build, engine_config, world, partial(initialise_, seed=seed))
     values = {"name": "s", "steps": 9, "learning_rate": {"default": 1e-2}, **stage}
-    return Engine(net, NextToken(), StageConfig.model_validate(values), engine_config, world)
+    return Engine(net, NextToken(world=world), StageConfig.model_validate(values), engine_config, world)
 
 
 def save_one(world: World, folder: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmscale.dist import World, gather_rows
+from mmscale.dist import World
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
@@ -46,7 +46,7 @@ def make_engine(
     )
     model = construct(partial(build_model, settings, seed=None), engine_config, world, partial(initialise_, seed=3))
     values: dict[str, Any] = {"name": "all", "steps": 9, "learning_rate": {"default": 1e-2}, "clip": 0.5}
-    objective = NextToken(world=world, gather=partial(gather_rows, world))
+    objective = NextToken(world=world)
     return Engine(model, objective, StageConfig.model_validate(values | (stage or {})), engine_config, world)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.media_spec import MediaSpec
-from mmscale.dist import World, gather_rows
+from mmscale.dist import World
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
@@ -31,7 +31,7 @@ def balance(world: World, engine_values: dict[str, Any], train: list[str]) -> di
     engine_config = EngineConfig.model_validate({"device": "cpu", "precision": "bf16", **engine_values})
     model = construct(partial(build_model, settings, seed=None), engine_config, world, partial(initialise_, seed=3))
     stage = {"name": "all", "steps": 9, "learning_rate": {"default": 1e-2}, "train": train}
-    objective = NextToken(world=world, gather=partial(gather_rows, world))
+    objective = NextToken(world=world)
     engine = Engine(model, objective, StageConfig.model_validate(stage), engine_config, world)
     routers = [module for module in model.modules() if isinstance(module, Router)]
     loads = torch.zeros(len(routers), MOE["num_experts"])
@@ -93,9 +93,12 @@ def _read_gradients(model: nn.Module, found: dict[str, Any], loss: float, norm: 
     return "compare"
 
 
-def gradients(world: World) -> dict[str, list[dict[str, Any]]]:
-    """Return loss, gradients and router sums of the same documents in 1, 2 and 4 microbatches, by balance scope."""
-    answer: dict[str, list[dict[str, Any]]] = {}
+def gradients(world: World) -> dict[str, Any]:
+    """Return loss, gradients and router sums of the same documents in 1, 2 and 4 microbatches, by balance scope.
+
+    Also return the ``refusal`` of an objective that does not know the other ranks.
+    """
+    answer: dict[str, Any] = {"refusal": refusal()}
     for scope in SCOPES:
         settings = scoped_model(scope)
         spec = media_spec(settings)
@@ -103,7 +106,7 @@ def gradients(world: World) -> dict[str, list[dict[str, Any]]]:
         model = build_model(settings, seed=3)
         sharpen_(model)
         stage = StageConfig.model_validate({"name": "all", "steps": 9, "learning_rate": {"default": 1e-2}})
-        engine = Engine(model, NextToken(world=world, gather=partial(gather_rows, world)), stage, engine_config, world)
+        engine = Engine(model, NextToken(world=world), stage, engine_config, world)
         answer[scope] = []
         for number in MICROBATCHES:
             slots = world.world_size * number
@@ -119,3 +122,14 @@ def gradients(world: World) -> dict[str, list[dict[str, Any]]]:
             answer[scope].append(found)
         engine.close()
     return answer
+
+
+def refusal() -> str:
+    """Return the error of an objective that was built without the world; empty if there is none."""
+    settings = scoped_model("global")
+    batch = pack(documents(media_spec(settings)), media_spec(settings))
+    try:
+        NextToken()(build_model(settings, seed=3), batch)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -81,6 +81,7 @@ def test_router_sums_of_microbatches_are_added_exactly() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_loss_and_gradients_are_those_of_the_whole_step(ranks: int) -> None:
     answers = run_ranks("tests.engine.moe_programs:gradients", ranks, {})
+    assert answers[0]["refusal"].partition(",")[0] == (f"{ranks} ranks share a step" if ranks > 1 else "")
     for scope in SCOPES:
         truth = expected(scope)
         for number, found in zip(MICROBATCHES, answers[0][scope], strict=True):

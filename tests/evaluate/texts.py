@@ -90,7 +90,7 @@ def _score_sharded(
     )
     model = construct(partial(build_model, settings, seed=None), config, world, partial(initialise_, seed=3))
     stage = StageConfig.model_validate({"name": "all", "steps": 1})
-    engine = Engine(model, NextToken(), stage, config, world)
+    engine = Engine(model, NextToken(world=world), stage, config, world)
     with engine.inference() as net:
         found = evaluate(net, evaluation(held), text_data(), media_spec(settings), world, answers_folder=answers_folder)
     engine.close()

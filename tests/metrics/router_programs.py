@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmscale.dist import World, gather_rows
+from mmscale.dist import World
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.engine import Engine
 from mmscale.metrics.router_log import RouterLog
@@ -36,7 +35,7 @@ def windows(world: World, folder: str) -> dict[str, Any]:
     model = build_model(settings, seed=3)
     sharpen_(model)
     stage = {"name": "all", "steps": 9, "learning_rate": {"default": 1e-2}}
-    objective = NextToken(world=world, gather=partial(gather_rows, world))
+    objective = NextToken(world=world)
     engine = Engine(model, objective, StageConfig.model_validate(stage), engine_config, world)
     found = routers(model)
     kinds: list[int | None] = []

@@ -57,7 +57,7 @@ def _train(world: World, tied: bool, zero: int, recompute: bool) -> Any:
     )
     model = settings(tied)
     net = construct(partial(build_model, model, seed=None), engine_config, world, partial(initialise_, seed=SEED))
-    engine = Engine(net, NextToken(), StageConfig.model_validate(STAGE), engine_config, world)
+    engine = Engine(net, NextToken(world=world), StageConfig.model_validate(STAGE), engine_config, world)
     mine = range(world.rank, LANES, world.world_size)
     losses = [engine.train_step([lane(model, step, number) for number in mine]).loss for step in range(STEPS)]
     kept = {owned.name for owned in engine.partition.owned() if owned.moments}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from mmscale.dist import World, any_rank, gather_rows
+from mmscale.dist import World, any_rank
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
@@ -54,7 +54,7 @@ def _run(world: World, kind: str, steps: int) -> dict[str, Any]:
     build = partial(build_model, settings, seed=None)
     model = construct(build, engine_config, world, partial(initialise_, seed=3))
     stage = StageConfig.model_validate({"name": "all", "steps": steps, "learning_rate": {"default": 1e-2}})
-    objective = NextToken(world=world, gather=partial(gather_rows, world))
+    objective = NextToken(world=world)
     engine = Engine(model, objective, stage, engine_config, world)
     mine = range(world.rank, LANES, world.world_size)
     losses = [engine.train_step([lane(step, number) for number in mine]).loss for step in range(steps)]

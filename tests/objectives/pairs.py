@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from data_pipeline.packing.collate import collate
 from data_pipeline.packing.document_builder import dummy_document
 from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import Provenance
-from mmscale.dist import World, gather_rows
+from mmscale.dist import World
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
@@ -91,7 +90,7 @@ def make_engine(world: World, connector: dict[str, Any], zero: int, past: float 
 
     model = construct(lambda: build_model(settings, attention="sdpa", seed=None), options, world, first_values)
     stage = StageConfig(name="contrast", steps=9, learning_rate={"default": 1e-2}, schedule="constant", clip=0.0)
-    objective = Contrastive(settings.connector, world, partial(gather_rows, world))  # type: ignore[arg-type]
+    objective = Contrastive(settings.connector, world)  # type: ignore[arg-type]
     return Engine(model, objective, stage, options, world)
 
 

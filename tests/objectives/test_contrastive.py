@@ -7,7 +7,6 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -184,18 +183,19 @@ def test_ranks_decide_together_whether_a_scale_past_its_limit_falls(worse: bool)
     config = model_config(CAPPED)
     spec, sent, all_there = media_spec(config), [torch.empty(0)] * 3, threading.Barrier(3, timeout=60)
 
-    def gather(rank: int, rows: torch.Tensor) -> list[torch.Tensor]:
-        sent[rank] = rows
-        all_there.wait()
-        found = list(sent)
-        all_there.wait()
-        return found
+    class ThreadRank(World):
+        def gather_rows(self, rows: torch.Tensor) -> list[torch.Tensor]:
+            sent[self.rank] = rows
+            all_there.wait()
+            found = list(sent)
+            all_there.wait()
+            return found
 
     def step(rank: int) -> tuple[torch.Tensor, ...]:
         past = (limit.detach() + 0.5).requires_grad_()
         mine = images.clone().requires_grad_()
         model = GivenVectors(PairVectors(mine, texts, past, None), [torch.tensor(deal[rank], dtype=torch.int64)])
-        objective = Contrastive(config.connector, World(rank, 3, rank, torch.device("cpu")), partial(gather, rank))
+        objective = Contrastive(config.connector, ThreadRank(rank, 3, rank, torch.device("cpu")))
         try:
             output = objective(model, batch_of(spec, deal[rank]))
         except BaseException:
@@ -210,16 +210,12 @@ def test_ranks_decide_together_whether_a_scale_past_its_limit_falls(worse: bool)
     torch.testing.assert_close(of_images.sum(0), image_slopes, rtol=1e-4, atol=1e-6)
 
 
-def test_sigmoid_reports_its_bias_and_several_ranks_need_gather() -> None:
+def test_sigmoid_reports_its_bias() -> None:
     model, _, _, _ = truth(SIGMOID)
     with torch.no_grad():
         model.connector.logit_bias.fill_(-2.5)
     output = Contrastive(model.config.connector, ALONE)(model, batch_of(media_spec(model.config), DEALS[0][0]))
     assert output.metrics["similarity_bias"].item() == pytest.approx(7 * -2.5)
-    pair = World(0, 2, 0, torch.device("cpu"))
-    with pytest.raises(ValueError, match="2 ranks share a step"):
-        Contrastive(model.config.connector, pair)
-    Contrastive(model.config.connector, pair, lambda rows: [rows, rows])
 
 
 def test_prepare_adds_vectors_only_to_several_microbatches() -> None:

@@ -67,7 +67,7 @@ def save_teacher(world: World, folder: Path, settings: ModelConfig, kind: str | 
     model = construct(
         partial(build_model, settings, seed=None), engine_settings, world, partial(initialise_, seed=seed)
     )
-    engine = Engine(model, NextToken(), StageConfig.model_validate(STAGE), engine_settings, world)
+    engine = Engine(model, NextToken(world=world), StageConfig.model_validate(STAGE), engine_settings, world)
     engine.train_step([lane(kind, 90, world.rank)])
     path = save(engine, TrainState(1, 0, 1), folder)
     engine.close()
@@ -84,7 +84,7 @@ def learn(world: World, folder: Path, kind: str | None, paths: list[Path], zero:
         teachers.append(Teacher(model, share, temperature))
     net = construct(partial(build_model, student, seed=None), settings, world, partial(initialise_, seed=3))
     stage = StageConfig.model_validate(STAGE)
-    engine = Engine(net, NextToken(stage.z_loss, teachers), stage, settings, world)
+    engine = Engine(net, NextToken(stage.z_loss, teachers, world), stage, settings, world)
     steps = []
     for step in range(STEPS):
         mine = [lane(kind, step, number) for number in range(world.rank, LANES, world.world_size)]
