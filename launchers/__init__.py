@@ -12,3 +12,5 @@ EXIT_HUNG = 76
 
 RESULT_FILE = "result.json"
 """The result file of a run folder. A run that ended with exit code 0 has one."""
+STOP_FILE = "logs/stop-requested"
+"""Marker in a run folder: the user stopped the run, so no job of it starts or is requeued. A submission removes it."""

@@ -7,31 +7,69 @@ only has to start the same command again after a requeue.
 from __future__ import annotations
 
 import math
+import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import unicodedata
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
 
-from launchers import EXIT_STOPPED, RESULT_FILE
+from launchers import EXIT_STOPPED, RESULT_FILE, STOP_FILE
+from launchers.cluster import call
+from launchers.container import Container
 from mmscale.errors import LaunchError, RequestError
 
 _TEMPLATE = "job.sbatch.jinja"
 _OWN_MARGIN_SECONDS = 120
 """A run stops by itself this long before SLURM ends the job."""
+_SUBMIT_SECONDS = 120.0
+"""A busy scheduler may take a minute to answer sbatch."""
 _UNLIMITED = ("infinite", "unlimited", "-1")
 _DAYS = re.compile(r"(\d+)-(\d+)(?::(\d+))?(?::(\d+))?")
 _MINUTES = re.compile(r"(?:(\d+):(?=\d+:))?(\d+)(?::(\d+))?")
 _TIME_OPTION = re.compile(r"(?:--ti(?:m|me|me-|me-m|me-mi|me-min)?(?:=|$)|-t=?)(.*)", re.DOTALL)
 """sbatch accepts abbreviations of ``--time``. ``--t`` alone is ambiguous."""
-_EXECUTABLE = (sys.executable, "-m", "mmscale.cli.main")
+_COMMAND_LINE = ("-m", "mmscale.cli.main")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_JOB_NUMBER = re.compile(r"\d+(_\d+)?")
+_OWN_VARIABLES = (
+    *("MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "SRUN_CPUS_PER_TASK"),
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+)
+"""Variables that the script sets, or each rank for itself."""
+_SCALARS = ("time", "partition", "account", "qos", "constraint")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One wrong value of a job.
+
+    Attributes:
+        key: The value's key in a site file, such as ``sbatch.0``, or the name of an option or folder.
+        subject: The value as the user would write it on the command line.
+        reason: What is wrong, and what to do.
+    """
+
+    key: str
+    subject: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.reason}"
+
+
+class JobError(RequestError):
+    """A job cannot be submitted; ``problems`` has all reasons, and ``job`` is the job."""
+
+    def __init__(self, job: Job, problems: Sequence[Problem]) -> None:
+        super().__init__("\n  ".join(map(str, problems)))
+        self.job, self.problems = job, list(problems)
 
 
 @dataclass(frozen=True)
@@ -48,15 +86,22 @@ class Job:
         time: Time limit of each start, in SLURM's notation (``4:00:00``); None for the partition's default.
         partition: SLURM partition; None for the default one.
         account: SLURM account to charge; None for the user's default.
+        qos: Quality of service; None for the default one.
+        constraint: Features that the nodes must have, for example ``h100``.
         requeue: Whether to requeue the job after a preemption, a node failure, or a stop that left a newer checkpoint.
         save_seconds: Seconds before the time limit at which SLURM sends the ranks the signal to save.
         extra: More sbatch options, for example ``--constraint=h100``.
         setup: Shell lines that run on the first node before the ranks start, for example ``module load cuda``.
-        executable: The command of each rank before ``arguments``.
+        modules: Environment modules that the script loads before ``setup``. The job ends if one cannot be loaded.
+        environment: Variables of the ranks.
+        container: The container of the ranks; None to run them on the machine.
+        after: Number of a job that must end before this job starts; None for no such job.
+        is_chained: Whether the job is one of a chain. It then does nothing if the run was finished after submission.
+        executable: The command of each rank before ``arguments``; None for this Python, or that of the container.
 
     Raises:
-        RequestError: a number is out of range, a text is not allowed in a batch script, or a time limit leaves no time
-            for a step.
+        JobError: a number is out of range, a text is not allowed in a batch script, a time limit leaves no time for a
+            step, or the container cannot start. It has all problems.
     """
 
     arguments: tuple[str, ...]
@@ -68,59 +113,129 @@ class Job:
     time: str | None = None
     partition: str | None = None
     account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
     requeue: bool = True
     save_seconds: int = 180
     extra: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()
-    executable: tuple[str, ...] = _EXECUTABLE
+    modules: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    container: Container | None = None
+    after: str | None = None
+    is_chained: bool = False
+    executable: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if problems := list(self._problems()):
+            raise JobError(self, problems)
+
+    def _problems(self) -> Iterator[Problem]:
         if self.nodes < 1 or self.ranks_per_node < 1 or self.gpus_per_node < 0 or self.save_seconds < 1:
-            raise RequestError(
+            yield Problem(
+                "nodes",
                 f"--nodes {self.nodes}, --gpus-per-node {self.gpus_per_node}, --ranks-per-node {self.ranks_per_node}, "
-                f"--save-seconds {self.save_seconds}: nodes, ranks and seconds start at 1, GPUs at 0"
+                f"--save-seconds {self.save_seconds}",
+                "nodes, ranks and seconds start at 1, GPUs at 0",
             )
         if self.gpus_per_node and self.ranks_per_node not in (1, self.gpus_per_node):
-            raise RequestError("--ranks-per-node is for CPU runs; with GPUs each GPU has one rank")
-        self._check_lines()
-        if self.time is not None:
-            self._check_time(f"--time {self.time}", self.time)
-        for option in self.extra:
-            for time in _times_of(option):
-                self._check_time(f"--sbatch={option}", time)
+            yield Problem(
+                "ranks_per_node", f"--ranks-per-node {self.ranks_per_node}", "is for CPU runs; each GPU has one rank"
+            )
+        if self.after is not None and not _JOB_NUMBER.fullmatch(self.after):
+            yield Problem("after", f"--after {self.after}", "expected the number of a SLURM job, for example 184467")
+        if self.is_chained and self.requeue:
+            yield Problem("requeue", "--chain", "a job of a chain is not requeued, since the next one resumes the run")
+        yield from self._text_problems()
+        yield from self._option_problems()
+        if self.container is not None:
+            for key, reason in self.container.problems():
+                yield Problem(f"container.{key}", f"container.{key}", reason)
 
-    def _check_lines(self) -> None:
+    def _text_problems(self) -> Iterator[Problem]:
         """Reject text that would end a line of the script. The rest would become another option or command."""
-        texts = [("run_dir", str(self.run_dir.resolve())), ("the current folder", str(Path.cwd()))]
-        texts += [("--time", self.time or ""), ("--partition", self.partition or ""), ("--account", self.account or "")]
-        texts += [("--sbatch", option) for option in self.extra] + [("--setup", line) for line in self.setup]
-        for name, text in texts:
+        folders = [("run_dir", str(self.run_dir.resolve())), ("the current folder", str(Path.cwd()))]
+        texts = [(key, f"--{key}", getattr(self, key) or "") for key in _SCALARS]
+        texts += [(name, name, text) for name, text in folders]
+        lists = (("sbatch", "--sbatch", self.extra), ("setup", "--setup", self.setup))
+        for key, option, lines in (*lists, ("modules", "modules", self.modules)):
+            texts += [(f"{key}.{number}", option, text) for number, text in enumerate(lines)]
+        texts += [(f"environment.{name}", f"environment.{name}", text) for name, text in self.environment.items()]
+        if self.container is not None:
+            texts += [(f"container.{key}", f"container.{key}", text) for key, text in self.container.texts()]
+        for key, name, text in texts:
             if any(unicodedata.category(letter) in ("Cc", "Zl", "Zp") for letter in text):
-                raise RequestError(
-                    f"{name} {text!r}: a line break or control character is not allowed in a batch script"
+                yield Problem(
+                    key, f"{name} {text!r}", "a line break or control character is not allowed in a batch script"
                 )
-        if "\\" in texts[0][1]:
-            raise RequestError(
-                f"run_dir {texts[0][1]}: SLURM removes a backslash from the path of a log; rename the folder"
+        if "\\" in folders[0][1]:
+            yield Problem(
+                "run_dir",
+                f"run_dir {folders[0][1]}",
+                "SLURM removes a backslash from the path of a log; rename the folder",
             )
-        for option in self.extra:
-            if not option.startswith("-"):
-                raise RequestError(f"--sbatch={option}: expected an option of sbatch, for example --sbatch=--qos=high")
+        for name, folder in folders if self.container is not None else ():
+            if set(",:") & set(folder):
+                yield Problem(
+                    name, f"{name} {folder}", "a container cannot mount a path with a comma or colon; rename the folder"
+                )
 
-    def _check_time(self, name: str, time: str) -> None:
-        limit, margin = seconds_of(time), max(self.save_seconds, _OWN_MARGIN_SECONDS)
-        if limit is not None and limit <= margin:
-            raise RequestError(
-                f"{name}: the limit is {limit} s, but the ranks save and stop {margin} s before the limit "
-                f"(--save-seconds {self.save_seconds}, and at least {_OWN_MARGIN_SECONDS} s): no step would run; "
-                "give a longer --time"
-            )
+    def _option_problems(self) -> Iterator[Problem]:
+        times = [] if self.time is None else [("time", f"--time {self.time}", self.time)]
+        for number, option in enumerate(self.extra):
+            key, subject = f"sbatch.{number}", f"--sbatch={option}"
+            if not option.startswith("-"):
+                yield Problem(key, subject, "expected an option of sbatch, for example --sbatch=--qos=high")
+            if option.startswith("--container-"):
+                yield Problem(
+                    key,
+                    subject,
+                    "the batch script itself would run in the container, which has no srun; name the image under "
+                    "container in the site file",
+                )
+            try:
+                times += [(key, subject, time) for time in _times_of(option)]
+            except ValueError as error:
+                yield Problem(key, subject, str(error))
+        for key, subject, time in times:
+            if (reason := self._time_problem(time)) is not None:
+                yield Problem(key, subject, reason)
+        for name in self.environment:
+            key = f"environment.{name}"
+            if not _VARIABLE.fullmatch(name):
+                yield Problem(key, key, "expected letters, digits and _ as the name of a variable")
+            elif name in _OWN_VARIABLES or name.startswith("SLURM_"):
+                yield Problem(key, key, "the batch script or srun sets this variable; remove it")
+
+    def _time_problem(self, time: str) -> str | None:
+        """Return why a time limit cannot be used; None if it can."""
+        try:
+            limit = seconds_of(time)
+        except ValueError as error:
+            return str(error)
+        margin = max(self.save_seconds, _OWN_MARGIN_SECONDS)
+        if limit is None or limit > margin:
+            return None
+        return (
+            f"the limit is {limit} s, but the ranks save and stop {margin} s before the limit (--save-seconds "
+            f"{self.save_seconds}, and at least {_OWN_MARGIN_SECONDS} s): no step would run; give a longer --time"
+        )
 
     @property
     def name(self) -> str:
-        """A name that is unique for the run folder. With ``--dependency=singleton``, jobs of one run never overlap."""
-        folder = str(self.run_dir.resolve())
-        return f"mmscale-{self.run_dir.name}-{zlib.crc32(folder.encode()):08x}"
+        """See ``job_name``."""
+        return job_name(self.run_dir)
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders that each rank needs, the working folder first."""
+        return [Path.cwd(), self.run_dir.resolve()]
+
+    def command(self) -> list[str]:
+        """Return the command of a rank."""
+        python = sys.executable if self.container is None else self.container.python
+        command = [*(self.executable or (python, *_COMMAND_LINE)), *self.arguments]
+        return command if self.container is None else self.container.wrap(command, self.folders, self.gpus_per_node > 0)
 
     def directives(self) -> list[str]:
         """Return the options of sbatch, one for each line of the script."""
@@ -133,8 +248,10 @@ class Job:
             "time": self.time,
             "partition": self.partition,
             "account": self.account,
+            "qos": self.qos,
+            "constraint": self.constraint,
             "signal": f"USR1@{self.save_seconds}",
-            "dependency": "singleton",
+            "dependency": "singleton" if self.after is None else f"singleton,afterany:{self.after}",
             "chdir": Path.cwd(),
             "output": f"{str(self.run_dir.resolve()).replace('%', '%%')}/logs/slurm-%j.log",
             "open-mode": "append",
@@ -143,12 +260,16 @@ class Job:
         return [*lines, "--requeue" if self.requeue else "--no-requeue", *self.extra]
 
 
+def job_name(run_dir: Path) -> str:
+    """Return the name of the jobs of a run folder. With ``--dependency=singleton``, jobs of one name never overlap."""
+    folder = run_dir.resolve()
+    readable = re.sub(r"[^\w.-]", "_", folder.name, flags=re.ASCII)  # squeue splits a list of names at commas.
+    return f"mmscale-{readable}-{zlib.crc32(os.fsencode(folder)):08x}"
+
+
 def _times_of(option: str) -> Iterator[str]:
-    """Yield the time limits in a line with one or more sbatch options."""
-    try:
-        words = shlex.split(option)
-    except ValueError as error:
-        raise RequestError(f"--sbatch={option}: {error}") from None
+    """Yield the time limits in a line with one or more sbatch options. Raises ValueError for an open quote."""
+    words = shlex.split(option)
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if (match := _TIME_OPTION.fullmatch(word)) is not None:
             yield match[1] or following
@@ -161,7 +282,7 @@ def seconds_of(time: str) -> int | None:
     ``days-hours:minutes:seconds``, ``infinite``, ``unlimited`` and ``-1``. Zero means no limit.
 
     Raises:
-        RequestError: the text has another form.
+        ValueError: the text has another form.
     """
     if time.lower() in _UNLIMITED:
         return None
@@ -170,9 +291,9 @@ def seconds_of(time: str) -> int | None:
     elif match := _MINUTES.fullmatch(time):
         days, (hours, minutes, seconds) = 0, (int(part or 0) for part in match.groups())
     else:
-        raise RequestError(
-            f"--time {time}: expected minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes "
-            "or days-hours:minutes:seconds, for example 4:00:00"
+        raise ValueError(
+            "expected minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or "
+            "days-hours:minutes:seconds, for example 4:00:00"
         )
     return 60 * math.ceil(((days * 24 + hours) * 60 + minutes) + seconds / 60) or None
 
@@ -190,19 +311,26 @@ def render(job: Job) -> str:
         title="".join(letter if letter.isprintable() else " " for letter in f"mmscale {shlex.join(job.arguments)}"),
         directives=job.directives(),
         run_dir=job.run_dir.resolve(),
-        command=shlex.join([*job.executable, *job.arguments]),
+        command=shlex.join(job.command()),
         result_file=RESULT_FILE,
+        stop_file=STOP_FILE,
         setup=job.setup,
+        modules=job.modules,
+        variables=job.environment if job.container is None else job.container.exports(job.environment),
+        srun_options=[] if job.container is None else job.container.srun_options(job.folders, job.environment),
         requeue=job.requeue,
+        is_chained=job.is_chained,
         exit_stopped=EXIT_STOPPED,
     )
 
 
-def submit(job: Job) -> tuple[str, Path]:
-    """Write the script to the run folder and submit it with ``sbatch``.
+def submit(job: Job, jobs: int = 1) -> tuple[list[str], Path]:
+    """Write the script to the run folder and submit it with ``sbatch``, once or as a chain.
+
+    SLURM starts the jobs of a chain one after the other, because they have the same name and depend on ``singleton``.
 
     Returns:
-        The job id, and the path of the script.
+        The number of each job, and the path of the script.
 
     Raises:
         LaunchError: there is no ``sbatch``, it rejected the script, or the log folder cannot be written.
@@ -213,15 +341,16 @@ def submit(job: Job) -> tuple[str, Path]:
     try:
         logs.mkdir(parents=True, exist_ok=True)  # SLURM drops a job without a message if its log folder is missing.
         script = logs / "job.sbatch"
+        (job.run_dir.resolve() / STOP_FILE).unlink(missing_ok=True)
         script.write_text(render(job), encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise LaunchError(f"{logs}: cannot be written: {error.strerror}") from None
-    done = _call(["sbatch", "--parsable", str(script)])
-    return done.strip().split(";")[0], script
-
-
-def _call(command: Sequence[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise LaunchError(f"{command[0]} failed: {done.stderr.strip() or f'exit code {done.returncode}'}")
-    return done.stdout
+    numbers: list[str] = []
+    for _ in range(jobs):
+        try:
+            numbers.append(call(["sbatch", "--parsable", str(script)], seconds=_SUBMIT_SECONDS).strip().split(";")[0])
+        except LaunchError as error:
+            if not numbers:
+                raise
+            raise LaunchError(f"{error}; {len(numbers)} of {jobs} jobs are submitted: {', '.join(numbers)}") from None
+    return numbers, script

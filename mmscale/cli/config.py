@@ -118,11 +118,12 @@ class SchemaName(str, Enum):
     run = "run"
     compare = "compare"
     model = "model"
+    site = "site"
 
 
 @app.command(epilog="Example: mmscale config schema run > run.json")
 def schema(
-    name: SchemaName = typer.Argument(SchemaName.run, help="Kind of the YAML file: run, compare or model."),
+    name: SchemaName = typer.Argument(SchemaName.run, help="Kind of the YAML file: run, compare, model or site."),
 ) -> None:
     """Print the JSON schema of a YAML file: keys with meaning, type, range, default and choices.
 
@@ -135,7 +136,7 @@ def schema(
 
 
 def schema_of(name: str) -> dict[str, Any]:
-    """Return the JSON schema of the files of a run, a comparison, or a model."""
+    """Return the JSON schema of the files of a run, a comparison, a model, or a site."""
     from mmscale.config.json_schema import json_schema
 
     if name == "compare":
@@ -146,6 +147,10 @@ def schema_of(name: str) -> dict[str, Any]:
         from mmscale.models.config import ModelConfig
 
         return json_schema(ModelConfig, is_complete=False)  # The file of a tower has no decoder.
+    if name == "site":
+        from mmscale.run.site import SiteConfig
+
+        return json_schema(SiteConfig)
     from mmscale.run.config import RunConfig
 
     return json_schema(RunConfig)

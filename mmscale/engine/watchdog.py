@@ -29,10 +29,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from data_pipeline.io.strict import StrictConfig
-from data_pipeline.io.untrusted import append_regular, read_json
+from data_pipeline.io.untrusted import append_regular, read_bytes
 
 EXIT_HUNG = 76
 """Exit code of a run that its watchdog ended."""
@@ -192,7 +192,7 @@ class Watchdog:
         collective, place = _innermost_call(sys._current_frames().get(self._main))
         beat = Heartbeat(self._count, self._step, phase, time.monotonic() - since, collective, place)
         with contextlib.suppress(OSError):
-            self._write(self._folder / f"rank-{self._rank:05d}", asdict(beat))
+            self._write(heartbeat_path(self._folder.parent, self._rank), asdict(beat))
         return beat
 
     def _repeat_beat(self, times: int) -> Heartbeat:
@@ -229,14 +229,7 @@ class Watchdog:
             _exit_process()
 
     def _read_all(self) -> list[Heartbeat | None]:
-        return [self._read(self._folder / f"rank-{rank:05d}") for rank in range(self._world_size)]
-
-    @staticmethod
-    def _read(path: Path) -> Heartbeat | None:
-        try:
-            return Heartbeat(**read_json(path, most_bytes=_MOST_BEAT_BYTES))
-        except (OSError, ValueError, TypeError):
-            return None
+        return [read_heartbeat(heartbeat_path(self._folder.parent, rank)) for rank in range(self._world_size)]
 
     def _dump_stacks(self) -> None:
         path = self._logs / f"hang-rank-{self._rank}.txt"
@@ -248,6 +241,27 @@ class Watchdog:
             print(f"mmscale: {path}: the stacks cannot be written: {error.strerror}", file=sys.stderr, flush=True)
         else:
             print(f"mmscale: rank {self._rank}: the stacks are in {path}", file=sys.stderr, flush=True)
+
+
+_HEARTBEAT = TypeAdapter(Heartbeat)
+
+
+def heartbeat_path(run_dir: Path, rank: int) -> Path:
+    """Return the heartbeat file of a rank."""
+    return run_dir / HEARTBEATS / f"rank-{rank:05d}"
+
+
+def read_heartbeat(path: Path) -> Heartbeat | None:
+    """Return the content of a heartbeat file; None if it is missing or damaged."""
+    try:
+        return _HEARTBEAT.validate_json(read_bytes(path, most_bytes=_MOST_BEAT_BYTES), strict=True)
+    except (OSError, ValueError):
+        return None
+
+
+def has_verdict(run_dir: Path) -> bool:
+    """Return whether the watchdog of a rank reported that the newest start hangs."""
+    return (run_dir / HEARTBEATS / _VERDICT).exists()
 
 
 def _exit_process() -> None:

@@ -23,10 +23,12 @@ import os
 import re
 import shlex
 import socket
+import struct
 import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -146,7 +148,7 @@ class FolderLock:
         if not is_here and seconds > EXPIRY_SECONDS and self._create(claim.number + 1, kernel):
             return None
         return (
-            f"{self._folder}: waiting up to {EXPIRY_SECONDS:.0f} s for a heartbeat of {_describe(claim.holder)}, "
+            f"{self._folder}: waiting up to {EXPIRY_SECONDS:.0f} s for a heartbeat of {describe_holder(claim.holder)}, "
             "which holds the lock of this folder or ended without releasing it"
         )
 
@@ -244,13 +246,31 @@ class FolderLock:
                 os._exit(1)
 
 
-def holder_of(folder: Path) -> str | None:
-    """Return a sentence about the process that holds the lock of a folder; None if the folder is free. Changes nothing.
+@dataclass(frozen=True)
+class HeldLock:
+    """A lock that a process holds, or held when its machine failed.
 
-    A claim of another machine counts as held, because only watching it for a minute shows whether its holder lives.
+    Attributes:
+        holder: The record of the claim; None if it cannot be read.
+        is_here: Whether the holder runs on this machine. It then lives: the kernel releases the lock of a dead process.
+        pid: Process of the holder on this machine, as the kernel knows it. None on another machine, in a container
+            with its own process numbers, or if it is unknown.
+        claim: Number and modification time of the claim, which a living holder renews every ``BEAT_SECONDS``.
     """
-    if folder.resolve() in _held:
-        return f"{folder}: this process holds the lock of the folder"
+
+    holder: Holder | None
+    is_here: bool
+    pid: int | None
+    claim: tuple[int, int]
+
+
+def held_lock(folder: Path) -> HeldLock | None:
+    """Return the lock of a folder if it is held; None if the folder is free. Changes nothing.
+
+    A claim of another machine counts as held, because only watching it shows whether its holder lives.
+    """
+    if folder.resolve() in _held:  # Closing the file below would release this process's own lock.
+        return HeldLock(Holder.of_this_process(True), True, os.getpid(), (0, 0))
     lock = FolderLock(folder)
     try:
         claim = lock._newest()
@@ -259,11 +279,34 @@ def holder_of(folder: Path) -> str | None:
         return None
     try:
         kernel = _lock_file(handle)  # Closing the file releases the lock at once.
+        pid = _pid_of_lock(handle) if kernel is False else None
     finally:
         os.close(handle)
-    if not claim.number and kernel is not False:
+    if (not claim.number and kernel is not False) or _is_dead(claim.holder, kernel):
         return None
-    return None if _is_dead(claim.holder, kernel) else _in_use(folder, claim.holder)
+    is_here = kernel is False and (claim.holder is None or claim.holder.machine == _boot_id())
+    return HeldLock(claim.holder, is_here, pid if is_here else None, claim[:2])
+
+
+def holder_of(folder: Path) -> str | None:
+    """Return a sentence about the process that holds the lock of a folder; None if it is free. See ``held_lock``."""
+    if folder.resolve() in _held:
+        return f"{folder}: this process holds the lock of the folder"
+    held = held_lock(folder)
+    return None if held is None else _in_use(folder, held.holder)
+
+
+def _pid_of_lock(handle: int) -> int | None:
+    """Return the process that holds the POSIX lock of a file; None if it is unknown (Linux only)."""
+    if sys.platform != "linux":
+        return None
+    layout = "hhlli"  # struct flock: type, whence, start, length, pid.
+    try:
+        found = fcntl.fcntl(handle, fcntl.F_GETLK, struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    except OSError:
+        return None
+    kind, *_, pid = struct.unpack(layout, found)
+    return pid if kind != fcntl.F_UNLCK and pid > 0 else None
 
 
 def _lock_file(handle: int) -> bool | None:
@@ -295,7 +338,8 @@ def _is_dead(holder: Holder | None, kernel: bool | None) -> bool:
     return bool(mine.slurm_job) and mine.slurm_job == holder.slurm_job and mine.slurm_restart > holder.slurm_restart
 
 
-def _describe(holder: Holder | None) -> str:
+def describe_holder(holder: Holder | None) -> str:
+    """Return the process, machine, job and command of a holder as text for a person."""
     if holder is None:
         return "an unknown process"
     job = f", SLURM job {holder.slurm_job.rpartition('/')[2]}" if holder.slurm_job else ""
@@ -306,8 +350,8 @@ def _describe(holder: Holder | None) -> str:
 def _in_use(folder: Path, holder: Holder | None) -> str:
     stop = f" (kill {holder.pid} there)" if holder else ""
     return (
-        f"{folder}: in use by {_describe(holder)}. Wait until that process ends, or stop it{stop}, or give another "
-        "folder (run_dir=...); nothing in the folder was changed"
+        f"{folder}: in use by {describe_holder(holder)}. Wait until that process ends, or stop it{stop}, or give "
+        "another folder (run_dir=...); nothing in the folder was changed"
     )
 
 

@@ -5,7 +5,7 @@ metrics.jsonl          one line a step                 tensorboard/          the
 checkpoints/step-N/    whole checkpoints               logs/                 output of ranks above 0, stacks of a hang
 sample_log/            the samples of each step        faults/               skipped samples with the reason
 bad_steps/             samples of bad steps, roll backs
-starts/                each start: code, configuration, changes since the previous start
+starts/                each start: code, configuration, changes, environment; how the newest one ended
 lock/                  the process that works in the folder
 heartbeats/            state of each rank, for the watchdog
 router.json            loads of experts, newest window

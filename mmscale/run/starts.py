@@ -3,6 +3,7 @@
 RUN/config.yaml                 the previous configuration; differences are printed, or rejected for a finished run
 RUN/starts/starts.jsonl         one line for each start: time, step, code, changed values
 RUN/starts/config-0001.yaml     the configuration of start 1, and of the next starts if their values are equal
+RUN/starts/environment-0001.json  machines, modules, variables and packages of start 1
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from mmscale.report.build import REPORT_FILE
 from mmscale.report.configuration import save_origins
 from mmscale.report.starts import StartRecord, add_start, read_starts
 from mmscale.run.config import RunConfig
+from mmscale.run.environment import write_environment
 from mmscale.run.folder import CONFIG, finished_steps
 
 _MOST_LISTED = 12
@@ -193,14 +195,17 @@ class Start:
             return
         self._is_recorded = True
         message = None
+        number = 0
         if self._world.is_main:
             try:
-                self._write(step)
+                number = self._write(step)
             except OSError as error:
                 message = f"run_dir={self.config.run_dir}: {error.strerror}"
         raise_on_any_rank(self._world, message, MMScaleError)
+        write_environment(self.config.run_dir / f"starts/environment-{number:04d}.json", self._world)
 
-    def _write(self, step: int) -> None:
+    def _write(self, step: int) -> int:
+        """Write the files of this start and return its number."""
         folder = self.config.run_dir
         before = read_starts(folder)
         number = before[-1].start + 1 if before else 1
@@ -226,3 +231,4 @@ class Start:
             pid=os.getpid(),
         )
         add_start(folder, record)
+        return number

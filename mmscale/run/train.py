@@ -60,6 +60,7 @@ from mmscale.run.config import RunConfig, check_world
 from mmscale.run.evaluation import Evaluations
 from mmscale.run.finalize import finalize_run
 from mmscale.run.folder import BAD_STEPS, CHECKPOINTS, FAULTS, SAMPLE_LOG, hold_folder
+from mmscale.run.outcome import RunOutcome, recorded_outcome
 from mmscale.run.rank_check import check_ranks
 from mmscale.run.stage_teachers import open_teachers, record_teachers
 from mmscale.run.stage_weights import load_stage_weights
@@ -135,13 +136,19 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
                         f"--profile: the run in {config.run_dir} is finished; set another run_dir, or more steps"
                     )
                 return Outcome.FINISHED
-            with hold_folder(config.run_dir, world), closing(watchdog), open_trackers(config, world) as trackers:
+            with (
+                hold_folder(config.run_dir, world),
+                recorded_outcome(config.run_dir, world.is_main) as outcomes,
+                closing(watchdog),
+                open_trackers(config, world) as trackers,
+            ):
                 watchdog.start()
                 start = Start(loaded, world)
                 while True:  # Restart after each roll back.
                     try:
                         if (outcome := _run(start, world, stop, watchdog, trackers, profile)) is not None:
                             trackers.close(finished=outcome is Outcome.FINISHED)
+                            outcomes.append(RunOutcome(outcome=outcome.value, message=stop.reason or ""))
                             return outcome
                     except (MemoryError, RuntimeError, OSError) as error:
                         phase = watchdog.current_phase

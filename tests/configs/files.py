@@ -12,8 +12,8 @@ from mmscale.models.config import AnyModelConfig, ModelConfig, TowerConfig
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIGS = REPO / "configs"
-FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "compare")
-"""All models and runs. Comparisons are not included: each has several runs in one file."""
+FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("compare", "site"))
+"""All models and runs. Comparisons are not included, since each has several runs in one file, nor are site files."""
 MODELS = [path for path in FILES if path.parent.name == "models"]
 RUNS = [path for path in FILES if path.parent.name != "models"]
 RECIPES = [path for path in FILES if path.parent.name == "recipes"]

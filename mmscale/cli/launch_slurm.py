@@ -1,0 +1,137 @@
+"""``mmscale launch slurm``: submit one training command to SLURM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from mmscale.cli.console import emit, warn
+from mmscale.cli.launch_words import CONFIG, OVERRIDES, checked, train_words
+
+if TYPE_CHECKING:
+    from launchers.slurm import Job, Problem
+    from mmscale.run.site import Site
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: mmscale launch slurm configs/quickstart.yaml --nodes 2 --gpus-per-node 2 --dry-run")
+def slurm(
+    config: Path = CONFIG,
+    overrides: list[str] = OVERRIDES,
+    nodes: int = typer.Option(1, min=1, help="Number of machines."),
+    gpus_per_node: int = typer.Option(None, min=0, help="GPUs per machine, with one rank each; 0 trains on CPUs."),
+    ranks_per_node: int = typer.Option(None, min=1, help="Ranks per machine in a CPU run."),
+    cpus_per_task: int = typer.Option(None, min=1, help="CPU cores per rank, including its loader workers."),
+    time: str = typer.Option(None, help="Time limit of the SLURM job, for example 4:00:00; a requeued job resumes."),
+    partition: str = typer.Option(None, help="SLURM partition."),
+    account: str = typer.Option(None, help="SLURM account."),
+    qos: str = typer.Option(None, help="Quality of service."),
+    constraint: str = typer.Option(None, help="Features that the nodes must have."),
+    requeue: bool = typer.Option(
+        None,
+        "--requeue/--no-requeue",
+        help="Requeue after the time limit, a preemption or a node failure. [default: on]",
+    ),
+    chain: int = typer.Option(
+        1, min=1, max=1000, help="Submit this many jobs that run one after the other and resume, without requeue."
+    ),
+    after: str = typer.Option(None, help="Start after the job of this number has ended.", metavar="JOB"),
+    save_seconds: int = typer.Option(
+        None, min=1, help="Seconds before the time limit at which ranks save and stop. [default: 180]"
+    ),
+    sbatch: list[str] = typer.Option([], help="A further sbatch option, for example --sbatch=--exclusive; repeatable."),
+    setup: list[str] = typer.Option(
+        [], help="A shell line to run before the ranks, for example 'ulimit -n 65536'; repeatable."
+    ),
+    site: Path = typer.Option(None, help="Site file. [default: $MMSCALE_SITE, else ~/.config/mmscale/site.yaml]"),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print the script and submit nothing."),
+    json: bool = typer.Option(False, "--json", help="Print job number, script and log as JSON."),
+) -> None:
+    """Submit training to SLURM.
+
+    The job saves before its time limit, is requeued, and resumes until the run is finished. Before the submission, the
+    job is compared with the partitions of the cluster.
+    """
+    from launchers.slurm import render, submit
+    from mmscale.run.site import load_site
+
+    found = load_site(site)
+    if chain > 1:
+        requeue = False if requeue is None else requeue
+    options: dict[str, Any] = {
+        "gpus_per_node": gpus_per_node,
+        "ranks_per_node": ranks_per_node,
+        "cpus_per_task": cpus_per_task,
+        "time": time,
+        "partition": partition,
+        "account": account,
+        "qos": qos,
+        "constraint": constraint,
+        "requeue": requeue,
+        "save_seconds": save_seconds,
+    }
+    values = {key: getattr(found.value, key) if value is None else value for key, value in options.items()}
+    ranks = nodes * (values["gpus_per_node"] or values["ranks_per_node"] or 1)
+    run = checked(config, overrides or [], ranks).value
+    job = _checked_job(
+        found,
+        {key for key, value in options.items() if value is not None},
+        arguments=tuple(train_words(config, overrides or [])),
+        run_dir=run.run_dir,
+        nodes=nodes,
+        extra=(*found.value.sbatch, *sbatch),
+        setup=(*found.value.setup, *setup),
+        modules=found.value.modules,
+        environment=found.value.environment,
+        after=after,
+        is_chained=chain > 1,
+        **{key: value for key, value in values.items() if value is not None},
+    )
+    if dry_run:
+        print(render(job), end="")
+        return
+    numbers, script = submit(job, chain)
+    log = script.parent / f"slurm-{numbers[0]}.log"
+    following = {"chain": numbers} if chain > 1 else {}
+    emit({"job": numbers[0], **following, "script": str(script), "log": str(log)}, json=json)
+
+
+def _checked_job(site: Site, overridden: set[str], **values: Any) -> Job:
+    """Return the job, compared with the cluster if SLURM answers here.
+
+    Raises:
+        ConfigError: the job has problems; lists all of them, those of the site file with file and line.
+    """
+    from launchers.cluster import UnansweredError, has_slurm, partitions
+    from launchers.cluster_check import misfits
+    from launchers.container import Container
+    from launchers.slurm import Job, JobError
+
+    problems: list[Problem] = []
+    container = site.value.container
+    try:
+        job = Job(container=None if container is None else Container(**dict(container)), **values)
+    except JobError as error:
+        job, problems = error.job, error.problems
+    try:
+        problems += misfits(job, partitions()) if has_slurm() else []
+    except UnansweredError as error:
+        warn([f"the job was not compared with the cluster: {error}"])
+    if problems:
+        _raise(site, overridden, problems)
+    return job
+
+
+def _raise(site: Site, overridden: set[str], problems: Iterable[Problem]) -> None:
+    from mmscale.errors import ConfigError
+
+    lines = []
+    for problem in problems:
+        origin = None if problem.key in overridden else site.origin(problem.key)
+        lines.append(str(problem) if origin is None else f"{origin} {problem.reason}")
+    lines = list(dict.fromkeys(lines))
+    raise ConfigError(lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} errors in the job:", *lines]))
