@@ -42,7 +42,7 @@ from mmscale.hf.read import read_config, read_json_object
 from mmscale.hf.tensor_file import file_header
 from mmscale.hf.write import require_new
 from mmscale.io.files import new_folder, write_file
-from mmscale.models.adapters import AdaptersConfig, linear_layers
+from mmscale.models.adapters import AdaptersConfig, expert_paths, linear_layers
 from mmscale.models.build import build_weights
 from mmscale.models.config import ModelConfig
 from mmscale.nn.adapters import adapted_layers
@@ -352,9 +352,11 @@ def _adapters_config(
     model = build_weights(config)
     targets: dict[str, Any] = {"decoder": []}
     for component in ("vision", "connector", "decoder"):
-        layers = [f"{component}.{path}" for path in linear_layers(getattr(model, component, None) or torch.nn.Module())]
+        part = getattr(model, component, None) or torch.nn.Module()
+        layers = [f"{component}.{path}" for path in linear_layers(part)]
         if mine := [path for path in layers if path in paths]:
-            targets[component] = "all" if len(mine) == len(layers) else _short_names(component, mine, layers)
+            others = [*layers, *(f"{component}.{path}" for path in expert_paths(part))]
+            targets[component] = "all" if len(mine) == len(layers) else _short_names(component, mine, others)
     try:
         rank, alpha = int(values["r"]), float(values["lora_alpha"])
         block = {
@@ -372,7 +374,13 @@ def _adapters_config(
 
 
 def _short_names(component: str, paths: list[str], layers: list[str]) -> list[str]:
-    """Return names that select exactly ``paths``: the last part of a path if all layers with it are selected."""
+    """Return names that select exactly ``paths``: the last part of a path if all layers with it are selected.
+
+    Args:
+        component: First part of all paths.
+        paths: The layers with adapters.
+        layers: All layers of the component, and its routed experts.
+    """
     names: dict[str, None] = {}
     for path in paths:
         leaf = path.rpartition(".")[2]

@@ -288,6 +288,11 @@ class Engine:
             router=router,
         )
 
+    def runs_forward_twice(self, num_microbatches: int) -> bool:
+        """Return whether a step runs the model on all microbatches first, without gradients."""
+        objective = self._objective
+        return isinstance(objective, WholeStepObjective) and objective.prepare_runs(self.model, num_microbatches)
+
     def _update(
         self, loss: float, norms: dict[str, float], rejection_reason: Callable[[float, float], str | None] | None
     ) -> bool:

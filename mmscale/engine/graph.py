@@ -61,6 +61,10 @@ class WholeStepObjective(Protocol):
         """Return whether a step with this number of microbatches a rank must go through ``prepare``."""
         ...
 
+    def prepare_runs(self, model: Any, num_microbatches: int) -> bool:
+        """Return whether ``prepare`` runs the model on each microbatch of such a step."""
+        ...
+
     def prepare(self, model: Any, microbatches: Sequence[Any]) -> Sequence[Any]:
         """Return the microbatches with the information about the whole step that the objective needs.
 

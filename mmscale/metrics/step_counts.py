@@ -83,11 +83,15 @@ def count_step(batch: StepBatch, documents: Sequence[DocumentStats], datasets: S
 def step_flops(engine: Engine, microbatches: Sequence[Any]) -> dict[str, float]:
     """Return ``model_flops`` and ``hardware_flops`` of this rank's microbatches, which must be on the host.
 
-    Both include teachers. ``hardware_flops`` also includes the operations that activation checkpointing repeats.
+    Both include teachers. ``hardware_flops`` also includes the operations that activation checkpointing repeats, and
+    those of the objective's first forward pass over all microbatches, if it needs one.
     """
     model: Any = engine.model
     trained, recompute = engine.trained_components, engine.config.activation_checkpointing
-    counts = [training_flops(model.config, part, trained, recompute=recompute) for part in microbatches]
+    twice = engine.runs_forward_twice(len(microbatches))
+    counts = [
+        training_flops(model.config, part, trained, recompute=recompute, forward_twice=twice) for part in microbatches
+    ]
     counts += [teacher.flops(part) for teacher in engine.teachers for part in microbatches]
     model_flops = sum(count.forward + count.backward for count in counts)
     again = sum(count.recomputed for count in counts)

@@ -13,6 +13,7 @@ from torch import nn
 from data_pipeline.io.strict import StrictConfig
 from mmscale.errors import ConfigError
 from mmscale.nn.adapters import AdaptedLinear, adapter_parameters
+from mmscale.nn.experts import Experts
 from mmscale.nn.flops import Product, linear_product
 from mmscale.nn.patch_embed import StillProjection
 from mmscale.nn.sizes import ShrunkTo, Width
@@ -26,7 +27,8 @@ class TargetsConfig(StrictConfig):
     """The linear layers with an adapter, by component.
 
     A value is ``all``, or a list of names. A name selects each linear layer whose path ends with it: ``q_proj`` the
-    query projections of all blocks, ``layers.3.mlp.up_proj`` one layer. Experts, embeddings and the head have none.
+    query projections of all blocks, ``layers.3.mlp.up_proj`` one layer. Experts, embeddings and the head have none. A
+    name that also selects weights of routed experts is an error.
     """
 
     vision: Layers = ()
@@ -73,7 +75,7 @@ def attach_adapters(model: nn.Module, config: AdaptersConfig) -> None:
     """Replace the target layers of a model by layers with adapters, in place. The parameters of the layers are kept.
 
     Raises:
-        ConfigError: a target matches no linear layer; the message lists the layers of its component.
+        ConfigError: a target matches no linear layer, or weights of routed experts.
     """
     for path, layer in list(_targets(model, config.targets)):
         parent, _, name = path.rpartition(".")
@@ -85,6 +87,7 @@ def _targets(model: nn.Module, targets: TargetsConfig) -> Iterator[tuple[str, nn
     for component in ("vision", "connector", "decoder"):
         part = getattr(model, component, None)
         layers = {} if part is None else linear_layers(part)
+        experts = [] if part is None else expert_paths(part)
         chosen = targets.of(component)
         if chosen == "all":
             if not layers:
@@ -92,11 +95,23 @@ def _targets(model: nn.Module, targets: TargetsConfig) -> Iterator[tuple[str, nn
             chosen = tuple(layers)
         wanted: set[str] = set()
         for name in chosen:
-            matching = {path for path in layers if path == name or path.endswith(f".{name}")}
+            matching = {path for path in layers if _selects(name, path)}
+            if routed := [path for path in experts if _selects(name, path)]:
+                raise ConfigError(_no_experts(component, name, routed, sorted(matching)))
             if not matching:
                 raise ConfigError(_no_match(component, name, list(layers)))
             wanted |= matching
         yield from ((f"{component}.{path}", layer) for path, layer in layers.items() if path in wanted)
+
+
+def _selects(name: str, path: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def expert_paths(part: nn.Module) -> list[str]:
+    """Return the paths of stacked experts in a component, and those of their weights. They can have no adapter."""
+    stacks = [path for path, module in part.named_modules() if isinstance(module, Experts)]
+    return [f"{path}{weight}" for path in stacks for weight in ("", ".gate_up_proj", ".down_proj")]
 
 
 def linear_layers(part: nn.Module) -> dict[str, nn.Linear]:
@@ -106,6 +121,15 @@ def linear_layers(part: nn.Module) -> dict[str, nn.Linear]:
         for path, module in part.named_modules()
         if isinstance(module, nn.Linear) and not isinstance(module, StillProjection)
     }
+
+
+def _no_experts(component: str, name: str, routed: Sequence[str], layers: Sequence[str]) -> str:
+    longer = sorted({repr(".".join(path.split(".")[-2:])) for path in layers})
+    remedy = f"select the other layers by {' and '.join(longer)}" if longer else f"leave out {name!r}"
+    return (
+        f"model.adapters.targets.{component}: {name!r} selects routed experts ({routed[0]}), which have no adapters; "
+        f"{remedy}, or train the experts themselves: adapters=null and stages.N.train=[{component}]"
+    )
 
 
 def _no_match(component: str, name: str, layers: Sequence[str]) -> str:

@@ -107,7 +107,8 @@ class DecoderConfig(StrictConfig):
         queries, keys = batch.segments, batch.segments
         if batch.branched is not None:
             queries, keys = batch.branched.queries, batch.branched.keys
-        return {"token_rows": batch.segments.total, "token_pairs": num_pairs(queries, keys)}
+        rows = {"token_rows": batch.segments.total, "routed_rows": batch.num_tokens}  # Dummy rows use no expert.
+        return {**rows, "token_pairs": num_pairs(queries, keys)}
 
     def block_products(self, mlp: DenseMlpConfig | MoeConfig, *, learns: bool, flows: bool) -> list[Product]:
         """Return the operations of a block with the feed-forward ``mlp``; see ``mmscale.nn.block.block_products``."""

@@ -25,7 +25,8 @@ class TrainingFlops:
     Attributes:
         forward: Operations of the forward pass, with logits only for rows that carry loss.
         backward: Operations of the gradients that the trained components need.
-        recomputed: Operations that activation checkpointing repeats. They count as hardware FLOPs, not model FLOPs.
+        recomputed: Operations that activation checkpointing repeats, and those of a first forward pass without
+            gradients. They count as hardware FLOPs, not model FLOPs.
     """
 
     forward: int
@@ -53,7 +54,7 @@ def cost_per_patch(config: ModelConfig) -> float:
     if config.vision is None or config.connector is None:
         return 0.0
     crop = config.connector.typical_crop(config.vision)
-    token, patch = {"token_rows": 1, "logit_rows": 1}, {"patches": 1, "tower_rows": 1}
+    token, patch = {"token_rows": 1, "routed_rows": 1, "logit_rows": 1}, {"patches": 1, "tower_rows": 1}
     per_token = per_patch = per_crop = 0
     for product in _base_products(config, frozenset(), frozenset()):
         per_token += product.forward * token.get(product.per, 0)
@@ -67,12 +68,21 @@ def forward_flops(config: ModelConfig, batch: MultimodalBatch) -> int:
 
     A contrastive model computes no logits.
     """
-    counts = batch_counts(config, batch, batch.segments.total)
+    return _forward_flops(config, batch, batch.segments.total)
+
+
+def _forward_flops(config: ModelConfig, batch: MultimodalBatch, logit_rows: int) -> int:
+    counts = batch_counts(config, batch, logit_rows)
     return sum(product.forward * counts[product.per] for product in model_products(config, frozenset()))
 
 
 def training_flops(
-    config: ModelConfig, batch: MultimodalBatch, trained: Collection[str], *, recompute: bool = False
+    config: ModelConfig,
+    batch: MultimodalBatch,
+    trained: Collection[str],
+    *,
+    recompute: bool = False,
+    forward_twice: bool = False,
 ) -> TrainingFlops:
     """Return the operations of a forward and backward pass over ``batch``, without those of the optimizer.
 
@@ -81,6 +91,7 @@ def training_flops(
         batch: Should be on the host: the function reads ``loss_weights``.
         trained: Components that are trained.
         recompute: Whether activation checkpointing recomputes the model's ``checkpoint_units()``.
+        forward_twice: Whether the objective first runs the model without gradients and without logits.
     """
     counts = batch_counts(config, batch, int(batch.loss_weights.count_nonzero()))
     forward = backward = recomputed = 0
@@ -89,7 +100,8 @@ def training_flops(
         forward += count * product.forward
         backward += count * product.backward
         recomputed += count * product.recomputed
-    return TrainingFlops(forward, backward, recomputed if recompute else 0)
+    first = _forward_flops(config, batch, 0) if forward_twice else 0
+    return TrainingFlops(forward, backward, (recomputed if recompute else 0) + first)
 
 
 def batch_counts(config: ModelConfig, batch: MultimodalBatch, logit_rows: int) -> dict[str, int]:

@@ -278,7 +278,12 @@ class MlpBase(StrictConfig, ABC):
 
     @abstractmethod
     def flops_per_row(self, dim: int) -> int:
-        """Return the forward operations of one row."""
+        """Return the forward operations of one row, without those of routed experts."""
+
+    def flops_per_routed_row(self, dim: int) -> int:
+        """Return the forward operations of routed experts for one row that uses them; 0 without routed experts."""
+        del dim
+        return 0
 
     @abstractmethod
     def last_product(self, dim: int) -> int:
@@ -464,7 +469,8 @@ def block_products(
         dim: Width of the residual stream.
         attention: As for ``TransformerBlock``.
         mlp: As for ``TransformerBlock``.
-        stream: Prefix of the counts: the operations are per ``{stream}_rows`` and ``{stream}_pairs``.
+        stream: Prefix of the counts: the operations are per ``{stream}_rows`` and ``{stream}_pairs``. Those of routed
+            experts are per ``routed_rows``.
         learns: Whether the block's weights are trained.
         flows: Whether the backward pass computes the gradient of the block's input.
         ends_in_product: Whether the output of the last product is only added to the stream. Activation checkpointing
@@ -472,11 +478,14 @@ def block_products(
     """
     row, pair = attention.flops_per_row(dim) + mlp.flops_per_row(dim), attention.flops_per_pair(dim)
     again = row - (mlp.last_product(dim) if ends_in_product else 0)
-    gradients = 4 * (learns or flows)
-    return [
+    gradients, routed = 4 * (learns or flows), mlp.flops_per_routed_row(dim)
+    products = [
         linear_product(f"{stream}_rows", row, weights=learns, inputs=flows, again=again),
         attention_product(f"{stream}_pairs", pair, gradients=gradients, again=pair),
     ]
+    if routed:
+        products.append(linear_product("routed_rows", routed, weights=learns, inputs=flows, again=routed))
+    return products
 
 
 def _scale(dim: int, layer_scale: float | None, gate: float | None) -> nn.Module:

@@ -79,10 +79,12 @@ class MoeConfig(RouterConfig, MlpBase):
         return MoeMlp(dim, self)
 
     def flops_per_row(self, dim: int) -> int:
-        """Return the forward operations of one valid row: its experts, the shared expert, and the router."""
-        routed = 6 * dim * self.expert_dim * self.experts_per_token
-        shared = 6 * dim * self.shared_dim + (2 * dim if self.shared_gate else 0)
-        return routed + shared + 2 * dim * self.num_experts
+        """Return the forward operations of the router and of the shared expert."""
+        return 2 * dim * self.num_experts + 6 * dim * self.shared_dim + (2 * dim if self.shared_gate else 0)
+
+    def flops_per_routed_row(self, dim: int) -> int:
+        """Return the forward operations of the experts that a row chooses; with ``capacity_factor`` an upper bound."""
+        return 6 * dim * self.expert_dim * self.experts_per_token
 
     def last_product(self, dim: int) -> int:
         return 2 * dim * self.shared_dim if self.shared_dim and not self.shared_gate else 0

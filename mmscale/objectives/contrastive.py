@@ -147,6 +147,10 @@ class Contrastive:
         del model
         return num_microbatches > 1
 
+    def prepare_runs(self, model: ContrastiveModel, num_microbatches: int) -> bool:
+        """Return whether ``prepare`` runs the model: if there are several microbatches."""
+        return self.needs_prepare(model, num_microbatches)
+
     def prepare(
         self, model: ContrastiveModel, microbatches: Sequence[MultimodalBatch]
     ) -> Sequence[MultimodalBatch | PreparedBatch]:

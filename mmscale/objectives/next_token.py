@@ -12,7 +12,7 @@ from mmscale.nn.cross_entropy import ZLoss
 from mmscale.nn.moe import MoeConfig
 from mmscale.objectives.outputs import ObjectiveOutput
 from mmscale.objectives.ranks import WorldInfo
-from mmscale.objectives.router import PreparedBatch, RouterLosses, StepTotals
+from mmscale.objectives.router import PreparedBatch, RouterLosses, StepTotals, needs_whole_load
 from mmscale.objectives.teacher import Teacher
 
 
@@ -43,6 +43,11 @@ class NextToken:
     def needs_prepare(self, model: MultimodalModel, num_microbatches: int) -> bool:
         """Return whether a step must go through ``prepare``: with experts, if there are several microbatches."""
         return num_microbatches > 1 and isinstance(model.config.decoder.mlp, MoeConfig)
+
+    def prepare_runs(self, model: MultimodalModel, num_microbatches: int) -> bool:
+        """Return whether ``prepare`` runs the model, to add up the loads of experts."""
+        mlp = model.config.decoder.mlp
+        return self.needs_prepare(model, num_microbatches) and isinstance(mlp, MoeConfig) and needs_whole_load(mlp)
 
     def prepare(
         self, model: MultimodalModel, microbatches: Sequence[MultimodalBatch]

@@ -1,4 +1,4 @@
-"""What an objective knows about the ranks that share a step."""
+"""The ranks that share a step, as an objective sees them."""
 
 from __future__ import annotations
 

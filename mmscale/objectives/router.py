@@ -53,6 +53,11 @@ class PreparedBatch:
         return replace(self, batch=self.batch.to(device, non_blocking))
 
 
+def needs_whole_load(config: MoeConfig) -> bool:
+    """Return whether the balance loss needs the load of the whole step."""
+    return config.balance == "global" and config.balance_coefficient > 0
+
+
 class RouterLosses:
     """Adds the losses of routers to an objective.
 
@@ -71,7 +76,7 @@ class RouterLosses:
         microbatches.
         """
         config, loads = model.config.decoder.mlp, []
-        if config.balance == "global" and config.balance_coefficient:
+        if needs_whole_load(config):
             loads = [model(batch.to(self._world.device, non_blocking=True)).router.load for batch in microbatches]
         totals = self._totals(loads, microbatches)
         return [PreparedBatch(batch, totals) for batch in microbatches]

@@ -26,7 +26,7 @@ from mmscale.objectives.next_token import NextToken
 from mmscale.optim.schedule import decays, freeze
 from mmscale.optim.stages import StageConfig
 from tests.models.packs import image_document, in_lane, pack, text_document
-from tests.models.tiny import VOCAB, config
+from tests.models.tiny import DENSE, MOE, VOCAB, config
 
 KEY = (1, 6)
 EVERYWHERE = {"vision": "all", "connector": "all", "decoder": "all"}
@@ -110,6 +110,21 @@ def test_a_target_without_a_layer_is_an_error_that_lists_the_layers(name: str) -
     targets, message = BAD[name]
     with pytest.raises(ConfigError, match=message):
         check_adapters(adapted(targets=targets))
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("gate_up_proj", "leave out 'gate_up_proj'"),
+        ("experts", "leave out 'experts'"),
+        ("down_proj", "select the other layers by 'mlp.down_proj' and 'shared_expert.down_proj'"),
+    ],
+)
+def test_a_target_that_selects_experts_is_an_error_that_names_the_other_layers(name: str, remedy: str) -> None:
+    mlp = {**MOE, "every": 2, "dense": DENSE}
+    with pytest.raises(ConfigError, match=rf"{name!r} selects routed experts \(layers.1.mlp.experts.*; {remedy}, or"):
+        check_adapters(adapted(None, decoder={"mlp": mlp}, targets={"decoder": [name]}))
+    check_adapters(adapted(None, decoder={"mlp": mlp}, targets={"decoder": ["mlp.down_proj", "q_proj"]}))
 
 
 def test_impossible_blocks_are_rejected() -> None:
