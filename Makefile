@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart docs quick test-near test test-slow test-apart test-all test-floors lint format golden bench clean
+.PHONY: help setup quickstart docs quick test-near test test-slow test-slurm test-apart test-all test-floors lint format golden bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | column -t -s '#' 2>/dev/null || true
@@ -58,6 +58,10 @@ test: $(STAMP) ## Run the tests that need neither a GPU, a cluster nor patience
 test-slow: $(STAMP) ## Run the tests that take minutes each: long runs, every page of docs/, every size of a recipe
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not gpu and not slurm"
 
+# On a cluster of virtual nodes that the tests start. Debian and Ubuntu: apt-get install slurmctld slurmd munge.
+test-slurm: $(STAMP) ## Run the tests on a real SLURM of this machine: preemption, lost nodes and ranks, the time limit
+	$(BIN)/python -m pytest -q -m slurm
+
 # lmms-eval and Trackio need older versions of some packages than the other tests, so they get an environment on top of .venv.
 test-apart: $(STAMP) ## Run the tests with lmms-eval and Trackio, in .venv-apart
 	test -x .venv-apart/bin/python || $(BIN)/python -m venv .venv-apart
@@ -77,7 +81,7 @@ test-floors: $(STAMP) ## Run `make test` with the lowest admitted versions in .v
 	$(if $(filter lowest,$(FLOORS)),.venv-$(FLOORS)/bin/python -m tests.floors .venv-$(FLOORS)/versions.txt)
 	.venv-$(FLOORS)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "$(MIDDLE)" $(TESTS)
 
-test-all: $(STAMP) ## Run every test this machine can run
+test-all: $(STAMP) ## Run every test this machine can run; without SLURM and a GPU their tests fail
 	$(BIN)/python -m pytest -q
 
 lint: $(STAMP) ## Check format, style, types and the import floors

@@ -5,6 +5,8 @@ engine.
 """
 
 EXIT_FINISHED = 0
+EXIT_WRONG_USE = 2
+"""The configuration or the command line is wrong, or this machine cannot serve it. The same command fails again."""
 EXIT_STOPPED = 75
 """The run saved and stopped, on a signal or before the deadline. The same command resumes it. (EX_TEMPFAIL.)"""
 EXIT_HUNG = 76
@@ -14,3 +16,5 @@ RESULT_FILE = "result.json"
 """The result file of a run folder. A run that ended with exit code 0 has one."""
 STOP_FILE = "logs/stop-requested"
 """Marker in a run folder: the user stopped the run, so no job of it starts or is requeued. A submission removes it."""
+VERDICT_FILE = "heartbeats/verdict.json"
+"""Written by the watchdog that ends a run: ``silent_nodes`` are the nodes with ranks that did not run."""

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import jinja2
 
-from launchers import EXIT_STOPPED, RESULT_FILE, STOP_FILE
+from launchers import EXIT_STOPPED, EXIT_WRONG_USE, RESULT_FILE, STOP_FILE
 from launchers.cluster import call
 from launchers.container import Container
 from mmscale.errors import LaunchError, RequestError
@@ -88,7 +88,8 @@ class Job:
         account: SLURM account to charge; None for the user's default.
         qos: Quality of service; None for the default one.
         constraint: Features that the nodes must have, for example ``h100``.
-        requeue: Whether to requeue the job after a preemption, a node failure, or a stop that left a newer checkpoint.
+        requeue: Whether to requeue the job after a stop, a failure, a preemption or a node failure.
+        max_restarts: Most restarts in a row without a newer checkpoint, from 0.
         save_seconds: Seconds before the time limit at which SLURM sends the ranks the signal to save.
         extra: More sbatch options, for example ``--constraint=h100``.
         setup: Shell lines that run on the first node before the ranks start, for example ``module load cuda``.
@@ -98,6 +99,7 @@ class Job:
         after: Number of a job that must end before this job starts; None for no such job.
         is_chained: Whether the job is one of a chain. It then does nothing if the run was finished after submission.
         executable: The command of each rank before ``arguments``; None for this Python, or that of the container.
+        python: The Python that decides on restarts, on the first node.
 
     Raises:
         JobError: a number is out of range, a text is not allowed in a batch script, a time limit leaves no time for a
@@ -116,6 +118,7 @@ class Job:
     qos: str | None = None
     constraint: str | None = None
     requeue: bool = True
+    max_restarts: int = 3
     save_seconds: int = 180
     extra: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()
@@ -125,6 +128,7 @@ class Job:
     after: str | None = None
     is_chained: bool = False
     executable: tuple[str, ...] | None = None
+    python: str = sys.executable
 
     def __post_init__(self) -> None:
         if problems := list(self._problems()):
@@ -138,6 +142,8 @@ class Job:
                 f"--save-seconds {self.save_seconds}",
                 "nodes, ranks and seconds start at 1, GPUs at 0",
             )
+        if self.max_restarts < 0:
+            yield Problem("max_restarts", f"--max-restarts {self.max_restarts}", "expected 0 or more")
         if self.gpus_per_node and self.ranks_per_node not in (1, self.gpus_per_node):
             yield Problem(
                 "ranks_per_node", f"--ranks-per-node {self.ranks_per_node}", "is for CPU runs; each GPU has one rank"
@@ -319,6 +325,9 @@ def render(job: Job) -> str:
         variables=job.environment if job.container is None else job.container.exports(job.environment),
         srun_options=[] if job.container is None else job.container.srun_options(job.folders, job.environment),
         requeue=job.requeue,
+        max_restarts=job.max_restarts,
+        python=shlex.quote(job.python),
+        exit_wrong_use=EXIT_WRONG_USE,
         is_chained=job.is_chained,
         exit_stopped=EXIT_STOPPED,
     )

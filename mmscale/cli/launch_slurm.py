@@ -34,8 +34,9 @@ def slurm(
     requeue: bool = typer.Option(
         None,
         "--requeue/--no-requeue",
-        help="Requeue after the time limit, a preemption or a node failure. [default: on]",
+        help="Requeue after the time limit, a failure or a preemption. [default: on]",
     ),
+    max_restarts: int = typer.Option(3, min=0, help="Most restarts in a row without a newer checkpoint."),
     chain: int = typer.Option(
         1, min=1, max=1000, help="Submit this many jobs that run one after the other and resume, without requeue."
     ),
@@ -83,6 +84,7 @@ def slurm(
         arguments=tuple(train_words(config, overrides or [])),
         run_dir=run.run_dir,
         nodes=nodes,
+        max_restarts=max_restarts,
         extra=(*found.value.sbatch, *sbatch),
         setup=(*found.value.setup, *setup),
         modules=found.value.modules,

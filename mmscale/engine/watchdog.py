@@ -19,6 +19,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -38,7 +39,8 @@ EXIT_HUNG = 76
 """Exit code of a run that its watchdog ended."""
 HEARTBEATS = "heartbeats"
 _VERDICT = "verdict.json"
-"""Written by each rank that reports the hang. The other ranks then report it too, unless they make progress."""
+"""Written by each rank that reports the hang. The other ranks then report it too, unless they make progress. The batch
+script of a SLURM job reads the nodes of the ranks that do not run."""
 _MOST_BEAT_BYTES = 1 << 16
 _TORCH, _DEEPSPEED = "/torch/distributed/distributed_c10d.py", "/deepspeed/comm/"
 _ZERO = "/deepspeed/runtime/zero/partition_parameters.py"
@@ -85,6 +87,7 @@ class Heartbeat:
         seconds: Seconds in this phase.
         collective: Name of the collective that the main thread waits in; empty for none.
         place: File, line and function of the innermost frame in the code of this project; empty for none.
+        node: Name of the rank's machine in SLURM, else its host name.
     """
 
     count: int
@@ -93,6 +96,7 @@ class Heartbeat:
     seconds: float
     collective: str
     place: str
+    node: str = ""
 
 
 class Watchdog:
@@ -190,7 +194,7 @@ class Watchdog:
         self._count += 1
         phase, since = self._where
         collective, place = _innermost_call(sys._current_frames().get(self._main))
-        beat = Heartbeat(self._count, self._step, phase, time.monotonic() - since, collective, place)
+        beat = Heartbeat(self._count, self._step, phase, time.monotonic() - since, collective, place, _node())
         with contextlib.suppress(OSError):
             self._write(heartbeat_path(self._folder.parent, self._rank), asdict(beat))
         return beat
@@ -219,8 +223,11 @@ class Watchdog:
         silent = [
             rank for rank, beat in enumerate(beats) if rank != self._rank and (beat is None or beat == first[rank])
         ]
+        verdict = self._folder / _VERDICT
         with contextlib.suppress(OSError):
-            self._write(self._folder / _VERDICT, {"rank": self._rank})
+            if not verdict.exists():  # To a rank that runs again after the others have ended, they are silent.
+                nodes = sorted({beat.node for rank in silent if (beat := beats[rank]) is not None})
+                self._write(verdict, {"rank": self._rank, "silent_nodes": nodes})
         print(f"mmscale: rank {self._rank}: {explain(beats, silent)}", file=sys.stderr, flush=True)
         self._dump_stacks()
         self._reported.set()
@@ -262,6 +269,10 @@ def read_heartbeat(path: Path) -> Heartbeat | None:
 def has_verdict(run_dir: Path) -> bool:
     """Return whether the watchdog of a rank reported that the newest start hangs."""
     return (run_dir / HEARTBEATS / _VERDICT).exists()
+
+
+def _node() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _exit_process() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -15,14 +14,16 @@ stopped: list[int] = []
 signal.signal(signal.SIGUSR1, lambda number, _frame: stopped.append(number))
 names = ("SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "MASTER_ADDR", "MASTER_PORT")
 (folder / f"start-{start}-rank-{rank}").write_text(
-    " ".join([socket.gethostname(), *(os.environ[name] for name in names)])
+    " ".join([os.environ["SLURMD_NODENAME"], *(os.environ[name] for name in names)])
 )
 print(f"rank {rank} of start {start}", flush=True)
 
 checkpoint = folder / "checkpoints" / "step-00000001"
-if mode == "fail" and rank == "1":
-    sys.exit(3)
-if checkpoint.exists() or mode == "finish":
+if mode == "refuse":
+    sys.exit(2)
+if mode == "bad-node" and os.environ["SLURMD_NODENAME"] == (folder / "bad-node").read_text():
+    os.kill(os.getpid(), signal.SIGKILL)
+if checkpoint.exists() or mode == "finish" or (mode == "bad-node" and start == "2"):
     if rank == "0":
         (folder / "result.json").write_text("{}")
     sys.exit(0)

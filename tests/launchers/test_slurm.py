@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from launchers import slurm
+from launchers.restarts import RESTARTS_FILE
 from launchers.slurm import Job, render, seconds_of, submit
 from mmscale.checkpoint.manifest import MANIFEST
 from mmscale.errors import LaunchError
+from tests.slurm.cluster import Cluster
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden.sbatch"
+PYTHON = sys.executable
 
 
 def golden_job(folder: Path, **changes: object) -> Job:
@@ -35,6 +38,7 @@ def golden_job(folder: Path, **changes: object) -> Job:
         "extra": ("--constraint=h100",),
         "setup": ("module load cuda",),
         "executable": ("/opt/mmscale/bin/python", "-m", "mmscale.cli.main"),
+        "python": "/opt/mmscale/bin/python",
     }
     return Job(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -84,7 +88,9 @@ def test_one_job_name_a_run_folder(tmp_path: Path) -> None:
     assert first.name != golden_job(tmp_path / "b").name
 
 
-@pytest.mark.parametrize("changes", [{"nodes": 0}, {"ranks_per_node": 2}, {"gpus_per_node": -1}, {"save_seconds": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"nodes": 0}, {"max_restarts": -1}, {"ranks_per_node": 2}, {"gpus_per_node": -1}, {"save_seconds": 0}]
+)
 def test_requests_that_cannot_be(tmp_path: Path, changes: dict[str, int]) -> None:
     with pytest.raises(LaunchError):
         golden_job(tmp_path, **changes)
@@ -163,14 +169,19 @@ def test_text_that_would_become_another_line_of_the_script_is_refused(changes: d
 
 
 def run_script(folder: Path, job: Job, *, start: int = 0) -> subprocess.CompletedProcess[str]:
-    """The script without SLURM: ``srun`` runs one task here."""
+    """The script without SLURM: ``srun`` runs one task here. What ``scontrol`` changes is in ``scontrol.log``."""
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
     (tools / "srun").write_text('#!/usr/bin/env bash\nwhile [[ $1 == -* ]]; do echo "$1"; shift; done\nexec "$@"\n')
-    (tools / "scontrol").write_text("#!/usr/bin/env bash\n[[ $1 != requeue ]]\n")
+    (tools / "scontrol").write_text(
+        f"#!/usr/bin/env bash\n[[ $1 == show ]] || echo \"$@\" >>'{folder}/scontrol.log'\n"
+        "[[ $2 != hostnames ]] || echo n1\n"
+    )
+    (tools / "sleep").write_text("#!/usr/bin/env bash\n")
     for tool in tools.iterdir():
         tool.chmod(0o755)
     variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": str(start)}
+    variables |= {"SLURM_PROCID": "0", "SLURMD_NODENAME": "n1"}
     (job.run_dir / "logs").mkdir(parents=True, exist_ok=True)
     return subprocess.run(
         ["bash", "-c", render(job)],
@@ -182,22 +193,28 @@ def run_script(folder: Path, job: Job, *, start: int = 0) -> subprocess.Complete
     )
 
 
+SAVE = "mkdir -p checkpoints/step-00000002; echo > checkpoints/step-00000002/manifest.json"
+
+
 @pytest.mark.parametrize(
-    ("body", "code", "log"),
+    ("body", "code", "log", "changes"),
     [
-        ("echo '{}' > result.json", 0, "finished"),
-        ("exit 0", 1, "the ranks ended with exit code 0"),
-        ("exit 3", 3, "the job is not requeued, unless SLURM requeues it after a lost node or a preemption"),
+        ("echo '{}' > result.json", 0, "finished", []),
+        ("exit 0", 1, "the ranks ended with exit code 0; a restart cannot help", []),
+        ("exit 2", 2, "rank 0 on n1 ended with exit code 2; a restart cannot help", []),
         (
-            "mkdir -p checkpoints/step-00000002; echo > checkpoints/step-00000002/manifest.json; exit 75",
+            "exit 3",
             75,
-            "saved and stopped; requeued",
+            "rank 0 on n1 ended with exit code 3; requeued",
+            ["requeue 7", "update JobId=7 StartTime=now+120"],
         ),
-        ("exit 75", 1, "stopped without a newer checkpoint"),
+        ("kill -KILL $$", 75, "rank 0 on n1 was killed by SIGKILL", ["requeue 7", "update JobId=7 StartTime=now+120"]),
+        (f"{SAVE}; exit 75", 75, "saved and stopped; requeued", ["requeue 7"]),
+        ("exit 75", 75, "restart 1 of 3 without a newer", ["requeue 7", "update JobId=7 StartTime=now+120"]),
     ],
 )
 def test_the_end_of_the_ranks_decides_also_in_a_folder_that_holds_a_result(
-    tmp_path: Path, body: str, code: int, log: str
+    tmp_path: Path, body: str, code: int, log: str, changes: list[str]
 ) -> None:
     """A finished run can be extended. Only the ranks know whether there are more steps."""
     folder = tmp_path / "50% of %j"
@@ -205,16 +222,38 @@ def test_the_end_of_the_ranks_decides_also_in_a_folder_that_holds_a_result(
     if "exit 0" not in body:
         (folder / "result.json").write_text('{"steps": 1}')
     executable = ("bash", "-c", f'cd "$0" && touch started; {body}')
-    job = golden_job(tmp_path, run_dir=folder, arguments=(str(folder),), executable=executable, setup=())
+    job = golden_job(tmp_path, run_dir=folder, arguments=(str(folder),), executable=executable, setup=(), python=PYTHON)
     done = run_script(tmp_path, job)
     assert (folder / "started").exists()
     assert done.returncode == code, done.stdout + done.stderr
     assert log in done.stdout
     assert "failed" not in done.stdout
     assert f"--output={tmp_path}/50%% of %%j/logs/slurm-%j-%t.log" in done.stdout
+    made = tmp_path / "scontrol.log"
+    assert (made.read_text().splitlines() if made.exists() else []) == changes
 
 
-@pytest.mark.parametrize("made", [5, 2, None], ids=["new", "replaced", "none"])
+@pytest.mark.parametrize(("body", "code"), [(f"{SAVE}; exit 3", 75), ("exit 3", 3), ("exit 75", 75)])
+def test_the_script_works_where_python_fails(tmp_path: Path, body: str, code: int) -> None:
+    """A restart then needs a newer checkpoint, so that the number of restarts stays bounded."""
+    executable = ("bash", "-c", f'cd "$0" && {body}')
+    job = golden_job(tmp_path, run_dir=tmp_path, arguments=(str(tmp_path),), executable=executable, setup=())
+    done = run_script(tmp_path, job)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "launchers.restarts failed" in done.stdout
+    made = tmp_path / "scontrol.log"
+    assert (made.read_text() if made.exists() else "") == ("requeue 7\n" if "manifest" in body else "")
+
+
+def test_a_job_without_requeue_ends_with_the_code_of_its_ranks(tmp_path: Path) -> None:
+    executable = ("bash", "-c", "exit 3")
+    job = golden_job(tmp_path, run_dir=tmp_path, arguments=(), executable=executable, setup=(), requeue=False)
+    done = run_script(tmp_path, job)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert not (tmp_path / "scontrol.log").exists()
+
+
+@pytest.mark.parametrize("made", [2, None], ids=["replaced", "none"])
 def test_only_a_checkpoint_that_was_written_last_counts_as_newer(tmp_path: Path, made: int | None) -> None:
     """The script finds the new checkpoint despite a damaged one and a copy with a larger number."""
     folder = tmp_path / "run"
@@ -225,12 +264,11 @@ def test_only_a_checkpoint_that_was_written_last_counts_as_newer(tmp_path: Path,
         os.utime(manifest, (1_000_000_000 - number, 1_000_000_000 - number))
     saved = f"checkpoints/step-{made:08d}" if made else "checkpoints/step-00000012.partial"
     executable = ("bash", "-c", f'cd "$0" && mkdir -p {saved} && echo > {saved}/{MANIFEST}; exit 75')
-    done = run_script(
-        tmp_path, golden_job(tmp_path, run_dir=folder, arguments=(str(folder),), executable=executable, setup=())
-    )
-    assert done.returncode == (75 if made else 1), done.stdout + done.stderr
+    job = golden_job(tmp_path, run_dir=folder, arguments=(str(folder),), executable=executable, setup=(), python=PYTHON)
+    done = run_script(tmp_path, job)
+    assert done.returncode == 75, done.stdout + done.stderr
     assert f"from {folder}/checkpoints/step-00000002\n" in done.stdout
-    assert ("requeued" if made else "stopped without a newer checkpoint") in done.stdout
+    assert ("a newer checkpoint was saved" if made else "restart 1 of 3 without a newer") in done.stdout
 
 
 @pytest.mark.fault
@@ -240,24 +278,10 @@ def test_without_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         submit(golden_job(tmp_path))
 
 
-@pytest.fixture(scope="session")
-def cluster() -> None:
-    """Use a running cluster, or start one of two nodes with ``$SLURM_LOCAL up 2``."""
-    tool = os.environ.get("SLURM_LOCAL")
-    if tool is not None:
-        exports = subprocess.run([tool, "up", "2"], check=True, capture_output=True, text=True, timeout=120).stdout
-        os.environ.update(re.findall(r"export (\w+)=(\S+)", exports))
-    if shutil.which("sinfo") is None or subprocess.run(["timeout", "20", "sinfo"], capture_output=True).returncode:
-        pytest.skip("no SLURM answers: set SLURM_CONF, or SLURM_LOCAL to a tool whose `up 2` starts one")
-
-
 @pytest.fixture
-def run_dir(cluster: None) -> Iterator[Path]:
-    """A folder that all nodes share; nodes may have a private /tmp."""
-    folder = Path.home() / ".cache" / "mmscale-test-slurm" / str(time.time_ns())
-    folder.mkdir(parents=True)
-    yield folder
-    shutil.rmtree(folder)
+def run_dir(cluster: Cluster, tmp_path: Path) -> Path:
+    """A folder that all nodes of the cluster share."""
+    return tmp_path
 
 
 def start(run_dir: Path, mode: str, **changes: object) -> str:
@@ -297,8 +321,7 @@ def test_two_nodes_stop_requeue_and_finish(run_dir: Path) -> None:
     tell(number)
     wait(lambda: state(number)["Restarts"] == "1" and state(number)["JobState"] == "PENDING", number)
     assert all((run_dir / f"closed-0-rank-{rank}").exists() for rank in (0, 1))
-    # SLURM waits two minutes before it starts a requeued job, and fails a job that is moved forward.
-    wait(lambda: state(number)["JobState"] == "COMPLETED", number, 300)
+    wait(lambda: state(number)["JobState"] == "COMPLETED", number)
     assert (run_dir / "start-1-rank-1").exists()
     assert (run_dir / "result.json").exists()
     assert "rank 1 of start 1" in (run_dir / "logs" / f"slurm-{number}-1.log").read_text()
@@ -320,13 +343,13 @@ def test_a_folder_whose_name_looks_like_a_pattern_is_one_folder(run_dir: Path) -
 
 
 @pytest.mark.slurm
-def test_a_stop_without_progress_is_not_requeued(run_dir: Path) -> None:
-    number = start(run_dir, "stuck")
+def test_a_stop_without_progress_is_not_requeued_for_ever(run_dir: Path) -> None:
+    number = start(run_dir, "stuck", max_restarts=0)
     wait(lambda: all((run_dir / f"start-0-rank-{rank}").exists() for rank in (0, 1)), number)
     time.sleep(1)
     tell(number)
     wait(lambda: state(number)["JobState"] == "FAILED", number)
-    assert "it would repeat without end" in (run_dir / "logs" / f"slurm-{number}.log").read_text()
+    assert "saved and stopped; failure 1 in a row without" in (run_dir / "logs" / f"slurm-{number}.log").read_text()
 
 
 @pytest.mark.slurm
@@ -340,8 +363,27 @@ def test_no_requeue_stops_with_75(run_dir: Path) -> None:
 
 
 @pytest.mark.slurm
-def test_a_failed_rank_ends_the_job(run_dir: Path) -> None:
-    number = start(run_dir, "fail")
+def test_wrong_use_ends_the_job(run_dir: Path) -> None:
+    number = start(run_dir, "refuse")
     wait(lambda: state(number)["JobState"] == "FAILED", number)
-    assert (state(number)["Requeue"], state(number)["Restarts"]) == ("1", "0")
-    assert "the ranks ended with exit code" in (run_dir / "logs" / f"slurm-{number}.log").read_text()
+    assert (state(number)["Requeue"], state(number)["Restarts"], state(number)["ExitCode"]) == ("1", "0", "2:0")
+    assert "exit code 2; a restart cannot help" in (run_dir / "logs" / f"slurm-{number}.log").read_text()
+
+
+@pytest.mark.slurm
+def test_a_node_whose_rank_is_killed_twice_is_excluded(run_dir: Path, cluster: Cluster) -> None:
+    """The ranks fail on one node. After two failures the job leaves it, and finishes."""
+    (run_dir / "bad-node").write_text("n2")
+    number = start(run_dir, "bad-node")
+
+    def finished() -> bool:
+        values = state(number)
+        if (values["JobState"], values["Reason"]) == ("PENDING", "BeginTime"):
+            cluster.call("scontrol", "update", f"JobId={number}", "StartTime=now")  # Skip the back-off.
+        return values["JobState"] == "COMPLETED"
+
+    wait(finished, number)
+    assert (state(number)["ExcNodeList"], state(number)["NodeList"]) == ("n2", "n[1,3]")
+    records = [json.loads(line) for line in (run_dir / RESTARTS_FILE).read_text().splitlines()]
+    ends = [(record["failed"], record["exclude"]) for record in records if record["event"] == "end"]
+    assert ends == [(["n2"], "-"), (["n2"], "n2")]
