@@ -1,0 +1,1 @@
+"""Plan a run before it starts: memory, time, cost and limits on a cluster."""
