@@ -30,6 +30,12 @@ LISTENER_VARIABLE = "MMSCALE_LISTENER"
 """Environment variable with the descriptor of an inherited socket that listens at MASTER_PORT, for rank 0's store."""
 
 _ERROR_BYTES = 1024
+_MOST_CONNECTED = 64
+"""Most ranks that gloo connects with each other at the start.
+
+Otherwise each rank reads the addresses of all ranks from rank 0's store and opens a connection to each. 8,000 ranks
+would read 4 TB, and each rank would open 8,000 files."""
+_LAZY_GLOO = "TORCH_GLOO_LAZY_INIT"
 _LOOPBACK = "127.0.0.1"
 
 
@@ -205,6 +211,7 @@ def _join(
     if not launched:
         torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, **options)
         return
+    configure_gloo(world_size)
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         # torchrun serves a store itself. Across machines, use torch's store, which listens on all interfaces.
@@ -216,6 +223,15 @@ def _join(
         torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **options)
     except (RuntimeError, ValueError, OSError) as error:
         raise LaunchError(f"rank {rank} of {world_size} could not join the run at {address}: {error}") from error
+
+
+def configure_gloo(world_size: int) -> None:
+    """Let gloo connect two ranks of a large run only when they first exchange a message. Call it before any group.
+
+    An environment variable of the user takes precedence.
+    """
+    if world_size > _MOST_CONNECTED:
+        os.environ.setdefault(_LAZY_GLOO, "1")
 
 
 def _is_one_machine() -> bool:
@@ -338,19 +354,21 @@ def lowest_rank_error(world: World, message: str | None) -> str | None:
     """
     if world.world_size == 1:
         return message
+    mine = world.rank if message else world.world_size
+    lowest = int(-_reduce(world, [-float(mine)], torch_dist.ReduceOp.MAX)[0])
+    if lowest == world.world_size:
+        return None
+    # Only now send a text, and only that of one rank: texts of all ranks would be 8 MB on each of 8,000 ranks.
     text = (message or "").encode()[:_ERROR_BYTES]
-    mine = torch.zeros(_ERROR_BYTES, dtype=torch.uint8)
-    mine[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
-    theirs = [torch.empty_like(mine) for _ in range(world.world_size)]
+    buffer = torch.zeros(_ERROR_BYTES, dtype=torch.uint8)
+    if world.rank == lowest:
+        buffer[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
     try:
-        torch_dist.all_gather(theirs, mine, group=world.group)
+        torch_dist.broadcast(buffer, lowest, group=world.group)
     except RuntimeError as error:
         raise peer_lost(world, error) from error
-    for rank, buffer in enumerate(theirs):
-        found = bytes(buffer.tolist()).rstrip(b"\0").decode(errors="replace")
-        if found:
-            return f"rank {rank}: {found}"
-    return None
+    found = bytes(buffer.tolist()).rstrip(b"\0").decode(errors="replace")
+    return f"rank {lowest}: {found}"
 
 
 def raise_on_any_rank(world: World, message: str | None, kind: type[Exception]) -> None:

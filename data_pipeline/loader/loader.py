@@ -176,11 +176,10 @@ class Loader:
         quarantine: Sequence[Path] = (),
     ) -> None:
         _check_world(config, rank, world_size, micro_lanes)
-        self.lanes = tuple(range(rank, config.lanes, world_size))
+        self.lanes = rank_lanes(config.lanes, rank, world_size)
         self._spec = spec
         self._micro_lanes = micro_lanes
-        most_lanes = -(-config.lanes // world_size)
-        self._num_microbatches = -(-most_lanes // micro_lanes)
+        self._num_microbatches = num_microbatches(config.lanes, world_size, micro_lanes)
         tokenizer = load_tokenizer(config.tokenizer)
         self._dummy_pack = Pack((dummy_document(spec, tokenizer.pad_id),), lane=-1)
         self._step = state.step if state is not None else 0
@@ -295,6 +294,20 @@ class Loader:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def rank_lanes(num_lanes: int, rank: int, world_size: int) -> tuple[int, ...]:
+    """Return the lanes of ``rank``; lane ``l`` belongs to rank ``l % world_size``."""
+    return tuple(range(rank, num_lanes, world_size))
+
+
+def num_microbatches(num_lanes: int, world_size: int, micro_lanes: int) -> int:
+    """Return the microbatches of every rank in each step, which are those of the rank with the most lanes.
+
+    A rank with fewer lanes adds dummy packs.
+    """
+    most_lanes = -(-num_lanes // world_size)
+    return -(-most_lanes // micro_lanes)
 
 
 _OPEN: weakref.WeakSet[Loader] = weakref.WeakSet()

@@ -248,9 +248,9 @@ def _entries(reader: CheckpointReader, weights: Weights, dtype: torch.dtype) -> 
 
 
 def _require_averages(reader: CheckpointReader) -> None:
-    keys = (key for metadata in reader.metadata for key in metadata.tensors)
-    averaged = {key.removesuffix("|ema") for key in keys if key.endswith("|ema")}
-    missing = [name for name, entry in reader.manifest.parameters.items() if entry.trained and name not in averaged]
+    trained = [name for name, entry in reader.manifest.parameters.items() if entry.trained]
+    averaged = {name for name in trained if 0 in reader.manifest.parameters[name].shape or reader.holds(name, "ema")}
+    missing = [name for name in trained if name not in averaged]
     if not averaged:
         raise CheckpointError(
             f"{reader.path} holds no averaged weights (EMA): the run kept none; export the master weights instead"

@@ -6,6 +6,7 @@ model that may be sharded. World size and ZeRO stage may differ from those of th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.order.state import LoaderState
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.checkpoint.manifest import (
     DAMAGED,
@@ -20,6 +22,7 @@ from mmscale.checkpoint.manifest import (
     TrainState,
     folder_name,
     list_checkpoints,
+    read_manifest,
     read_state,
     require_bases,
     step_of,
@@ -28,7 +31,7 @@ from mmscale.checkpoint.manifest import (
 from mmscale.checkpoint.reshard import CheckpointReader, verify, verify_together, whole_parameter
 from mmscale.checkpoint.save import model_config_values, tied_names
 from mmscale.checkpoint.share import persistent_buffers
-from mmscale.dist import World, all_reduce_sum_list, raise_on_any_rank
+from mmscale.dist import World, all_reduce_sum_list, broadcast_bytes, raise_on_any_rank
 from mmscale.engine.engine import Engine
 from mmscale.engine.partition import frozen_ranges, parameter_table
 from mmscale.errors import CheckpointError, DamagedError
@@ -136,16 +139,18 @@ def resume(engine: Engine, path: Path, *, verified: bool = False) -> TrainState:
     """
     if not verified:
         verify_together(engine.world, path)
-    complaint = None
+    complaint, world = None, engine.world
     try:
-        with CheckpointReader(path) as reader:
+        saved_ranks = read_manifest(path).world_size
+        near = world.rank * saved_ranks // world.world_size
+        with CheckpointReader(path, check_sizes=False, near=near) as reader:
             complaint = _resume_problem(engine, reader)
-            random_state = _random_state(engine.world, reader)
-        state = read_state(path)
+            random_state = _random_state(world, reader)
     except CheckpointError as error:
         complaint = str(error)
-    raise_on_any_rank(engine.world, complaint, CheckpointError)
-    with CheckpointReader(path) as reader:
+    raise_on_any_rank(world, complaint, CheckpointError)
+    state = read_state_together(world, path)
+    with reader:
         for owned in engine.partition.owned(whole=True):
             name = owned.name
             reader.fill(owned.master, name, reader.weights_kind(name), owned.start)
@@ -166,6 +171,28 @@ def resume(engine: Engine, path: Path, *, verified: bool = False) -> TrainState:
         engine.frozen_sources = reader.frozen_sources
     engine.partition.publish()
     return state
+
+
+def read_state_together(world: World, path: Path) -> TrainState:
+    """Read the progress of the run on rank 0, and send it to all ranks. All ranks must call.
+
+    Otherwise each of thousands of ranks would read the metadata of all ranks.
+
+    Raises:
+        CheckpointError: as ``read_state``. All ranks raise.
+    """
+    complaint, text = None, b""
+    if world.is_main:
+        try:
+            state = read_state(path)
+            loader = None if state.loader is None else state.loader.to_dict()
+            text = json.dumps({**vars(state), "loader": loader}).encode()
+        except CheckpointError as error:
+            complaint = str(error)
+    raise_on_any_rank(world, complaint, CheckpointError)
+    values = json.loads(broadcast_bytes(world, text))
+    loader = values.pop("loader")
+    return TrainState(**values, loader=None if loader is None else LoaderState.from_dict(loader))
 
 
 def _resume_problem(engine: Engine, reader: CheckpointReader) -> str | None:
@@ -214,7 +241,7 @@ def _missing_state(engine: Engine, reader: CheckpointReader) -> Iterator[str]:
     """Yield a sentence for each tensor of this rank's engine that the checkpoint lacks or holds in another shape."""
     for owned in engine.partition.owned(whole=True):
         for kind in (reader.weights_kind(owned.name), *owned.moments):
-            if not reader.holds(owned.name, kind):
+            if not reader.holds(owned.name, kind, owned.start):
                 yield f"{owned.name}|{kind} is missing"
     for key, values in engine.partition.whole_state().items():
         if (shape := reader.whole_shape(key)) != tuple(values.shape):
@@ -272,7 +299,7 @@ def fill_frozen(
         ema: Load the exponential moving average of the trained weights instead of the weights.
     """
     del gather
-    with CheckpointReader(path) as reader, torch.no_grad():
+    with CheckpointReader(path, check_sizes=False, near=world.rank) as reader, torch.no_grad():
         for owned in frozen_ranges(model, zero_stage, world):
             stored = reader.manifest.stored_name(owned.name)
             assert stored is not None
@@ -291,9 +318,9 @@ def _random_state(world: World, reader: CheckpointReader) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a state is missing, or torch does not accept it.
     """
-    if world.rank >= len(reader.metadata):
+    if world.rank >= reader.manifest.world_size:
         return {}  # This rank keeps its initial seed.
-    saved, states = reader.metadata[world.rank].random_state, {}
+    saved, states = reader.rank_metadata(world.rank).random_state, {}
     for device in ("cpu", "cuda") if world.device.type == "cuda" and "cuda" in saved else ("cpu",):
         try:
             states[device] = torch.tensor(list(bytes.fromhex(saved[device])), dtype=torch.uint8)

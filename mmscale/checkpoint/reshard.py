@@ -3,13 +3,17 @@
 wanted            |-------------------)
 rank 0  |--------------)
 rank 1                 |--------------)      -> copy the overlaps; raise if a value is missing
+
+The metadata of a rank is read when a range of that rank is needed. The ranges of ZeRO stages 0 and 3 follow from the
+shape, so a resume reads the metadata of few ranks, and not of all ranks on each of thousands of ranks.
 """
 
 from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from data_pipeline.io.untrusted import open_regular
 from mmscale.checkpoint.contents import content_problems
 from mmscale.checkpoint.manifest import (
     Manifest,
+    RankMetadata,
     base_folder,
     missing_or_truncated,
     rank_files,
@@ -46,8 +51,10 @@ class CheckpointReader:
     """An open checkpoint. Use it as a context manager.
 
     Args:
-        path: Checkpoint folder. The reader checks the sizes of its files; the caller verifies their checksums.
+        path: Checkpoint folder. The caller verifies the checksums of its files.
         follow: Open the other checkpoints that hold frozen parameters of this one. False: those cannot be read.
+        check_sizes: Check the sizes of all files first. Pass False after ``verify_together``, which has read them all.
+        near: Rank at which a search begins if the shape does not determine the rank.
 
     Values of frozen parameters that another checkpoint holds are read from there.
 
@@ -55,11 +62,11 @@ class CheckpointReader:
         frozen_sources: The checkpoint that holds each of these parameters, by stored name.
 
     Raises:
-        CheckpointError: the manifest or a rank's metadata is damaged, a file is missing or has the wrong size, or
-            another checkpoint that holds frozen parameters is missing or has changed.
+        CheckpointError: the manifest is damaged, a file is missing or has the wrong size, or another checkpoint that
+            holds frozen parameters is missing or has changed. Every method raises it for damaged metadata of a rank.
     """
 
-    def __init__(self, path: Path, *, follow: bool = True) -> None:
+    def __init__(self, path: Path, *, follow: bool = True, check_sizes: bool = True, near: int = 0) -> None:
         self.path = path
         self.manifest = read_manifest(path)
         self.frozen_sources: dict[str, FrozenSource] = {}
@@ -69,18 +76,63 @@ class CheckpointReader:
             source = FrozenSource(str(folder.absolute()), base.checksum, base.ema)
             self.frozen_sources |= dict.fromkeys(base.parameters, source)
             if follow:  # A base's own bases are not followed: a warm start records the checkpoint that has the values.
-                reader = CheckpointReader(folder, follow=False)
+                reader = CheckpointReader(folder, follow=False, check_sizes=check_sizes)
                 self._bases |= dict.fromkeys(base.parameters, (reader, base.ema))
-        if (problem := missing_or_truncated(path, self.manifest)) is not None:
+        if check_sizes and (problem := missing_or_truncated(path, self.manifest)) is not None:
             raise CheckpointError(f"{path} is damaged: {problem}; `mmscale checkpoint verify` lists all problems")
-        self.metadata = [read_rank_metadata(path, rank) for rank in range(self.manifest.world_size)]
-        self._ranges: dict[str, list[tuple[int, int, int]]] = {}
-        for rank, metadata in enumerate(self.metadata):
-            for key, entry in metadata.tensors.items():
-                if entry.whole:
-                    continue
-                self._ranges.setdefault(key, []).append((entry.start, entry.stop, rank))
+        self._near = min(near, self.manifest.world_size - 1)
+        self._metadata: dict[int, RankMetadata] = {}
         self._files: dict[int, Any] = {}
+
+    def rank_metadata(self, rank: int) -> RankMetadata:
+        """Return the metadata of a rank. It is read once and cached."""
+        if rank not in self._metadata:
+            self._metadata[rank] = read_rank_metadata(self.path, rank)
+        return self._metadata[rank]
+
+    @property
+    def num_read(self) -> int:
+        """Number of ranks whose metadata has been read."""
+        return len(self._metadata)
+
+    def ranges(self, name: str, kind: str, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Return the stored ranges that overlap ``start:stop`` of a parameter, as (start, stop, rank).
+
+        Reads the metadata of further ranks until the ranges cover all these values, or until all ranks are read.
+        """
+        key, found, missing = f"{name}|{kind}", list[tuple[int, int, int]](), stop - start
+        for rank in self._likely_ranks(name, key, start, stop) if missing > 0 else ():
+            entry = self.rank_metadata(rank).tensors.get(key)
+            if entry is None or entry.whole:
+                continue
+            overlap = min(entry.stop, stop) - max(entry.start, start)
+            if overlap > 0:
+                found.append((entry.start, entry.stop, rank))
+                missing -= overlap
+                if missing <= 0:
+                    break
+        return found
+
+    def _likely_ranks(self, name: str, key: str, start: int, stop: int) -> Iterator[int]:
+        """Yield all ranks once; first those that hold the range if the save used ZeRO stage 0 or 3."""
+        shape, world_size = self.manifest.parameters[name].shape, self.manifest.world_size
+        seen = set[int]()
+
+        def unseen(ranks: Iterable[int]) -> Iterator[int]:
+            for rank in ranks:
+                if 0 <= rank < world_size and rank not in seen:
+                    seen.add(rank)
+                    yield rank
+
+        yield from unseen(_shard_owners(math.prod(shape), 1, world_size, start, stop))
+        if world_size > 1:
+            # With expert parallelism, rank 1 holds values of the second slice of the experts.
+            second = self.rank_metadata(1).tensors.get(key)
+            if second is not None and second.start and math.prod(shape) % second.start == 0:
+                parts = math.prod(shape) // second.start
+                if world_size % parts == 0:
+                    yield from unseen(_shard_owners(math.prod(shape), parts, world_size, start, stop))
+        yield from unseen(rank for step in range(world_size) for rank in (self._near - step, self._near + step))
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -109,10 +161,10 @@ class CheckpointReader:
         """
         if name in self._bases:
             return self._in_base(name)[0].dtype(*self._in_base(name)[1:])
-        key = f"{name}|{kind}"
-        if key not in self._ranges:
+        key, found = f"{name}|{kind}", self.ranges(name, kind, 0, 1)
+        if not found:
             raise CheckpointError(f"{self.path} does not hold {key}; the checkpoint is damaged")
-        stored = self.metadata[self._ranges[key][0][2]].tensors[key].dtype
+        stored = self.rank_metadata(found[0][2]).tensors[key].dtype
         return next(dtype for dtype, spelled in FORMAT_NAMES.items() if spelled == stored)
 
     def fill(self, target: Tensor, name: str, kind: str, start: int) -> None:
@@ -133,10 +185,8 @@ class CheckpointReader:
             return
         stop, filled = start + target.numel(), 0
         key = f"{name}|{kind}"
-        for low, high, rank in self._ranges.get(key, []):
+        for low, high, rank in self.ranges(name, kind, start, stop):
             first, last = max(low, start), min(high, stop)
-            if first >= last:
-                continue
             values = self._read(rank, key, first - low, last - low)
             target[first - start : last - start].copy_(values)
             filled += last - first
@@ -145,12 +195,12 @@ class CheckpointReader:
                 f"{self.path}: {key} has only {filled} of the values {start}:{stop}; the checkpoint is damaged"
             )
 
-    def holds(self, name: str, kind: str) -> bool:
-        """Whether the checkpoint holds any values of this kind. ``gaps`` finds incomplete ones."""
+    def holds(self, name: str, kind: str, start: int = 0) -> bool:
+        """Whether the checkpoint holds the value at ``start`` of this kind. ``gaps`` finds incomplete ones."""
         if name in self._bases:
             reader, stored, theirs = self._in_base(name)
-            return kind == "frozen" and reader.holds(stored, theirs)
-        return f"{name}|{kind}" in self._ranges
+            return kind == "frozen" and reader.holds(stored, theirs, start)
+        return bool(self.ranges(name, kind, start, start + 1))
 
     def _in_base(self, name: str) -> tuple[CheckpointReader, str, str]:
         """Return the reader of the base that holds a parameter, and the parameter's name and kind there.
@@ -170,7 +220,7 @@ class CheckpointReader:
         Raises:
             CheckpointError: the file cannot be read.
         """
-        entry = self.metadata[0].tensors.get(key)
+        entry = self.rank_metadata(0).tensors.get(key)
         return None if entry is None or not entry.whole else tuple(self._read(0, key, None, None).shape)
 
     def buffer(self, name: str) -> Tensor:
@@ -202,22 +252,39 @@ class CheckpointReader:
 
     def gaps(self) -> Iterator[str]:
         """Yield a sentence for each kind of a parameter whose ranges do not cover all its values exactly once."""
-        kinds: dict[str, list[str]] = {}
-        for key in self._ranges:
-            name, _, kind = key.rpartition("|")
-            kinds.setdefault(name, []).append(kind)
-        for name, entry in self.manifest.parameters.items():
+        covered: dict[str, dict[str, array[int]]] = {}
+        for rank in range(self.manifest.world_size):  # Keep 16 bytes of each range, not the metadata of all ranks.
+            for key, entry in (self._metadata.get(rank) or read_rank_metadata(self.path, rank)).tensors.items():
+                name, _, kind = key.rpartition("|")
+                if not entry.whole:
+                    covered.setdefault(name, {}).setdefault(kind, array("q")).extend((entry.start, entry.stop))
+        for name, parameter in self.manifest.parameters.items():
             if name in self.frozen_sources:  # The gaps of the other checkpoint include those of its parameters.
-                if name in self._bases and 0 not in entry.shape and not self.holds(name, "frozen"):
+                if name in self._bases and 0 not in parameter.shape and not self.holds(name, "frozen"):
                     yield f"{name}: {self._bases[name][0].path} does not hold it"
                 continue
-            size = math.prod(entry.shape)
-            averaged = ["ema"] if self.manifest.ema and entry.trained else []
-            for kind in {self.weights_kind(name), *averaged, *kinds.get(name, [])} if size else ():
-                ranges = sorted(self._ranges.get(f"{name}|{kind}", []))
-                ends = [0, *(stop for _, stop, _ in ranges)]
-                if [start for start, _, _ in ranges] != ends[:-1] or ends[-1] != size:
+            size = math.prod(parameter.shape)
+            averaged = ["ema"] if self.manifest.ema and parameter.trained else []
+            kinds = covered.get(name, {})
+            for kind in {self.weights_kind(name), *averaged, *kinds} if size else ():
+                flat = kinds.get(kind, array("q"))
+                ranges = sorted(zip(flat[::2], flat[1::2], strict=True))
+                ends = [0, *(stop for _, stop in ranges)]
+                if [start for start, _ in ranges] != ends[:-1] or ends[-1] != size:
                     yield f"{name}|{kind}: the ranks' ranges do not cover its {size} values exactly once"
+
+
+def _shard_owners(size: int, parts: int, world_size: int, start: int, stop: int) -> Iterator[int]:
+    """Yield the ranks that hold ``start:stop`` if ZeRO stage 3 cuts ``size`` values in ``parts`` slices.
+
+    The rule is that of ``mmscale.engine.partition.own_range``.
+    """
+    length = size // parts
+    shard = -(-length // (world_size // parts))
+    while start < stop:
+        part, inside = divmod(start, length)
+        yield inside // shard * parts + part
+        start = part * length + min((inside // shard + 1) * shard, length)
 
 
 def verify(path: Path) -> list[str]:

@@ -165,13 +165,13 @@ def warm_start(
     """
     verify_together(engine.world, path)
     try:
-        with CheckpointReader(path) as reader:
+        with CheckpointReader(path, check_sizes=False) as reader:
             complaint = warm_start_problem(reader.manifest, path, engine.model, components, ema=ema, upcycle=upcycle)
             report = match(engine.model, reader.manifest, components, upcycle=upcycle)
     except CheckpointError as error:
         complaint = str(error)
     raise_on_any_rank(engine.world, complaint, CheckpointError)
-    with CheckpointReader(path) as reader:
+    with CheckpointReader(path, check_sizes=False) as reader:
         _copy_weights(engine, reader, report, ema)
         _note_sources(engine, reader, report, FrozenSource(str(path.absolute()), manifest_checksum(path), ema), lasting)
         for name, values in _buffers(engine.model, components).items():

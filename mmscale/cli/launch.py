@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from mmscale.cli import launch_run, launch_slurm
+from mmscale.cli import launch_rehearse, launch_run, launch_slurm
 from mmscale.cli.launch_words import CONFIG, OVERRIDES, checked, train_words
 
 app = typer.Typer()
@@ -48,3 +48,4 @@ def local(
 
 app.registered_commands += launch_slurm.app.registered_commands
 app.registered_commands += launch_run.app.registered_commands
+app.registered_commands += launch_rehearse.app.registered_commands

@@ -4,6 +4,10 @@
     watchdog thread:  RUN/heartbeats/rank-00001      written every 5 s or more often, also while the main thread waits
                       phase longer than its limit?   read all heartbeats, name the rank, dump stacks, exit with code 76
 
+From 2,000 ranks on, a rank writes less often, so that all ranks together write 400 heartbeats per second. At most 16
+ranks read all heartbeats and write the verdict; the others read the verdict. Otherwise 8,000 hung ranks would open 128
+million files.
+
 If one rank hangs, all others wait for it in the next collective, so every rank exceeds its limit. The heartbeats show
 the cause: a rank whose file is no longer updated (the process is stopped, or its machine is down), or a rank whose main
 thread waits in no collective. The watchdog reads the collective from the stack of the main thread, so no collective
@@ -33,7 +37,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, TypeAdapter
 
 from data_pipeline.io.strict import StrictConfig
-from data_pipeline.io.untrusted import append_regular, read_bytes
+from data_pipeline.io.untrusted import append_regular, parse_json, read_bytes
 
 EXIT_HUNG = 76
 """Exit code of a run that its watchdog ended."""
@@ -42,6 +46,13 @@ _VERDICT = "verdict.json"
 """Written by each rank that reports the hang. The other ranks then report it too, unless they make progress. The batch
 script of a SLURM job reads the nodes of the ranks that do not run."""
 _MOST_BEAT_BYTES = 1 << 16
+BEAT_SECONDS = 5.0
+"""Longest time between two heartbeats of a rank, up to 2,000 ranks."""
+_BEATS_PER_SECOND = 400
+"""Most heartbeats that all ranks together write per second; each takes four operations of the shared file system."""
+_MOST_REPORTERS = 16
+_MOST_NAMED = 8
+"""Most ranks, or ranges of ranks, that a message lists."""
 _TORCH, _DEEPSPEED = "/torch/distributed/distributed_c10d.py", "/deepspeed/comm/"
 _ZERO = "/deepspeed/runtime/zero/partition_parameters.py"
 """The file with the handles that wait for prefetched weights."""
@@ -99,6 +110,11 @@ class Heartbeat:
     node: str = ""
 
 
+def beat_seconds(world_size: int) -> float:
+    """Return the longest time between two heartbeats of a rank."""
+    return max(BEAT_SECONDS, world_size / _BEATS_PER_SECOND)
+
+
 class Watchdog:
     """The watchdog of this rank. A daemon thread runs between ``start`` and ``close``.
 
@@ -109,13 +125,18 @@ class Watchdog:
         limits: Time limits of the phases.
         rank: This rank.
         world_size: Number of ranks.
+
+    Attributes:
+        every_seconds: Time between two heartbeats.
+        reporters: The ranks that read all heartbeats if the run hangs.
     """
 
     def __init__(self, run_dir: Path, limits: Limits, rank: int, world_size: int) -> None:
         self._folder, self._logs = run_dir / HEARTBEATS, run_dir / "logs"
         self._limits, self._rank, self._world_size = limits, rank, world_size
         shortest = min(limits.step or limits.other, limits.other)
-        self._every = min(5.0, shortest / 8)
+        self.every_seconds = min(beat_seconds(world_size), shortest / 8)
+        self.reporters = range(0, world_size, -(-world_size // _MOST_REPORTERS))
         self._main = threading.get_ident()
         self._where, self._step, self._count = ("start", time.monotonic()), 0, 0
         self._warm = False
@@ -141,7 +162,7 @@ class Watchdog:
             _exit_process()
         self._closed.set()
         if self._thread.is_alive():
-            self._thread.join(2 * self._every)
+            self._thread.join(2 * self.every_seconds)
 
     @property
     def current_phase(self) -> tuple[str, int]:
@@ -178,18 +199,18 @@ class Watchdog:
 
     def _watch(self) -> None:
         before = time.monotonic()
-        while not self._closed.wait(self._every):
+        while not self._closed.wait(self.every_seconds):
             now = time.monotonic()
-            if now - before > 3 * self._every:
+            if now - before > 3 * self.every_seconds:
                 # The whole process was stopped or got no CPU time. Do not count that time for the main thread.
                 phase, since = self._where
                 self._where = (phase, since + now - before)
             before = now
-            beat = self._beat()
+            beat = self.beat()
             if beat.seconds > self._limit(beat.phase) or (self._folder / _VERDICT).exists():
                 self._end(beat)
 
-    def _beat(self) -> Heartbeat:
+    def beat(self) -> Heartbeat:
         """Write the heartbeat file and return its content. A file that cannot be written is ignored."""
         self._count += 1
         phase, since = self._where
@@ -202,8 +223,8 @@ class Watchdog:
     def _repeat_beat(self, times: int) -> Heartbeat:
         """Write ``times`` more heartbeats at the usual interval and return the last one."""
         for _ in range(times):
-            self._closed.wait(self._every)
-            beat = self._beat()
+            self._closed.wait(self.every_seconds)
+            beat = self.beat()
         return beat
 
     def _write(self, path: Path, values: object) -> None:
@@ -215,27 +236,42 @@ class Watchdog:
 
     def _end(self, mine: Heartbeat) -> None:
         """Report the hang and end the process, unless the main thread makes progress in the meantime."""
-        first = self._read_all()
+        first = self.read_all() if self._rank in self.reporters else None
         now = self._repeat_beat(3)  # A rank whose heartbeat does not change in this time does not run.
         if self._closed.is_set() or (now.phase, now.step) != (mine.phase, mine.step) or now.seconds < mine.seconds:
             return
-        beats = self._read_all()
-        silent = [
-            rank for rank, beat in enumerate(beats) if rank != self._rank and (beat is None or beat == first[rank])
-        ]
-        verdict = self._folder / _VERDICT
-        with contextlib.suppress(OSError):
-            if not verdict.exists():  # To a rank that runs again after the others have ended, they are silent.
-                nodes = sorted({beat.node for rank in silent if (beat := beats[rank]) is not None})
-                self._write(verdict, {"rank": self._rank, "silent_nodes": nodes})
-        print(f"mmscale: rank {self._rank}: {explain(beats, silent)}", file=sys.stderr, flush=True)
+        message = self._explain(first) if first is not None else self._wait_for_verdict()
+        print(f"mmscale: rank {self._rank}: {message}", file=sys.stderr, flush=True)
         self._dump_stacks()
         self._reported.set()
         self._repeat_beat(6)  # Let the other ranks report before this rank's connections close.
         if not self._closed.is_set():
             _exit_process()
 
-    def _read_all(self) -> list[Heartbeat | None]:
+    def _explain(self, first: Sequence[Heartbeat | None]) -> str:
+        """Compare all heartbeats with those of some heartbeats ago, write the verdict, and return its message."""
+        beats = self.read_all()
+        silent = [
+            rank for rank, beat in enumerate(beats) if rank != self._rank and (beat is None or beat == first[rank])
+        ]
+        message = explain(beats, silent)
+        verdict = self._folder / _VERDICT
+        with contextlib.suppress(OSError):
+            if not verdict.exists():  # To a rank that runs again after the others have ended, they are silent.
+                nodes = sorted({beat.node for rank in silent if (beat := beats[rank]) is not None})
+                self._write(verdict, {"rank": self._rank, "message": message, "silent_nodes": nodes})
+        return message
+
+    def _wait_for_verdict(self) -> str:
+        """Return the message of a rank of ``reporters``, or that there is none."""
+        for _ in range(4):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                return str(parse_json(read_bytes(self._folder / _VERDICT, most_bytes=_MOST_BEAT_BYTES))["message"])
+            self._repeat_beat(1)
+        return "this rank hangs, and no other rank has named the cause; the stacks of all ranks show more"
+
+    def read_all(self) -> list[Heartbeat | None]:
+        """Read the heartbeat file of each rank; None for a file that is missing or damaged."""
         return [read_heartbeat(heartbeat_path(self._folder.parent, rank)) for rank in range(self._world_size)]
 
     def _dump_stacks(self) -> None:
@@ -313,13 +349,27 @@ def explain(beats: Sequence[Heartbeat | None], silent: Sequence[int]) -> str:
         least = min(_progress(beat) for beat in known.values())
         blamed = [rank for rank, beat in known.items() if _progress(beat) == least]
     waiting = [rank for rank in known if rank not in blamed]
-    sentence = "; ".join(_describe(rank, known.get(rank), rank in silent) for rank in blamed)
+    sentence = "; ".join(_describe(rank, known.get(rank), rank in silent) for rank in blamed[:_MOST_NAMED])
+    if len(blamed) > _MOST_NAMED:
+        sentence += f"; and {len(blamed) - _MOST_NAMED:,} more ranks ({_ranges(blamed)})"
     if not waiting:
         return sentence
     places = sorted({f"{known[rank].collective or known[rank].phase} of step {known[rank].step}" for rank in waiting})
-    ranks = f"rank{'s' * (len(waiting) > 1)} {', '.join(map(str, waiting))} wait{'s' * (len(waiting) == 1)}"
+    if len(places) > _MOST_NAMED:
+        places = [*places[:_MOST_NAMED], f"{len(places) - _MOST_NAMED} more places"]
+    ranks = f"rank{'s' * (len(waiting) > 1)} {_ranges(waiting)} wait{'s' * (len(waiting) == 1)}"
     phases = sorted({known[rank].phase for rank in waiting})
     return f"{sentence} while {ranks} for it in {' and '.join(places)} ({', '.join(phases)})"
+
+
+def _ranges(ranks: Sequence[int]) -> str:
+    """Return ascending ranks as text: one by one if there are few, else as ranges, of which the first are listed."""
+    if len(ranks) <= _MOST_NAMED:
+        return ", ".join(map(str, ranks))
+    starts = [rank for rank, before in zip(ranks, [-2, *ranks], strict=False) if rank != before + 1]
+    ends = [rank for rank, after in zip(ranks, [*ranks[1:], -2], strict=True) if after != rank + 1]
+    listed = [f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
+    return ", ".join(listed[:_MOST_NAMED]) + (", ..." if len(listed) > _MOST_NAMED else "")
 
 
 def _describe(rank: int, beat: Heartbeat | None, is_silent: bool) -> str:

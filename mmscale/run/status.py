@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from data_pipeline.io.untrusted import UntrustedError, open_regular, parse_json, read_yaml
-from mmscale.engine.watchdog import HEARTBEATS, Heartbeat, explain, has_verdict, heartbeat_path, read_heartbeat
+from mmscale.engine.watchdog import (
+    BEAT_SECONDS,
+    HEARTBEATS,
+    Heartbeat,
+    beat_seconds,
+    explain,
+    has_verdict,
+    heartbeat_path,
+    read_heartbeat,
+)
 from mmscale.errors import LaunchError
 from mmscale.io.lock import HeldLock, describe_holder, held_lock
 from mmscale.report.starts import read_starts
@@ -28,8 +37,9 @@ from mmscale.run.outcome import read_outcome
 
 State = Literal["running", "queued", "finished", "stopped", "failed", "hung", "never started"]
 WATCH_SECONDS = 12.0
-"""Longest time to watch files. A living holder renews its claim every 2 s, a living rank its heartbeat every 5 s."""
-_SUSPICIOUS_SECONDS = 15.0
+"""Longest time to watch files. A living holder renews its claim every 2 s, a living rank its heartbeat every 5 s.
+Thousands of ranks write less often (``watchdog.beat_seconds``), and are watched for longer."""
+_SUSPICIOUS_BEATS = 3
 _POLL_SECONDS = 0.5
 _TAIL_BYTES = 256 << 10
 _RATE_STEPS = 50
@@ -196,10 +206,11 @@ def _watch(
     if first.lock is None:
         return False, [], first
     lives = first.lock.is_here
+    every = beat_seconds(world_size or len(first.beats))
     waiting = {
-        rank for rank, (_, modified) in first.beats.items() if first.age(modified, is_local) > _SUSPICIOUS_SECONDS
+        rank for rank, (_, modified) in first.beats.items() if first.age(modified, is_local) > _SUSPICIOUS_BEATS * every
     }
-    seen, deadline = first, time.monotonic() + seconds
+    seen, deadline = first, time.monotonic() + seconds * every / BEAT_SECONDS
     while (waiting or not lives) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
         seen = _look(run_dir, world_size)

@@ -189,7 +189,7 @@ def test_configurations_of_the_model_are_compared_where_both_have_a_value(tmp_pa
 def test_a_damaged_byte_is_attributed_to_its_tensor(tmp_path: Path) -> None:
     path = toy_checkpoint(tmp_path, toy_model(1))
     with CheckpointReader(path) as reader:
-        entries = reader.metadata[1].tensors
+        entries = reader.rank_metadata(1).tensors
     keys = list(entries)
     file = path / "rank-00001.safetensors"
     for key in (keys[0], keys[5], keys[-1]):

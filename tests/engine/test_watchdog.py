@@ -55,6 +55,29 @@ def test_alone_it_says_where_it_stands() -> None:
     assert explain([beat(3, "data", 9)], []) == "rank 0 has been in data of step 3 for 9 s (at a.py:1 in f)"
 
 
+def test_many_ranks_are_named_by_ranges() -> None:
+    beats: list[Heartbeat | None] = [beat(9, "forward", 60, "all_gather") for _ in range(8000)]
+    beats[4321] = beat(9, "data", 61)
+    said = explain(beats, [])
+    assert said.startswith("rank 4321 has been in data of step 9 for 61 s")
+    assert said.endswith("while ranks 0-4320, 4322-7999 wait for it in all_gather of step 9 (forward)")
+    said = explain(beats, list(range(100, 140)))
+    assert "and 32 more ranks (100-139)" in said
+    assert len(said) < 2000
+
+
+def test_a_rank_that_does_not_report_repeats_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = Limits(step=0.8, other=0.8)
+    reporter, other = (Watchdog(tmp_path, limits, rank, 32) for rank in (2, 1))
+    assert reporter.reporters == range(0, 32, 2)
+    (tmp_path / "heartbeats").mkdir()
+    message = reporter._explain([None] * 32)
+    assert message.startswith("rank 0 has never written a heartbeat; rank 1 has never")
+    assert other._wait_for_verdict() == message
+    (tmp_path / "heartbeats" / "verdict.json").unlink()
+    assert other._wait_for_verdict().startswith("this rank hangs, and no other rank has named the cause")
+
+
 def slow_then_stuck(world: World, folder: str) -> Any:
     """Run steps that exceed the limit only in sum, a long checkpoint, then let rank 1 sleep in a forward pass."""
     limits = Limits(step=LIMIT, other=60)
