@@ -106,7 +106,7 @@ def init_distributed(settings: DistributedSettings) -> World:
             this rank cannot join.
     """
     kind = device_type(settings.device)
-    _prepare_deepspeed(kind)
+    prepare_deepspeed(kind)
     launched = _map_launcher_variables()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -142,7 +142,7 @@ def device_type(wanted: str) -> str:
     return wanted
 
 
-def _prepare_deepspeed(device_type: str) -> None:
+def prepare_deepspeed(device_type: str) -> None:
     """Set the environment variables that DeepSpeed reads when it is imported."""
     if device_type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"

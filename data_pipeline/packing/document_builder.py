@@ -9,6 +9,7 @@ Not for: several documents together (``packer``, ``collate``).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -20,7 +21,7 @@ from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Spa
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.images.image_tokens import ImageLayout, LayoutAnchor, LayoutElement, LayoutFeatures, LayoutTokens
 from data_pipeline.images.transforms import DecodeTask, ImageTransform, TransformConfig
-from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.media_spec import Grid, MediaSpec, Placement
 from data_pipeline.order.randomness import Rng
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.shards.image_header import image_size
@@ -404,13 +405,42 @@ def dummy_document(spec: MediaSpec, pad_id: int) -> Document:
 
     ZeRO-3 gathers the parameters of a module on all ranks together, so a rank without images must still run its tower.
     """
-    height, width = spec.minimal_grid[1:]
-    values = np.zeros((height * width, spec.patch_dim), dtype=np.uint8)
     draft = _Draft(spec)
-    roles = [True] * spec.needs_embedded + [False] * spec.needs_unembedded
-    if roles:
-        crops = tuple(MediaItem(values, spec.minimal_grid, embedded) for embedded in roles)
+    if crops := _crops(spec, spec.minimal_grid):
         draft.add_image(crops, pad_id, None)
     if not draft.ids:
         draft.add_tokens((pad_id,), 0.0)
     return draft.finish(None)
+
+
+def plain_document(
+    spec: MediaSpec, token_ids: Sequence[int], image_id: int, grids: Sequence[Grid], origin: Provenance
+) -> Document:
+    """Return a document of black images and then tokens, made without a sample.
+
+    Args:
+        spec: The model's inputs.
+        token_ids: The text after the images, at least two tokens. The model learns all but the first; of a pair, the
+            weight is at the last token.
+        image_id: Id of the placeholder of an image feature.
+        grids: Patches of the crops of each image. An image has one crop for each role: embedded, attended or compared.
+        origin: Its provenance.
+
+    Raises:
+        SampleError: a grid does not fit the model.
+    """
+    draft = _Draft(spec)
+    for grid in grids:
+        draft.add_image(_crops(spec, grid), image_id, None)
+    draft.add_tokens(token_ids[:1], 0.0)
+    draft.add_tokens(token_ids[1:], 1.0)
+    if spec.placement is Placement.PAIR:
+        draft.weights = [0.0] * (len(draft.ids) - 1) + [1.0]
+    return draft.finish(origin)
+
+
+def _crops(spec: MediaSpec, grid: Grid) -> tuple[MediaItem, ...]:
+    """Return one black crop for each kind of item that each batch needs; none for a text model."""
+    values = np.zeros((math.prod(grid), spec.patch_dim), dtype=np.uint8)
+    roles = [True] * spec.needs_embedded + [False] * spec.needs_unembedded
+    return tuple(MediaItem(values, grid, embedded) for embedded in roles)

@@ -20,10 +20,11 @@ ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed as torch_dist
@@ -138,14 +139,27 @@ def split_experts(groups: ExpertGroups) -> Iterator[None]:
 
 
 def attach_exchange(model: nn.Module, groups: ExpertGroups) -> None:
-    """Let each ``Experts`` module that was built in ``split_experts`` exchange rows. Mutates the modules."""
+    """Let each ``Experts`` module that was built in ``split_experts`` exchange rows. Mutates modules and parameters.
+
+    DeepSpeed gathers the weights of a block in one message for each group of ranks. In 0.19.8 the order of these
+    messages is that of a set of parameters, thus of memory addresses, which differ between ranks. Ranks that post the
+    messages of two NCCL groups in different orders can block each other for ever. So the parameters are sorted first.
+    """
     import deepspeed.comm
+
+    for parameter in model.parameters():
+        sharded: Any = parameter
+        sharded.all_gather_coalesced = partial(_gather_sorted, sharded.all_gather_coalesced)
 
     # DeepSpeed's function, so that the step's clock counts the time as communication.
     send = deepspeed.comm.all_to_all_single
     for module in model.modules():
         if isinstance(module, Experts):
             module.exchange = ExpertExchange(groups.exchange, groups.size, module.num_experts // groups.size, send)
+
+
+def _gather_sorted(gather: Callable[..., Any], parameters: Iterable[Any], **options: Any) -> Any:
+    return gather(sorted(parameters, key=lambda parameter: parameter.ds_id), **options)
 
 
 def check_placement(deepspeed_engine: Any, model: nn.Module, size: int, version: str) -> None:

@@ -41,7 +41,7 @@ class TilesConfig(StrictConfig):
 
     max_tiles: int = Field(default=4, ge=1, le=MAX_TILES)
     """Most tiles of an image. The embedding tables have a row for each grid of up to this many tiles."""
-    global_layers: Annotated[int, ShrunkTo(2)] = Field(default=8, ge=0, le=1 << 12)
+    global_layers: Annotated[int, ShrunkTo(2, counts_blocks=True)] = Field(default=8, ge=0, le=1 << 12)
     """Number of gated blocks after ``post_norm`` and a second tile embedding. The features contain the output of these
     blocks in place of the output of ``post_norm``."""
     attend_absent: bool = True

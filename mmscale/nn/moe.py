@@ -51,9 +51,9 @@ class MoeConfig(RouterConfig, MlpBase):
     summed width."""
     shared_gate: bool = False
     """Multiply the shared expert's output by a sigmoid gate per token (Qwen-MoE)."""
-    every: Annotated[Layers, ShrunkTo(2)] = 1
+    every: Annotated[Layers, ShrunkTo(2, counts_blocks=True)] = 1
     """Every n-th block has experts: blocks n-1, 2n-1, ... (0-based); the others use ``dense``."""
-    dense_first: Annotated[int, Field(ge=0, le=1 << 16), ShrunkTo(1)] = 0
+    dense_first: Annotated[int, Field(ge=0, le=1 << 16), ShrunkTo(1, counts_blocks=True)] = 0
     """Number of first blocks without experts, whatever ``every`` is; they use ``dense`` (DeepSeek-V3: 3)."""
     dense: DenseMlpConfig | None = None
     """Feed-forward of the blocks without experts. Required if ``every`` is above 1 or ``dense_first`` above 0, else

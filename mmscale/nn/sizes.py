@@ -14,9 +14,15 @@ from pydantic import Field
 
 @dataclass(frozen=True)
 class ShrunkTo:
-    """Metadata of a field: its largest value in the smoke-test model that ``mmscale/shrink`` makes."""
+    """Metadata of a field: its largest value in the smoke-test model that ``mmscale/shrink`` makes.
+
+    Attributes:
+        most: The value.
+        counts_blocks: Whether the field counts blocks, so that a model of the same depth keeps it.
+    """
 
     most: int
+    counts_blocks: bool = False
 
 
 Width = Annotated[int, Field(gt=0, le=1 << 20)]

@@ -3,7 +3,7 @@
     widths        one or two key heads of 8 channels or slightly more; keeps up to 8 queries per key head, and the
                   ratio of D to H * K.
     depth         2 blocks; 4 if a part is in every n-th block with n > 1, which becomes every second block; more if
-                  the feature layers of a tower need them.
+                  the feature layers of a tower need them. With ``keep_depth``, all blocks.
     experts       at most 2 per token and 16 in all, in proportion to the model's.
     images        a quarter of the patches per side, patches of 4 pixels; few learned queries.
     vocabulary    2,048 rows, the number of ids of the bundled tokenizer.
@@ -40,11 +40,17 @@ _OTHER_WIDTH = 48
 """Width of layers outside of towers, such as a projector's. Most towers have another width, which exposes mix-ups."""
 
 
-def shrink(config: C) -> C:
-    """Return the smoke-test configuration of ``config``. Its parameters have the same names, except block numbers."""
+def shrink(config: C, *, keep_depth: bool = False) -> C:
+    """Return the smoke-test configuration of ``config``. Its parameters have the same names, except block numbers.
+
+    Args:
+        config: A model or a tower.
+        keep_depth: Keep the number of blocks, and which of them have another part. All parameters then have the same
+            names.
+    """
     block = config.model_dump()
     merge = max(_values_named(block, "merge"), default=1)
-    depth = 2 * min(2, max(_values_named(block, "every"), default=1))
+    depth = None if keep_depth else 2 * min(2, max(_values_named(block, "every"), default=1))
     return type(config).model_validate(_shrink_block(block, config, depth, merge))
 
 
@@ -56,13 +62,13 @@ def shrunk_side(side: int, merge: int) -> int:
     return merge * max(math.ceil(side / (4 * merge)), min(side, _MIN_SIDE) // merge)
 
 
-def _shrink_block(block: Block, part: BaseModel, depth: int, merge: int) -> Block:
+def _shrink_block(block: Block, part: BaseModel, depth: int | None, merge: int) -> Block:
     """Return the shrunk values of a block and of all blocks in it.
 
     Args:
         block: Values of ``part``.
         part: Configuration object of the block; its class has the ``ShrunkTo`` limits.
-        depth: Number of blocks of a tower without feature layers.
+        depth: Number of blocks of a tower without feature layers; None to keep each tower's number.
         merge: Side of the square of patches that becomes one feature.
     """
     if "num_heads" in block:
@@ -84,7 +90,7 @@ def _shrink_block(block: Block, part: BaseModel, depth: int, merge: int) -> Bloc
         elif name == "grid":
             out[name] = [shrunk_side(side, merge) for side in value]
         else:
-            out[name] = _shrink_value(part, name, value)
+            out[name] = _shrink_value(part, name, value, keep_depth=depth is None)
     return out | (_shrink_experts(block) if "num_experts" in block else {})
 
 
@@ -98,15 +104,16 @@ _SIZES: dict[str, int] = {
 """Size of each field with this name, in any block. 0 and null stay."""
 
 
-def _shrink_value(part: BaseModel, name: str, value: Any) -> Any:
+def _shrink_value(part: BaseModel, name: str, value: Any, *, keep_depth: bool) -> Any:
     """Return the shrunk value of a field that is not a block."""
     if name in _SIZES and value:
         return _SIZES[name]
-    limits = [each.most for each in type(part).model_fields[name].metadata if isinstance(each, ShrunkTo)]
+    metadata = type(part).model_fields[name].metadata
+    limits = [each.most for each in metadata if isinstance(each, ShrunkTo) and not (keep_depth and each.counts_blocks)]
     return min(value, *limits) if limits and value is not None else value
 
 
-def _shrink_tower(block: Block, part: BaseModel, depth: int, merge: int) -> Block:
+def _shrink_tower(block: Block, part: BaseModel, depth: int | None, merge: int) -> Block:
     """Shrink a tower or decoder: the heads determine its width, and the width its feed-forward dimension."""
     head_dim, rope = _head_dim(block.get("rope"))
     old, heads = block["attention"], _shrink_heads(block["attention"], head_dim)
@@ -144,9 +151,11 @@ def _head_dim(rope: Block | None) -> tuple[int, Block | None]:
     return head_dim, {**rope, "sections": parts}
 
 
-def _shrink_depth(block: Block, depth: int) -> tuple[int, list[int]]:
+def _shrink_depth(block: Block, depth: int | None) -> tuple[int, list[int]]:
     """Return the number of blocks, and the new ``feature_layers``: equally many, in the same order."""
     features = block.get("feature_layers", ())
+    if depth is None:
+        return block["num_layers"], list(features)
     ranks = sorted(set(features))
     if not ranks:
         return depth, []

@@ -44,22 +44,24 @@ _TALKS = Path("examples/text/shards/talks.manifest")
 _MAX_TILES = 4
 
 
-def shrink_run(config: RunConfig, *, steps: int = 4, lanes: int = 2) -> RunConfig:
+def shrink_run(config: RunConfig, *, steps: int = 4, lanes: int = 2, keep_depth: bool = False) -> RunConfig:
     """Return the smoke-test configuration of a run.
 
     Args:
         config: The run.
         steps: Largest number of steps of each stage.
         lanes: Largest number of lanes of the global batch.
+        keep_depth: Keep the number of blocks of each model.
     """
-    stages = [_shrink_stage(config, number, steps, lanes) for number in range(len(config.stages))]
+    stages = [_shrink_stage(config, number, steps, lanes, keep_depth) for number in range(len(config.stages))]
+    model = shrink(config.model, keep_depth=keep_depth)
     half = max(1, steps // 2)
     return RunConfig.model_validate(
         {
             **config.model_dump(),
             "max_steps": None,
-            "data": _shrink_data(config.data, config.media_spec, media_spec(shrink(config.model)), lanes),
-            "model": shrink(config.model),
+            "data": _shrink_data(config.data, config.media_spec, media_spec(model), lanes),
+            "model": model,
             "stages": stages,
             "engine": config.engine.model_copy(
                 update={
@@ -97,10 +99,10 @@ def dropped_settings(config: RunConfig) -> list[str]:
     return [*weights, *upcycled, *teachers, *([f"evaluation.sets: {sets}"] if sets else [])]
 
 
-def _shrink_stage(config: RunConfig, number: int, steps: int, lanes: int) -> dict[str, Any]:
+def _shrink_stage(config: RunConfig, number: int, steps: int, lanes: int, keep_depth: bool) -> dict[str, Any]:
     """Return a stage, with its complete data and model blocks where it changes them."""
     stage = config.stages[number]
-    model = shrink(config.stage_model(number))
+    model = shrink(config.stage_model(number), keep_depth=keep_depth)
     data = _shrink_data(config.stage_data(number), config.stage_media(number), media_spec(model), lanes)
     return {
         **stage.with_steps(min(stage.steps, steps)).model_dump(),

@@ -266,10 +266,10 @@ def _serve() -> None:
 
 
 def _import_all() -> None:
-    from mmscale.dist import _prepare_deepspeed
+    from mmscale.dist import prepare_deepspeed
 
     gc.disable()  # The imported objects live until the end.
-    _prepare_deepspeed("cpu")
+    prepare_deepspeed("cpu")
     for name in (
         "mmscale.run.train",
         "mmscale.cli.main",

@@ -48,7 +48,7 @@ class CrossAttentionConnectorBase(FeatureConnectorBase):
     training_fields: ClassVar[tuple[str, ...]] = ("gate_init",)
     projector: ProjectorConfig = LinearProjectorConfig()
     """From tower features to the decoder's width."""
-    every: Annotated[Layers, ShrunkTo(2)] = 4
+    every: Annotated[Layers, ShrunkTo(2, counts_blocks=True)] = 4
     """Put a cross-attention block before every n-th decoder block: n-1, 2n-1, ... (0-based). At most the number of
     decoder blocks."""
     attention: AttentionConfig | None = None
