@@ -25,6 +25,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from mmscale.errors import EngineError, LaunchError, UnsupportedError
+from mmscale.io.rank_variables import NO_LAUNCHER, SRUN, TORCH, launched_rank
 
 LISTENER_VARIABLE = "MMSCALE_LISTENER"
 """Environment variable with the descriptor of an inherited socket that listens at MASTER_PORT, for rank 0's store."""
@@ -37,6 +38,8 @@ Otherwise each rank reads the addresses of all ranks from rank 0's store and ope
 would read 4 TB, and each rank would open 8,000 files."""
 _LAZY_GLOO = "TORCH_GLOO_LAZY_INIT"
 _LOOPBACK = "127.0.0.1"
+_PORT = "29500"
+"""Port of rank 0 if the launcher gives none: torchrun's default."""
 
 
 class DistributedSettings(Protocol):
@@ -112,8 +115,6 @@ def init_distributed(settings: DistributedSettings) -> World:
     local_rank = int(os.environ["LOCAL_RANK"])
     # Without LOCAL_SIZE, DeepSpeed's stage 3 starts the program ``numactl`` for every bucket of gradients on a CPU.
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    if not 0 <= rank < world_size:
-        raise LaunchError(f"RANK={rank} with WORLD_SIZE={world_size}: the rank must be below the world size")
     device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -173,27 +174,27 @@ def start_deepspeed(world: World) -> None:
 def _map_launcher_variables() -> bool:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Return whether the run has several ranks."""
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        env.setdefault("LOCAL_RANK", env.get("SLURM_LOCALID", "0"))
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
-        if missing and int(env["WORLD_SIZE"]) > 1:
-            raise LaunchError(
-                f"RANK is set but {' and '.join(missing)} is not; start with torchrun or `mmscale launch`"
-            )
-        return int(env["WORLD_SIZE"]) > 1
-    # A batch script and a shell inside an allocation have SLURM_PROCID too. Only ``srun`` sets SLURM_STEP_NUM_TASKS.
-    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
-        tasks = int(env["SLURM_STEP_NUM_TASKS"])
-        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=str(tasks), LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
+    found = launched_rank(env)
+    env.update(RANK=str(found.rank), WORLD_SIZE=str(found.world_size), LOCAL_RANK=str(found.local_rank))
+    if found.launcher == SRUN.name:
         nodes = env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES"))
         if nodes == "1" or (nodes is None and "MASTER_ADDR" not in env):
-            env.update(LOCAL_WORLD_SIZE=str(tasks), MASTER_ADDR=_LOOPBACK)
-        elif "MASTER_ADDR" not in env:
-            raise LaunchError("several nodes but no MASTER_ADDR: export the address of the first node in the script")
+            env.update(LOCAL_WORLD_SIZE=str(found.world_size), MASTER_ADDR=_LOOPBACK)
         env.setdefault("MASTER_PORT", str(20_000 + int(env.get("SLURM_JOB_ID", "0")) % 20_000))
-        return tasks > 1
-    env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    return False
+    elif found.local_world_size is not None:
+        env["LOCAL_WORLD_SIZE"] = str(found.local_world_size)
+        if found.local_world_size == found.world_size and "MASTER_PORT" not in env:  # MPI on one machine.
+            env.update(MASTER_ADDR=_LOOPBACK, MASTER_PORT=_PORT)
+    if found.launcher not in (NO_LAUNCHER, TORCH.name):
+        env.setdefault("MASTER_PORT", _PORT)
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if missing and found.world_size > 1:
+        raise LaunchError(
+            f"rank {found.rank} of {found.world_size} by {found.launcher}, but {' and '.join(missing)} is not set: "
+            "give every rank the address of rank 0's machine and a free port there, or start with torchrun or "
+            "`mmscale launch`"
+        )
+    return found.world_size > 1
 
 
 def _join(
@@ -204,7 +205,7 @@ def _join(
         options["device_id"] = device
     backend = "nccl" if device_type == "cuda" else "gloo"
     os.environ.setdefault("MASTER_ADDR", _LOOPBACK)
-    os.environ.setdefault("MASTER_PORT", "29500")  # DeepSpeed reads it. A run with one rank opens no port.
+    os.environ.setdefault("MASTER_PORT", _PORT)  # DeepSpeed reads it. A run with one rank opens no port.
     one_machine = _is_one_machine()
     if one_machine:
         _stay_on_loopback()

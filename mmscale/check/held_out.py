@@ -22,21 +22,24 @@ from mmscale.evaluate import EvaluationConfig
 _NAMES = ("grinning face", "dog", "red apple")
 _VOCABULARY = 300
 _SIDE = 64
-_MANIFEST, _TOKENIZER = "check.manifest", "tokenizer.model"
+_IMAGES, _TEXTS, _TOKENIZER = "images.manifest", "texts.manifest", "tokenizer.model"
 
 
 def write_held_out(folder: Path) -> None:
-    """Write the samples, their manifest and the tokenizer into ``folder``."""
+    """Write the samples with and without images, their manifests, and the tokenizer into ``folder``."""
     from PIL import Image
 
-    with ShardWriter(folder, "check") as writer:
+    with ShardWriter(folder, "images") as images, ShardWriter(folder, "texts") as texts:
         for number, name in enumerate(_NAMES):
             pixels = np.random.default_rng(number).integers(0, 256, (_SIDE, _SIDE, 3), dtype=np.uint8)
             image = io.BytesIO()
             Image.fromarray(pixels).save(image, "PNG")
             fields = {"name": name, "question": f"What is it? {name}", "choices": list(_NAMES), "answer": number % 3}
-            writer.write(str(number), {"png": image.getvalue(), "json": json.dumps(fields).encode()})
-    write_manifest(folder / _MANIFEST, writer.shards)
+            members = {"json": json.dumps(fields).encode()}
+            texts.write(str(number), members)
+            images.write(str(number), {**members, "png": image.getvalue()})
+    for name, writer in ((_IMAGES, images), (_TEXTS, texts)):
+        write_manifest(folder / name, writer.shards)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([*_NAMES, "What is it?"] * 4),
@@ -59,7 +62,7 @@ def tokenizer_block(folder: Path) -> dict[str, Any]:
 
 def evaluation_block(folder: Path, spec: MediaSpec) -> EvaluationConfig:
     """Return held-out sets of every kind that a model with these inputs can answer."""
-    common = {"manifest": folder / _MANIFEST}
+    common = {"manifest": folder / (_TEXTS if spec.placement is Placement.NONE else _IMAGES)}
     sets: list[dict[str, Any]] = []
     if spec.placement is not Placement.NONE:
         sets.append({"name": "images", "field": "name", "choices": None, **common})

@@ -1,4 +1,4 @@
-"""What each simulated rank runs: every stage of the run with different batches on every rank.
+"""The program of each simulated rank: every stage of the run, with different batches on every rank.
 
     for each stage:  model -> engine -> (warm start) -> steps with adversarial batches -> evaluation -> checkpoint
 

@@ -33,7 +33,7 @@ from mmscale.check.recorder import Call, CallRecorder, is_own_file
 from mmscale.errors import EngineError, MMScaleError
 
 Program = Callable[[int, CallRecorder], None]
-"""What a rank runs: gets the number of the rank and the recorder, inside of whose context it runs."""
+"""The code of a rank. It gets the number of the rank and the recorder, and runs inside the recorder's context."""
 _MOST_PENDING = 500
 """Calls that a rank collects before it sends them."""
 _Packed = tuple[str, tuple[int, ...], bytes]

@@ -150,7 +150,9 @@ class CallRecorder(TorchDispatchMode):
                 operation = frame.f_locals.get("op")
             elif _ZERO in path:
                 found = frame.f_locals
-                parameters = parameters or self._names(next((found[key] for key in _LISTED if key in found), ()))
+                # Other functions get this rank's part of the parameters, for example to compute its part of a norm.
+                if not parameters and any(part in frame.f_code.co_name for part in ("gather", "scatter")):
+                    parameters = self._names(next((found[key] for key in _LISTED if key in found), ()))
                 if not module and isinstance(current := found.get("current_submodule"), nn.Module):
                     module = self._module_names.get(id(current), type(current).__name__)
             elif is_own_file(path):

@@ -32,9 +32,7 @@ def slurm(
     qos: str = typer.Option(None, help="Quality of service."),
     constraint: str = typer.Option(None, help="Features that the nodes must have."),
     requeue: bool = typer.Option(
-        None,
-        "--requeue/--no-requeue",
-        help="Requeue after the time limit, a failure or a preemption. [default: on]",
+        None, "--requeue/--no-requeue", help="Requeue after the time limit, a failure or a preemption. [default: on]"
     ),
     max_restarts: int = typer.Option(3, min=0, help="Most restarts in a row without a newer checkpoint."),
     chain: int = typer.Option(
@@ -61,8 +59,6 @@ def slurm(
     from mmscale.run.site import load_site
 
     found = load_site(site)
-    if chain > 1:
-        requeue = False if requeue is None else requeue
     options: dict[str, Any] = {
         "gpus_per_node": gpus_per_node,
         "ranks_per_node": ranks_per_node,
@@ -72,12 +68,11 @@ def slurm(
         "account": account,
         "qos": qos,
         "constraint": constraint,
-        "requeue": requeue,
+        "requeue": False if chain > 1 and requeue is None else requeue,
         "save_seconds": save_seconds,
     }
     values = {key: getattr(found.value, key) if value is None else value for key, value in options.items()}
-    ranks = nodes * (values["gpus_per_node"] or values["ranks_per_node"] or 1)
-    run = checked(config, overrides or [], ranks).value
+    run = checked(config, overrides or [], nodes * (values["gpus_per_node"] or values["ranks_per_node"] or 1)).value
     job = _checked_job(
         found,
         {key for key, value in options.items() if value is not None},
@@ -97,9 +92,17 @@ def slurm(
         print(render(job), end="")
         return
     numbers, script = submit(job, chain)
-    log = script.parent / f"slurm-{numbers[0]}.log"
-    following = {"chain": numbers} if chain > 1 else {}
-    emit({"job": numbers[0], **following, "script": str(script), "log": str(log)}, json=json)
+    emit(_submitted(numbers, script), json=json)
+
+
+def _submitted(numbers: list[str], script: Path) -> dict[str, Any]:
+    following = {"chain": numbers} if len(numbers) > 1 else {}
+    return {
+        "job": numbers[0],
+        **following,
+        "script": str(script),
+        "log": str(script.parent / f"slurm-{numbers[0]}.log"),
+    }
 
 
 def _checked_job(site: Site, overridden: set[str], **values: Any) -> Job:

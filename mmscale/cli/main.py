@@ -7,6 +7,7 @@ the functions, so that help is instant. :func:`mmscale.cli.console.exit_code_of`
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import typer
 from data_pipeline.io.trusted_code import allow_commands
 from mmscale.cli.console import console, exit_code_of, exit_process
 from mmscale.cli.run_file import ALLOW_COMMANDS
+from mmscale.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,17 @@ def _print_version(requested: bool) -> None:
 _VERSION = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
 
 
-def _root(version_: bool = _VERSION, allowed: bool = ALLOW_COMMANDS) -> None:
+_LOCAL_RANK = typer.Option(None, "--local_rank", "--local-rank", hidden=True)
+"""The deepspeed launcher adds ``--local_rank=N`` before the arguments of a program, unless told ``--no_local_rank``."""
+
+
+def _root(version_: bool = _VERSION, allowed: bool = ALLOW_COMMANDS, local_rank: int = _LOCAL_RANK) -> None:
     allow_commands.set(allowed)
+    if local_rank is not None and os.environ.get("LOCAL_RANK") != str(local_rank):
+        raise RequestError(
+            f"--local_rank={local_rank}: the rank comes from the variables of the launcher, and LOCAL_RANK is "
+            f"{os.environ.get('LOCAL_RANK', 'not set')}; leave the option out"
+        )
 
 
 def entry() -> NoReturn:

@@ -21,6 +21,7 @@ from tests.engine.fork_server import fork_server
 
 TINY = "tests/system/tiny.yaml"
 MOE = ["model.decoder.mlp={kind: moe, num_experts: 4, experts_per_token: 1, expert_dim: 16}"]
+HYBRID = "model.connector={kind: hybrid, every: 2, mlp: {hidden_dim: 64}, projector: {kind: mlp, merge: 2}}"
 SHALLOW = ["model.decoder.num_layers=4", "model.vision.num_layers=1"]
 
 
@@ -92,7 +93,9 @@ def test_differences_of_evaluations_and_saves_are_found(tmp_path: Path) -> None:
 
 
 ARCHITECTURES = {
-    "cross attention, stage 2": (TINY, [*SHALLOW, "engine.zero_stage=2"]),
+    "cross attention, stage 1": (TINY, [*SHALLOW, "engine.zero_stage=1"]),
+    "embedding, stage 2": (TINY, [*SHALLOW, "engine.zero_stage=2", "model.connector={kind: embedding}"]),
+    "hybrid": (TINY, [*SHALLOW, "model.vision.positions={kind: rotary_2d}", HYBRID]),
     "stages": ("configs/recipes/emoji-stages.yaml", []),
     "contrastive": ("configs/recipes/emoji-contrast.yaml", []),
     "experts on two ranks": (TINY, [*SHALLOW, *MOE, "engine.expert_parallel=2"]),
@@ -101,7 +104,7 @@ ARCHITECTURES = {
         ["stages.0.distill=[{checkpoint: runs/none, weight: 0.5, temperature: 2.0}]"],
     ),
 }
-"""Shipped architectures that take seconds. Hybrid and embedding connectors are in ``test_recipes_pass``."""
+"""A small configuration of each architecture."""
 
 
 @pytest.mark.slow

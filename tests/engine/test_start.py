@@ -79,6 +79,38 @@ def test_several_nodes_need_an_address(environment: dict[str, str]) -> None:
         _map_launcher_variables()
 
 
+def test_mpi_on_one_machine_needs_no_address(environment: dict[str, str]) -> None:
+    ranks = {"RANK": "1", "SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+    environment.update({f"OMPI_COMM_WORLD_{name}": value for name, value in ranks.items()})
+    assert _map_launcher_variables()
+    assert [environment[name] for name in VARIABLES] == ["1", "2", "1", "127.0.0.1", "29500"]
+    assert _is_one_machine()
+
+
+def test_mpi_on_several_machines_needs_an_address(environment: dict[str, str]) -> None:
+    environment.update(PMI_RANK="1", PMI_SIZE="4", MPI_LOCALRANKID="1", MPI_LOCALNRANKS="2")
+    with pytest.raises(LaunchError, match="rank 1 of 4 by MPI, but MASTER_ADDR is not set"):
+        _map_launcher_variables()
+    environment["MASTER_ADDR"] = "10.0.0.1"
+    assert _map_launcher_variables()
+    assert [environment[name] for name in VARIABLES] == ["1", "4", "1", "10.0.0.1", "29500"]
+    assert not _is_one_machine()
+
+
+def test_the_deepspeed_launcher_on_one_machine(environment: dict[str, str]) -> None:
+    environment.update(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_SIZE="2", CROSS_SIZE="1")
+    environment.update(MASTER_ADDR="node1", MASTER_PORT="29501")
+    assert _map_launcher_variables()
+    assert environment["MASTER_PORT"] == "29501"
+    assert _is_one_machine()
+
+
+def test_a_second_call_in_the_same_process_finds_the_same_rank(environment: dict[str, str]) -> None:
+    environment.update(SLURM, MASTER_ADDR="10.0.0.1")
+    first = _map_launcher_variables(), dict(environment)
+    assert (_map_launcher_variables(), environment) == first
+
+
 def test_half_a_launcher_is_refused(environment: dict[str, str]) -> None:
     environment.update(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     with pytest.raises(LaunchError, match="MASTER_PORT"):

@@ -187,8 +187,8 @@ def test_mixtral_chooses_before_its_softmax(parity: Recorder) -> None:
     assert_same_text(ours, theirs, HEADED, parity)
 
 
-def test_mllama_text_with_cross_attention(parity: Recorder) -> None:
-    """The image comes first: for text before an image, Hugging Face differs from Meta's code, which ours follows."""
+def mllama_text() -> tuple[Any, Any, dict[str, Tensor]]:
+    """Return our model with cross-attention, theirs, and what ``copy_weights`` returned for them."""
     from transformers.models.mllama.configuration_mllama import MllamaTextConfig
     from transformers.models.mllama.modeling_mllama import MllamaForCausalLM
 
@@ -209,7 +209,7 @@ def test_mllama_text_with_cross_attention(parity: Recorder) -> None:
     )
     randomise(theirs)
     dense = {"kind": "dense", "hidden_dim": 128}
-    ours = build_model(
+    ours: Any = build_model(
         ModelConfig.model_validate(
             {
                 "decoder": {
@@ -240,8 +240,14 @@ def test_mllama_text_with_cross_attention(parity: Recorder) -> None:
     source = copy_weights(ours, theirs, table, optional=r"vision|head|connector\.projector")
     with torch.no_grad():
         ours.head.weight[:120] = theirs.lm_head.weight
-        projector: Any = ours.connector.projector.linear  # type: ignore[union-attr]
+        projector: Any = ours.connector.projector.linear
         projector.weight.copy_(torch.eye(64))
+    return ours, theirs, source
+
+
+def test_mllama_text_with_cross_attention(parity: Recorder) -> None:
+    """The image comes first: for text before an image, Hugging Face differs from Meta's code, which ours follows."""
+    ours, theirs, source = mllama_text()
     lengths, num_keys = [11, 6], [9, 14]
     batch = text_batch(120, lengths=lengths)
     features = torch.randn(sum(num_keys), 64, generator=torch.Generator().manual_seed(4))
@@ -251,9 +257,7 @@ def test_mllama_text_with_cross_attention(parity: Recorder) -> None:
         torch.arange(sum(num_keys)), batch.segments, Segments.from_lengths(num_keys),
     )  # fmt: skip
     hidden = ours.decoder.embed_tokens(batch.token_ids)
-    hidden, attended = ours.connector.connect(  # type: ignore[union-attr]
-        hidden, features, hidden[:0], media, batch.segments, None
-    )
+    hidden, attended = ours.connector.connect(hidden, features, hidden[:0], media, batch.segments, None)
     hidden, _ = ours.decoder(hidden, batch.position_ids, batch.segments, None, attended)
     logits = ours.head(hidden)[:, :120]
     expected = torch.cat(
