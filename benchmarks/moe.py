@@ -30,7 +30,7 @@ from mmscale.nn.moe import MoeConfig, MoeMlp
 from mmscale.nn.router import RoutedRows
 
 DIM, EXPERT_DIM, CHOSEN = 512, 512, 8
-EAGER_TURNS = 2
+EAGER_TURNS = 1
 """Measured turns of Hugging Face's eager loop, which with 64 experts is 15 times as slow as the others."""
 PARTS = ("block", "step", "active")
 STEP = ["--models", "olmoe", "--ranks", "2", "--stages", "3"]
@@ -155,8 +155,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 64], help="experts of the block")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of the block")
     parser.add_argument("--step-tokens", type=int, default=2048, help="tokens of each rank in a step")
-    parser.add_argument("--turns", type=int, default=7, help="measured turns of the block")
-    parser.add_argument("--steps", type=int, default=5, help="measured steps")
+    parser.add_argument("--turns", type=int, default=5, help="measured turns of the block")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each process")
     return parser.parse_args(words)
 

@@ -62,7 +62,8 @@ class Rank:
         if self.side != "ours":
             self._engine = TheirEngine(theirs, zero_stage, precision, self.world)
             return
-        config = EngineConfig(zero_stage=zero_stage, precision=precision, device="cpu")
+        buckets = {"gather_bucket_elements": 0, "reduce_bucket_elements": 1_000_000} if zero_stage == 3 else {}
+        config = EngineConfig(zero_stage=zero_stage, precision=precision, device="cpu", **buckets)
         fill = fill_from(weights_for_ours(theirs))
         ours = construct(lambda: build_model(our_config(model), seed=None), config, self.world, fill)
         objective = NextToken(world=self.world)

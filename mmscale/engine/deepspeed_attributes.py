@@ -30,7 +30,7 @@ _STAGE_1_2 = (
 _STAGE_1_BF16 = ("bf16_groups", "fp32_groups_gradient_flat_partition", "optimizer", "update_lp_params")
 _STAGE_0_WRAPPER = ("fp16_groups", "fp32_groups", "_global_grad_norm")
 _LOSS_SCALER = ("cur_hysteresis", "cur_iter", "cur_scale", "last_overflow_iter")
-_STAGE_3_PARAMETER = ("ds_numel", "ds_process_group", "ds_shape", "ds_tensor")
+_STAGE_3_PARAMETER = ("ds_numel", "ds_numel_aligned", "ds_process_group", "ds_shape", "ds_tensor")
 
 
 def check_attributes(deepspeed_engine: Any, model: nn.Module, zero_stage: int, version: str) -> None:

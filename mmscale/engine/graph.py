@@ -2,7 +2,7 @@
 
     LossGraph      model and objective in one forward pass.
     recompute      recompute a unit's activations in the backward pass.
-    gather_whole   let ZeRO-3 gather a unit in one message and reduce its gradients together.
+    gather_whole   let ZeRO-3 gather a unit in one call and reduce its gradients together.
     SavedWeights   let autograd save a reference to a weight instead of its gathered values.
 
 A unit is a block of the model. By default ZeRO-3 gathers each linear layer and each norm in its own hooks: 4,000 hooked
@@ -129,7 +129,7 @@ def recompute(units: list[nn.Module]) -> Undo:
 
 
 def gather_whole(units: list[nn.Module]) -> Undo:
-    """Let ZeRO-3 gather each unit in one message and reduce its gradients together. Return an undo function.
+    """Let ZeRO-3 gather each unit in one call and reduce its gradients together. Return an undo function.
 
     DeepSpeed reduces a unit's gradients as soon as the gradients of its *inputs* exist. A trained unit after frozen
     ones may have no input that requires a gradient, and would be reduced before its own gradients exist. A hook
@@ -212,11 +212,11 @@ class SavedWeights:
         parameter = self._by_storage.get(storage.data_ptr())
         if parameter is None:
             return saved
-        # The address may be reused after the weight was freed, and one storage may hold several parameters.
-        own = parameter.untyped_storage()
-        if own.data_ptr() != storage.data_ptr() or own.nbytes() != parameter.nbytes:
-            return saved
-        if saved.dtype != parameter.dtype:
+        # The address may be reused after the weight was freed, and one storage may hold several parameters. A gathered
+        # weight may be padded to a multiple of the number of ranks.
+        own, padded = parameter.untyped_storage(), getattr(parameter, "ds_numel_aligned", parameter.numel())
+        sizes = (parameter.nbytes, padded * parameter.element_size())
+        if own.data_ptr() != storage.data_ptr() or own.nbytes() not in sizes or saved.dtype != parameter.dtype:
             return saved
         return _WeightView(parameter, saved.size(), saved.stride(), int(saved.storage_offset()))
 

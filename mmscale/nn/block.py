@@ -22,6 +22,7 @@ from data_pipeline.io.strict import StrictConfig
 from mmscale.nn.attention_backends import Backend, varlen_attention
 from mmscale.nn.dropout import Dropout, SubLayer
 from mmscale.nn.flops import Product, attention_product, linear_product
+from mmscale.nn.rms_norm import RmsNorm
 from mmscale.nn.rope import Rotation, rotate
 from mmscale.nn.router import RoutedRows, RouterTensors
 from mmscale.nn.sizes import Epsilon, Heads, Width
@@ -46,9 +47,9 @@ class NormConfig(StrictConfig):
 def build_norm(config: NormConfig, dim: int) -> nn.Module:
     """Return a norm over ``dim`` channels.
 
-    Source: Zhang and Sennrich 2019, "Root mean square layer normalization"; Ba et al. 2016, "Layer normalization".
+    Source: Ba et al. 2016, "Layer normalization"; for the other kind see ``RmsNorm``.
     """
-    return (nn.RMSNorm if config.kind is NormKind.RMS else nn.LayerNorm)(dim, eps=config.eps)
+    return (RmsNorm if config.kind is NormKind.RMS else nn.LayerNorm)(dim, eps=config.eps)
 
 
 class QkNorm(str, Enum):

@@ -38,19 +38,19 @@ class Dispatch:
     """The choices that experts compute, sorted by expert and then by row.
 
     Attributes:
-        num_rows: T.
         copies: A, experts that each row chose.
         choices: int64 ``(R,)``, indices of the computed choices among all ``(T, A)``. R is below ``T A`` if some rows
             are not valid or an expert has reached its capacity.
         counts: int64 ``(E,)``, number of computed choices of each expert.
-        inverse: int64 ``(T A,)``, position of each choice in ``choices``; None if R is below ``T A``.
+        order: int64 ``(R,)``, positions in ``choices``, sorted by row.
+        starts: int64 ``(T,)``, first index of each row in ``order``.
     """
 
-    num_rows: int
     copies: int
     choices: Int[Tensor, " R"]
     counts: Int[Tensor, " E"]
-    inverse: Int[Tensor, " TA"] | None
+    order: Int[Tensor, " R"]
+    starts: Int[Tensor, " T"]
 
     @classmethod
     def of(
@@ -81,8 +81,10 @@ class Dispatch:
             choices = choices[places - (ends - counts)[experts] < capacity]
             counts = counts.clamp(max=capacity)
         complete = len(choices) == chosen.numel()
-        inverse = torch.empty_like(choices).scatter_(0, choices, places) if complete else None
-        return cls(len(chosen), copies, choices, counts, inverse)
+        order = torch.empty_like(choices).scatter_(0, choices, places) if complete else choices.argsort()
+        firsts = torch.arange(len(chosen), device=device) * copies
+        starts = torch.searchsorted(choices.index_select(0, order), firsts)
+        return cls(copies, choices, counts, order, starts)
 
     def gather(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "R D"]:
         """Return the row of each choice."""
@@ -109,15 +111,13 @@ class _Gather(Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, dispatch: Dispatch) -> Tensor:
-        ctx.shape = dispatch.num_rows, dispatch.copies
-        ctx.save_for_backward(dispatch.choices, dispatch.inverse)
+        ctx.save_for_backward(dispatch.order, dispatch.starts)
         return hidden.index_select(0, dispatch.choices // dispatch.copies)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        choices, inverse = ctx.saved_tensors
-        return _spread(grad, choices, inverse, ctx.shape).sum(1), None
+        return _sum(grad, *ctx.saved_tensors), None
 
 
 class _Sum(Function):
@@ -127,7 +127,7 @@ class _Sum(Function):
     def forward(ctx: Any, outputs: Tensor, dispatch: Dispatch) -> Tensor:
         ctx.copies = dispatch.copies
         ctx.save_for_backward(dispatch.choices)
-        return _spread(outputs, dispatch.choices, dispatch.inverse, (dispatch.num_rows, dispatch.copies)).sum(1)
+        return _sum(outputs, dispatch.order, dispatch.starts)
 
     @staticmethod
     @once_differentiable
@@ -136,13 +136,9 @@ class _Sum(Function):
         return grad.index_select(0, choices // ctx.copies), None
 
 
-def _spread(values: Tensor, choices: Tensor, inverse: Tensor | None, shape: tuple[int, int]) -> Tensor:
-    """Return ``values`` of computed choices in the order of all choices, ``(T, A, D)``; dropped choices are 0."""
-    if inverse is not None:
-        spread = values.index_select(0, inverse)
-    else:
-        spread = values.new_zeros(shape[0] * shape[1], values.shape[1]).index_copy_(0, choices, values)
-    return spread.view(*shape, values.shape[1])
+def _sum(values: Float[Tensor, "R D"], order: Int[Tensor, " R"], starts: Int[Tensor, " T"]) -> Float[Tensor, "T D"]:
+    """Return the sum over each row's computed choices in one pass over ``values``; a row without any gets 0."""
+    return F.embedding_bag(order, values, starts, mode="sum")
 
 
 class Experts(nn.Module):

@@ -27,13 +27,15 @@ class Part(nn.Module):
         return torch.mm(self.linear(rows).tanh(), self.experts[1]) * self.scale
 
 
-def gathered_for_a_moment(part: Part, seen: list[StorageWeakRef]) -> None:
-    """Hooks that gather weights before a pass and free them after it."""
+def gathered_for_a_moment(part: Part, seen: list[StorageWeakRef], padding: int = 0) -> None:
+    """Hooks that gather weights before a pass, with some values behind them, and free them after it."""
     kept = {p: p.detach().clone() for p in part.parameters()}
 
     def gather(*_: Any) -> None:
         for parameter, values in kept.items():
-            parameter.data = values.clone()
+            parameter.ds_numel_aligned = values.numel() + padding  # type: ignore[attr-defined]
+            buffer = values.new_zeros(values.numel() + padding)
+            parameter.data = buffer[: values.numel()].view(values.shape).copy_(values)
 
     def release(*_: Any) -> None:
         for parameter in kept:
@@ -45,12 +47,14 @@ def gathered_for_a_moment(part: Part, seen: list[StorageWeakRef]) -> None:
     part.register_full_backward_pre_hook(gather)
 
 
-def passes(whole: bool, saving: Callable[[nn.Module], AbstractContextManager[Any]]) -> tuple[list[bool], list[Tensor]]:
+def passes(
+    whole: bool, saving: Callable[[nn.Module], AbstractContextManager[Any]], padding: int = 0
+) -> tuple[list[bool], list[Tensor]]:
     """Return which gathered storages are freed after the forward pass, and the gradients."""
     torch.manual_seed(1)
     part, rows, seen = Part(), torch.randn(5, 6, requires_grad=True), []
     if not whole:
-        gathered_for_a_moment(part, seen)
+        gathered_for_a_moment(part, seen, padding)
     with saving(part):
         out = part(rows)
     gone = [storage.expired() for storage in seen]
@@ -58,14 +62,14 @@ def passes(whole: bool, saving: Callable[[nn.Module], AbstractContextManager[Any
     return gone, list(grads)
 
 
-@pytest.mark.parametrize("as_unit", [True, False])
-def test_freed_weights_are_gone_and_gradients_are_those_of_whole_ones(as_unit: bool) -> None:
+@pytest.mark.parametrize(("as_unit", "padding"), [(True, 0), (False, 0), (True, 2)])
+def test_freed_weights_are_gone_and_gradients_are_those_of_whole_ones(as_unit: bool, padding: int) -> None:
     def saving(part: nn.Module) -> AbstractContextManager[Any]:
         return SavedWeights(part, [part] if as_unit else [])()
 
     _, expected = passes(True, lambda part: nullcontext())
     kept, _ = passes(False, lambda part: nullcontext())
-    gone, grads = passes(False, saving)
+    gone, grads = passes(False, saving, padding)
     assert not all(kept), "autograd alone holds on to the views"
     assert all(gone)
     assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))

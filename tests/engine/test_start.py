@@ -160,6 +160,12 @@ def test_somebody_clips_exactly_once(stage: int, name: str) -> None:
     assert dictionary["zero_optimization"]["stage"] == stage
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_only_stage_3_gathers_weights_one_by_one(stage: int) -> None:
+    with pytest.raises(ValueError, match="gather_bucket_elements=0 needs zero_stage=3"):
+        EngineConfig(zero_stage=stage, gather_bucket_elements=0)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("numel", [1, 2, 3, 10, 12, 13])
 @pytest.mark.parametrize("world_size", [1, 2, 4, 7])
 def test_shares_tile_a_parameter(numel: int, world_size: int) -> None:

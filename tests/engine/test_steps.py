@@ -34,7 +34,7 @@ CASES: list[dict[str, Any]] = [
     {"zero": 2},
     {"zero": 3},
     {"zero": 3, "persistent_parameter_elements": 1000, "live_parameter_elements": 0},
-    {"zero": 3, "activation_checkpointing": True},
+    {"zero": 3, "activation_checkpointing": True, "gather_bucket_elements": 0, "reduce_bucket_elements": 100},
     {"zero": 0, "activation_checkpointing": True},
     {"zero": 2, **FROZEN},
     {"zero": 3, **FROZEN},
