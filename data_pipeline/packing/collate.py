@@ -27,6 +27,11 @@ def join_copies(arrays: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
     return torch.from_numpy(np.concatenate(arrays))
 
 
+def join_nothing(arrays: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+    """Return no rows. A batch that is only counted needs no pixels."""
+    return torch.empty((0, arrays[0].shape[1]), dtype=torch.uint8)
+
+
 def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) -> MultimodalBatch:
     """Return a microbatch of the packs' documents, in order. Each document becomes a segment.
 

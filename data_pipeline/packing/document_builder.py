@@ -400,6 +400,32 @@ def _size_of(data: bytes) -> tuple[int, int]:
     return header.height, header.width
 
 
+def example_document(
+    transforms: TransformConfig, spec: MediaSpec, image_sizes: Sequence[tuple[int, int]], text_tokens: int
+) -> Document:
+    """Return a document of given sizes: images, then learned text. It needs no sample, tokenizer or layout.
+
+    Its token ids and pixels are meaningless. For estimates of a run whose data do not exist here.
+
+    Args:
+        transforms: How an image becomes crops.
+        spec: The model's inputs.
+        image_sizes: (height, width) of each image in pixels.
+        text_tokens: Number of text tokens, at least 1.
+
+    Raises:
+        DataConfigError: the transforms do not fit the model.
+        SampleError: an image is too large, too small or too elongated.
+    """
+    draft = _Draft(spec)
+    if image_sizes:
+        transform = ImageTransform(transforms, spec)
+        for size in image_sizes:
+            draft.add_image(transform.dry_run(size, None, len(image_sizes)), 0, None)
+    draft.add_tokens((0,) * text_tokens, 1.0)
+    return draft.finish(Provenance("example", "", "", 0))
+
+
 def dummy_document(spec: MediaSpec, pad_id: int) -> Document:
     """Return the smallest document that uses every module of the model. It has no labels, loss weights or provenance.
 

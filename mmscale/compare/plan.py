@@ -23,18 +23,13 @@ from dataclasses import asdict, dataclass
 from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
-
 from data_pipeline.errors import DataConfigError, DataPipelineError
 from data_pipeline.history.replay import Replay
 from data_pipeline.io.atomic import write_whole
 from data_pipeline.io.untrusted import read_json
 from data_pipeline.loader.loader import Loader
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.packing.collate import collate
+from data_pipeline.packing.collate import collate, join_nothing
 from data_pipeline.packing.packer import Pack
 from mmscale.compare.config import Comparison, EqualBudget, Variant
 from mmscale.config import dump
@@ -281,12 +276,8 @@ def _measure_step(packs: dict[int, Pack], models: Sequence[_StepModel], spec: Me
     """Measure one step lane by lane. All counts are sums over documents and spans, so microbatches do not matter."""
     learned = flops = 0
     for pack in packs.values():
-        batch = collate([pack], spec, _without_pixels)
+        batch = collate([pack], spec, join_nothing)
         learned += int(batch.loss_weights.count_nonzero())
         flops += sum(training_flops(model, batch, trained).model for model, trained in models)
     positions = tuple((lane, pack.drawn) for lane, pack in packs.items())
     return StepLoad(sum(len(pack.drawn) for pack in packs.values()), learned, flops, hash(positions))
-
-
-def _without_pixels(arrays: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
-    return torch.empty((0, arrays[0].shape[1]), dtype=torch.uint8)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -115,11 +115,14 @@ def memory_of_rank(config: RunConfig, stage: int, ranks: int, *, device: str | N
     # Only these keys of the engine block change what a pass computes.
     kept = EngineConfig(micro_lanes=engine.micro_lanes, expert_parallel=engine.expert_parallel)
     relevant = config.model_copy(update={"engine": kept}).model_dump_json()
+    # Only a contrastive loss computes with the rows of all ranks; other passes serve every number of ranks.
+    traced = engine.expert_parallel if config.stage_model(stage).predicts_tokens else ranks
     passes = {
-        checkpointing: _events(_Pass(relevant, stage, ranks, device, width, checkpointing))
+        checkpointing: _events(_Pass(relevant, stage, traced, device, width, checkpointing))
         for checkpointing in (False, True)
     }
     shapes, events, batch_bytes = passes[engine.activation_checkpointing]
+    shapes = replace(shapes, ranks={name: count * ranks // traced for name, count in shapes.ranks.items()})
     step = _Step(config, shapes, ranks, width, device)
     moment, parts = max(step.moments(events), key=lambda each: sum(each[1].values()))
     if device == "cuda":

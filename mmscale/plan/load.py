@@ -1,0 +1,195 @@
+"""The work of one pack: the counts that operations are proportional to, tokens, samples and bytes.
+
+    the data exist here    replay the first steps of a few lanes, as the loader packs them, without decoding images
+    they do not            packs filled with equal documents of an assumed size
+
+Every count is a mean over packs, so it need not be a whole number.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.config import DataConfig, DatasetConfig
+from data_pipeline.document import Document
+from data_pipeline.errors import SampleError
+from data_pipeline.history.replay import Replay
+from data_pipeline.media_spec import MediaSpec
+from data_pipeline.packing.collate import collate, join_nothing
+from data_pipeline.packing.document_builder import dummy_document, example_document
+from data_pipeline.packing.packer import Pack
+from data_pipeline.shards.manifest import Manifest
+from mmscale.errors import ConfigError, MMScaleError
+from mmscale.models.config import ModelConfig
+from mmscale.models.flops import batch_counts
+from mmscale.run.config import RunConfig
+from mmscale.run.stage_teachers import teacher_models
+
+_LANES, _STEPS = 4, 3
+"""Lanes and steps of a replay. Twelve packs of the quickstart have the mean of all packs within 5 %."""
+
+
+@dataclass(frozen=True)
+class ExampleDocument:
+    """The assumed size of a document, for data that do not exist here.
+
+    Attributes:
+        tokens: Text tokens; None: 256 with an image, else enough to fill a pack.
+        height, width: Size of its image in pixels. Templates without images have none.
+    """
+
+    tokens: int | None = None
+    height: int = 768
+    width: int = 1024
+
+
+@dataclass(frozen=True)
+class StageLoad:
+    """The mean pack of a stage.
+
+    Attributes:
+        counts: For the model and then for each teacher, its counts (``batch_counts``). ``passes`` is not included.
+        tokens: Tokens without those of dummy documents.
+        samples: Documents without dummy documents.
+        sample_bytes: Mean bytes of a sample in its shard; None if the manifests do not exist here.
+        shards: Number of shards; None likewise.
+        available_samples: Samples of all data sets; None likewise.
+        measured: Whether packs were replayed; False if they are assumed.
+        source: One sentence on where the values come from.
+    """
+
+    counts: tuple[dict[str, float], ...]
+    tokens: float
+    samples: float
+    sample_bytes: float | None
+    shards: int | None
+    available_samples: int | None
+    measured: bool
+    source: str
+
+
+def stage_load(config: RunConfig, number: int, example: ExampleDocument | None = None) -> StageLoad:
+    """Return the mean pack of a stage.
+
+    Args:
+        config: The run.
+        number: The stage.
+        example: Assume documents of this size, even if the data exist here. None: only if they do not.
+
+    Raises:
+        ConfigError: the image of ``example`` does not fit the transforms, or a teacher cannot be found.
+        DataConfigError: the data do not fit the model.
+        DataPipelineError: the data are damaged.
+    """
+    data, spec = config.stage_data(number), config.stage_media(number)
+    manifests = _manifests(data)
+    teachers, note = _teachers(config, number)
+    models = [config.stage_model(number), *teachers]
+    if example is None and has_data(data):
+        documents = _replayed(data, spec, config.seed)
+        counts, tokens, samples = _mean_counts([documents[1]], [1.0], models, spec, documents[0])
+        source = f"replayed {documents[0]} packs"
+    else:
+        counts, tokens, samples, source = _assumed(data, spec, models, example or ExampleDocument())
+    sample_bytes = shards = available = None
+    if manifests is not None:
+        sizes = [sum(each.shard_bytes(n) for n in range(each.num_shards)) / each.num_samples for each in manifests]
+        shares = _shares(data.datasets, [each.num_samples for each in manifests])
+        sample_bytes = sum(size * share for size, share in zip(sizes, shares, strict=True))
+        shards = sum(each.num_shards for each in manifests)
+        available = sum(each.num_samples for each in manifests)
+    return StageLoad(
+        counts, tokens, samples, sample_bytes, shards, available, source.startswith("replayed"), source + note
+    )
+
+
+def has_data(data: DataConfig) -> bool:
+    """Return whether this machine can read the data block: local manifests and the tokenizer exist."""
+    return _manifests(data) is not None and data.tokenizer.path.exists()
+
+
+def _manifests(data: DataConfig) -> list[Manifest] | None:
+    """Return the manifests of all data sets; None if one is remote, missing or not used."""
+    paths = [dataset.manifest for dataset in data.datasets]
+    found = [path for path in paths if isinstance(path, Path) and path.exists()]
+    return [Manifest.open(path) for path in found] if found and len(found) == len(paths) else None
+
+
+def _teachers(config: RunConfig, number: int) -> tuple[list[ModelConfig], str]:
+    try:
+        return list(teacher_models(config, number)), ""
+    except MMScaleError as error:
+        return [], f"; the teachers are not counted ({error})"
+
+
+def _replayed(data: DataConfig, spec: MediaSpec, seed: int) -> tuple[int, list[Document]]:
+    """Return the number of replayed packs, and all their documents with the dummy ones."""
+    replay = Replay(data, spec, seed, lanes=range(min(_LANES, data.lanes)), give_up=True)
+    packs = [pack for _ in range(_STEPS) for pack in replay.next_packs().values()]
+    return len(packs), [document for pack in packs for document in pack.documents]
+
+
+def _assumed(
+    data: DataConfig, spec: MediaSpec, models: Sequence[ModelConfig], example: ExampleDocument
+) -> tuple[tuple[dict[str, float], ...], float, float, str]:
+    packing = data.packing
+    room = packing.max_tokens - dummy_document(spec, 0).num_tokens
+    documents = []
+    for dataset in data.datasets:
+        takes_images = spec.needs_embedded or spec.needs_unembedded
+        images = [(example.height, example.width)] * (takes_images and dataset.template.takes_images)
+        longest = min(room, spec.max_document_tokens or room)
+        tokens = example.tokens or (min(256, longest) if images else longest)
+        try:
+            documents.append(example_document(dataset.transforms, spec, images, min(tokens, longest)))
+        except SampleError as error:
+            raise ConfigError(f"data set {dataset.name}, image of {example.width}x{example.height}: {error}") from error
+    shares = _shares(data.datasets, [1] * len(documents))
+    mean_tokens, mean_cost = (
+        sum(share * value for share, value in zip(shares, values, strict=True))
+        for values in ([each.num_tokens for each in documents], [each.cost(spec) for each in documents])
+    )
+    fitting = [packing.max_tokens / mean_tokens, packing.max_documents or packing.max_tokens]
+    fitting += [] if packing.max_cost is None else [packing.max_cost / mean_cost]
+    per_pack = max(1.0, min(fitting))
+    counts, tokens_of_one, _ = _mean_counts([[each] for each in documents], shares, models, spec, 1)
+    scaled = tuple({name: value * per_pack for name, value in count.items()} for count in counts)
+    what = f"{mean_tokens:,.0f} tokens"
+    if any(each.items for each in documents):
+        what += f" (image of {example.width}x{example.height} pixels)"
+    source = f"assumed: {per_pack:,.1f} documents of {what} in a pack"
+    return scaled, min(tokens_of_one * per_pack, packing.max_tokens), per_pack, source
+
+
+def _mean_counts(
+    groups: Sequence[Sequence[Document]],
+    shares: Sequence[float],
+    models: Sequence[ModelConfig],
+    spec: MediaSpec,
+    packs: int,
+) -> tuple[tuple[dict[str, float], ...], float, float]:
+    """Return the counts of each model, the tokens and the samples, weighted by ``shares`` and divided by ``packs``."""
+    totals = [Counter[str]() for _ in models]
+    tokens = samples = 0.0
+    for documents, share in zip(groups, shares, strict=True):
+        batch = collate([Pack(tuple(documents), 0)], spec, join_nothing)
+        learned = int(batch.loss_weights.count_nonzero())
+        for model, total in zip(models, totals, strict=True):
+            for name, count in batch_counts(model, batch, learned).items():
+                total[name] += share * count / packs  # type: ignore[assignment]  # A mean.
+        tokens += share * batch.num_tokens / packs
+        samples += share * batch.num_samples / packs
+    return (
+        tuple({name: count for name, count in total.items() if name != "passes"} for total in totals),
+        tokens,
+        samples,
+    )
+
+
+def _shares(datasets: Sequence[DatasetConfig], num_samples: Sequence[int]) -> list[float]:
+    """Return the share of each data set in the drawn samples of the first step."""
+    weights = [each.weight_changes(count)[0][1] for each, count in zip(datasets, num_samples, strict=True)]
+    return [weight / sum(weights) for weight in weights]
