@@ -130,7 +130,10 @@ class PlanRank:
         """Return what each rank allocates in the second step of ``config``. All ranks must call."""
         found = measure_rank(config, self.world)
         names = sorted(found.phases)
-        columns = [gather_numbers(self.world, float(value)) for value in (found.before, *map(found.phases.get, names))]
+        columns = [
+            gather_numbers(self.world, float(value))
+            for value in (found.before, *(found.phases[name] for name in names))
+        ]
         return [
             Measured(int(row[0]), dict(zip(names, map(int, row[1:]), strict=True)))
             for row in zip(*columns, strict=True)
@@ -157,10 +160,10 @@ def measure_rank(config: RunConfig, world: World) -> Measured:
         engine.train_step(batches[1])
         marks.append((time.time_ns(), "end"))
     engine.close()
-    return _peaks(profile, marks)
+    return peaks(profile, marks)
 
 
-def _peaks(profile: Any, marks: list[tuple[int, str]]) -> Measured:
+def peaks(profile: Any, marks: list[tuple[int, str]]) -> Measured:
     """Return the largest sum of allocations minus releases in each phase of ``marks``."""
     records = sorted(
         (event.start_ns(), event.nbytes())

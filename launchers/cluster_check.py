@@ -56,10 +56,10 @@ def _size_problems(job: Job, partition: Partition) -> Iterator[Problem]:
         return
     fitting = [group.count for group in partition.groups if group.gpus >= job.gpus_per_node and group.cpus >= cores]
     most = min(sum(fitting), partition.most_nodes or sum(fitting))
-    if job.nodes > most:
+    if job.nodes + job.spares > most:
         yield Problem(
             "nodes",
-            f"--nodes {job.nodes}",
+            f"--nodes {job.nodes}" + (f" --spares {job.spares}" if job.spares else ""),
             f"{where} gives a job at most {most} nodes with {job.gpus_per_node} GPUs and {cores} cores",
         )
 

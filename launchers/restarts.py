@@ -9,7 +9,8 @@ one line for each start, failure and decision of the job, over all its starts.
 
 A job restarts at most ``--max-restarts`` times in a row without a newer checkpoint. A node that failed twice in one job
 is excluded. These failures count for a node: SLURM reports it down, a signal killed one of its ranks, or the watchdog
-found one of its ranks stopped. An exit code 1 counts for no node, because all ranks may have the same cause.
+found one of its ranks stopped. An exit code 1 counts for no node, because all ranks may have the same cause. A node
+that failed the health check is excluded after one failure.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class RankExit(NamedTuple):
 
 @dataclass(frozen=True)
 class End:
-    """What is known when the ranks of a start have ended.
+    """The end of the ranks of a start.
 
     Attributes:
         code: Exit code of ``srun``.
@@ -66,6 +67,7 @@ class End:
         exits: Ranks that failed, in the order in which they ended. Ranks that SLURM killed are missing.
         silent: Nodes whose ranks did not run, as the watchdog of another rank found.
         down: Nodes of the job that SLURM reports as down.
+        unhealthy: Nodes that failed the health check, so that no rank was started.
     """
 
     code: int
@@ -73,11 +75,14 @@ class End:
     exits: Sequence[RankExit] = ()
     silent: Sequence[str] = ()
     down: Sequence[str] = ()
+    unhealthy: Sequence[str] = ()
 
     def cause(self) -> tuple[str, list[str]]:
         """Return why the ranks ended, and the nodes that caused it."""
         if self.stopped:
             return "saved and stopped", []
+        if self.unhealthy:  # A check is repeatable evidence: exclude the node after one failure.
+            return f"{', '.join(self.unhealthy)} failed the health check", STRIKES * list(self.unhealthy)
         if self.down:
             return f"SLURM reports {', '.join(self.down)} as down", list(self.down)
         if not self.exits:
@@ -146,7 +151,7 @@ class History:
 
 
 class Decision(NamedTuple):
-    """What the script does next, see the top of this file."""
+    """The next action of the script, see the top of this file."""
 
     action: Literal["run", "requeue", "end"]
     reason: str
@@ -301,6 +306,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-restarts", type=int, required=True)
     parser.add_argument("--code", type=int, default=0, help="exit code of srun")
     parser.add_argument("--stopped", type=Path, help="file that ranks create if they saved and stopped")
+    parser.add_argument("--unhealthy", default="-", help="nodes that failed the health check, with commas; - for none")
     parser.add_argument("--exits", type=Path, help="folder with a file for each rank that failed")
     return parser.parse_args()
 
@@ -326,7 +332,8 @@ def main() -> None:
     else:
         stopped = args.stopped is not None and args.stopped.exists()
         exits = read_exits(args.exits) if args.exits else []
-        end = End(args.code, stopped, exits, _silent_nodes(args.run_dir), _down_nodes(nodes))
+        unhealthy = [node for node in args.unhealthy.split(",") if node in nodes]
+        end = End(args.code, stopped, exits, _silent_nodes(args.run_dir), _down_nodes(nodes), unhealthy)
         reason, failed = end.cause()
         # A folder that cannot be read has no checkpoint; that is no progress.
         counts = args.checkpoint in ("", args.before)

@@ -30,6 +30,8 @@ _OWN_MARGIN_SECONDS = 120
 """A run stops by itself this long before SLURM ends the job."""
 _SUBMIT_SECONDS = 120.0
 """A busy scheduler may take a minute to answer sbatch."""
+HEALTH_SECONDS = 300
+"""Longest time of the health check, with the time to start it on all nodes. A node without an answer fails."""
 _UNLIMITED = ("infinite", "unlimited", "-1")
 _DAYS = re.compile(r"(\d+)-(\d+)(?::(\d+))?(?::(\d+))?")
 _MINUTES = re.compile(r"(?:(\d+):(?=\d+:))?(\d+)(?::(\d+))?")
@@ -80,6 +82,8 @@ class Job:
         arguments: The command line of each rank, without ``mmscale``.
         run_dir: Run folder, on a file system that all nodes share.
         nodes: Number of machines.
+        spares: Machines that the job asks for in addition, to replace those that fail the health check.
+        health_check: Whether to check the machines before training. ``spares`` needs it.
         gpus_per_node: GPUs on each machine, one for each rank; 0 for ranks on CPUs.
         ranks_per_node: Ranks on each machine without GPUs. With GPUs it must be 1 or ``gpus_per_node``.
         cpus_per_task: CPU cores for each rank; None for the cluster's default.
@@ -109,6 +113,8 @@ class Job:
     arguments: tuple[str, ...]
     run_dir: Path
     nodes: int = 1
+    spares: int = 0
+    health_check: bool = False
     gpus_per_node: int = 0
     ranks_per_node: int = 1
     cpus_per_task: int | None = None
@@ -142,6 +148,8 @@ class Job:
                 f"--save-seconds {self.save_seconds}",
                 "nodes, ranks and seconds start at 1, GPUs at 0",
             )
+        if self.spares < 0 or (self.spares and not self.health_check):
+            yield Problem("spares", f"--spares {self.spares}", "expected 0 or more, and the health check on")
         if self.max_restarts < 0:
             yield Problem("max_restarts", f"--max-restarts {self.max_restarts}", "expected 0 or more")
         if self.gpus_per_node and self.ranks_per_node not in (1, self.gpus_per_node):
@@ -243,11 +251,18 @@ class Job:
         command = [*(self.executable or (python, *_COMMAND_LINE)), *self.arguments]
         return command if self.container is None else self.container.wrap(command, self.folders, self.gpus_per_node > 0)
 
+    def health_command(self) -> list[str]:
+        """Return the command that checks a node, without the folder; empty without a health check."""
+        if not self.health_check:
+            return []
+        command = [self.python if self.container is None else self.container.python, "-m", "launchers.health", "node"]
+        return command if self.container is None else self.container.wrap(command, self.folders, self.gpus_per_node > 0)
+
     def directives(self) -> list[str]:
         """Return the options of sbatch, one for each line of the script."""
         options = {
             "job-name": self.name,
-            "nodes": self.nodes,
+            "nodes": self.nodes + self.spares,
             "ntasks-per-node": self.gpus_per_node or self.ranks_per_node,
             "gpus-per-node": self.gpus_per_node or None,
             "cpus-per-task": self.cpus_per_task,
@@ -326,6 +341,11 @@ def render(job: Job) -> str:
         srun_options=[] if job.container is None else job.container.srun_options(job.folders, job.environment),
         requeue=job.requeue,
         max_restarts=job.max_restarts,
+        health_command=shlex.join(job.health_command()),
+        health_seconds=HEALTH_SECONDS,
+        num_nodes=job.nodes,
+        num_checked=job.nodes + job.spares,
+        num_tasks=job.nodes * (job.gpus_per_node or job.ranks_per_node),
         python=shlex.quote(job.python),
         exit_wrong_use=EXIT_WRONG_USE,
         is_chained=job.is_chained,

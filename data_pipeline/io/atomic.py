@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from data_pipeline.io.retry import retry_io
+
 
 def partial_path(path: Path) -> Path:
     """Return the hidden name that ``path`` has until it is complete."""
@@ -66,7 +68,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_whole(path: Path, data: bytes, *, parents: bool = False) -> None:
-    """Write ``data`` to ``path``, completely or not at all.
+    """Write ``data`` to ``path``, completely or not at all. Wait for a file system that is lost, see ``retry``.
 
     Args:
         path: An older file of this name is replaced.
@@ -76,10 +78,46 @@ def write_whole(path: Path, data: bytes, *, parents: bool = False) -> None:
     Raises:
         OSError: as ``replacing``.
     """
-    if parents:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(data)
+
+    def write() -> None:
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(data)
+
+    retry_io(write)
+
+
+def append_whole(path: Path, data: bytes) -> None:
+    """Append ``data`` to a regular file, completely or not at all. Wait for a file system that is lost, see ``retry``.
+
+    Only one process may write the file. It is opened each time: a server that restarts invalidates open files, and NFS
+    reports a failed write when the file is closed.
+
+    Raises:
+        OSError: as ``append_regular``, or the file cannot be written. The file has its old content, unless removing a
+            part of ``data`` failed too.
+    """
+    from data_pipeline.io.untrusted import append_regular  # Imports numpy, which the writer process does not need.
+
+    size: int | None = None
+
+    def append() -> None:
+        nonlocal size
+        with append_regular(path) as file:
+            if size is None:
+                size = os.fstat(file.fileno()).st_size
+            else:
+                file.truncate(size)  # An earlier attempt may have written a part.
+            file.write(data)
+
+    try:
+        retry_io(append)
+    except OSError:
+        if size is not None:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+        raise
 
 
 def as_utf8(text: str) -> bytes:

@@ -26,6 +26,7 @@ from pydantic import Field, ValidationError
 from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import StateError
+from data_pipeline.io.retry import retry_io
 from data_pipeline.io.strict import StrictConfig, StrictRecord, first_fault
 from data_pipeline.io.untrusted import UntrustedError, read_bytes
 from data_pipeline.order.state import LoaderState
@@ -261,7 +262,9 @@ def _read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         raise CheckpointError(f"{file} is damaged: {first_fault(error)}") from error
     count = manifest.world_size
-    if len(manifest.files) != 2 * count or any(set(rank_files(rank)) - manifest.files.keys() for rank in range(count)):
+    # ``set - dict.keys()`` would walk all files for each rank: 3 s for 8,000 ranks.
+    expected = (name for rank in range(count) for name in rank_files(rank))
+    if len(manifest.files) != 2 * count or any(name not in manifest.files for name in expected):
         raise CheckpointError(f"{file} is damaged: its {len(manifest.files)} files are not those of {count} ranks")
     listed = [name for base in manifest.bases for name in base.parameters]
     if len(set(listed)) != len(listed) or any(
@@ -351,7 +354,7 @@ def read_rank_metadata(path: Path, rank: int) -> RankMetadata:
 
 def _read_json(file: Path) -> bytes:
     try:
-        return read_bytes(file, most_bytes=_MAX_JSON_BYTES)
+        return retry_io(lambda: read_bytes(file, most_bytes=_MAX_JSON_BYTES))
     except UntrustedError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
@@ -360,7 +363,7 @@ def missing_or_truncated(path: Path, manifest: Manifest) -> str | None:
     """Return a sentence about the first file that is missing or has the wrong size; None if all sizes are right."""
     for name, entry in manifest.files.items():
         try:
-            size = (path / name).stat().st_size
+            size = retry_io((path / name).stat).st_size
         except OSError:
             return f"{name} is missing"
         if size != entry.bytes:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.io.retry import explain_io, retry_io
 from data_pipeline.io.strict import StrictConfig
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.checkpoint.manifest import (
@@ -45,7 +46,7 @@ from mmscale.dist import World, all_reduce_sum_list, lowest_rank_error
 from mmscale.engine.engine import Engine, FrozenSource
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
-from mmscale.io.files import WrittenFile, finalize, set_aside, write_share
+from mmscale.io.files import WrittenFile, finalize, remove_files, set_aside, write_share
 
 
 def save(engine: Engine, state: TrainState, directory: Path, keep: CheckpointConfig | None = None) -> Path:
@@ -71,7 +72,11 @@ def save(engine: Engine, state: TrainState, directory: Path, keep: CheckpointCon
 
     def write() -> None:
         share = share_of(engine, state)
-        written.extend(write_share(target.partial, share.names, share.header, share.metadata, share.bytes_of()))
+        files = retry_io(
+            lambda: write_share(target.partial, share.names, share.header, share.metadata, share.bytes_of()),
+            lambda: remove_files(target.partial, share.names),
+        )
+        written.extend(files)
 
     run_or_abort(engine.world, target, write)
     files = gather_files(engine.world, written)
@@ -136,7 +141,7 @@ def begin(engine: Engine, state: TrainState, directory: Path) -> SaveTarget | No
     if _already_saved(engine.world, final, state):
         return None
     target = SaveTarget(directory / (final.name + PARTIAL), final, _manifest(engine, state))
-    run_or_abort(engine.world, target, lambda: _prepare(target), only_main=True)
+    run_or_abort(engine.world, target, lambda: retry_io(lambda: _prepare(target)), only_main=True)
     return target
 
 
@@ -157,7 +162,7 @@ def run_or_abort(world: World, target: SaveTarget, work: Callable[[], object], *
         try:
             work()
         except (OSError, CheckpointError) as error:
-            complaint = str(error)
+            complaint = explain_io(error, with_file=True) if isinstance(error, OSError) else str(error)
     abort_on_any_rank(world, target, complaint)
 
 

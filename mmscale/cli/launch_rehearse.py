@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from mmscale.cli.console import console, emit, print_table, progress
+
+if TYPE_CHECKING:
+    from mmscale.rehearse.failures import IntervalRow
+    from mmscale.rehearse.report import Report
 
 app = typer.Typer()
 
@@ -52,7 +57,8 @@ def rehearse(
 
     from mmscale.cli.run_file import load_run
     from mmscale.rehearse.failures import PRESETS
-    from mmscale.rehearse.rehearse import NUM_PARTS, Cluster, rehearse, value_text, write_page
+    from mmscale.rehearse.rehearse import NUM_PARTS, Cluster, write_page
+    from mmscale.rehearse.rehearse import rehearse as run_rehearsal
 
     if failures not in PRESETS:
         raise typer.BadParameter(f"{failures!r}: expected {' or '.join(PRESETS)}", param_hint="--failures")
@@ -71,7 +77,7 @@ def rehearse(
         days=days,
     )
     with progress("rehearse", NUM_PARTS) as meter:
-        report, rows = rehearse(run, cluster, seed, lanes=lanes, advance=meter.advance)
+        report, rows = run_rehearsal(run, cluster, seed, lanes=lanes, advance=meter.advance)
     if html is not None:
         title = f"{config.name} on {nodes:,} nodes with {gpus_per_node} ranks each"
         write_page(html, title, report, rows)
@@ -79,17 +85,25 @@ def rehearse(
     if json:
         emit({"ranks": cluster.world_size, **report.to_json(), "intervals": [asdict(row) for row in rows]}, json=True)
     else:
-        print_table(
-            [
-                {"part": f.part, "figure": f.name, "value": value_text(f.value), "unit": f.unit, "basis": f.basis.value}
-                for f in report.figures
-            ]
-        )
-        print()
-        print_table([asdict(row) for row in rows])
-        print()
-        for finding in report.findings:
-            print(f"finding {finding.name}: {finding.message}")
-        print(f"{len(report.findings)} findings")
+        _print(report, rows)
     if report.findings:
         raise typer.Exit(1)
+
+
+def _print(report: Report, rows: list[IntervalRow]) -> None:
+    from dataclasses import asdict
+
+    from mmscale.rehearse.rehearse import value_text
+
+    print_table(
+        [
+            {"part": f.part, "figure": f.name, "value": value_text(f.value), "unit": f.unit, "basis": f.basis.value}
+            for f in report.figures
+        ]
+    )
+    print()
+    print_table([asdict(row) for row in rows])
+    print()
+    for finding in report.findings:
+        print(f"finding {finding.name}: {finding.message}")
+    print(f"findings: {len(report.findings)}")

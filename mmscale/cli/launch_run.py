@@ -25,6 +25,7 @@ app = typer.Typer()
 
 _RUN = typer.Argument(help="A run folder.", metavar="RUN")
 _MOST_RANKS = 16
+_MOST_NODES = 8
 _JOB_LOG = re.compile(r"slurm-(\d+)\.log")
 _FOLLOW_SECONDS = 0.5
 _CHUNK_BYTES = 1 << 20
@@ -66,6 +67,7 @@ def _print(found: RunStatus, values: dict[str, object]) -> None:
         "time left": None if found.seconds_left is None else format_seconds(found.seconds_left),
         "checkpoint": None if age is None else f"step {found.checkpoint_step}, {format_seconds(age)} old",
         "restarts": found.restarts,
+        "slow": "; ".join(map(str, found.slow_nodes[:_MOST_NODES])) or None,
         "ages": f"by the clock of {found.ages}" if found.ages == "this machine" else f"relative to the {found.ages}",
     }
     emit({key: value for key, value in rows.items() if value is not None})

@@ -29,6 +29,7 @@ FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
 BETWEEN = "agreement"
 """The phase name for the work outside of the three phases: small collectives between ranks."""
 COMMUNICATION = "communication"
+_OUTSIDE = "communication between phases"
 
 _COLLECTIVES = (
     *("all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast"),
@@ -47,10 +48,12 @@ class StepSpans:
             between them.
         peak_bytes: Peak memory by phase: of the device on CUDA, else of the process. Empty if it was not requested or
             the system cannot measure it.
+        own_seconds: Seconds in phases without communication: the time that does not depend on other ranks.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    own_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class StepClock:
             return
         self._inside_collective = True
         try:
-            with self._span(COMMUNICATION):
+            with self._span(COMMUNICATION if self in _running else _OUTSIDE):
                 yield
         finally:
             self._inside_collective = False
@@ -135,7 +138,12 @@ class StepClock:
         for name, start, end in self._events:
             self._seconds[name] += start.elapsed_time(end) / 1e3
         self._events.clear()
-        spans = StepSpans(dict(self._seconds), dict(self._peaks))
+        seconds = dict(self._seconds)
+        outside, inside = seconds.pop(_OUTSIDE, None), seconds.get(COMMUNICATION, 0.0)
+        own = sum(value for name, value in seconds.items() if name != COMMUNICATION) - inside
+        if outside is not None:
+            seconds[COMMUNICATION] = inside + outside
+        spans = StepSpans(seconds, dict(self._peaks), max(0.0, own))
         self._seconds.clear()
         self._peaks.clear()
         return spans

@@ -24,9 +24,11 @@ import faulthandler
 import json
 import os
 import socket
+import statistics
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -51,6 +53,8 @@ BEAT_SECONDS = 5.0
 _BEATS_PER_SECOND = 400
 """Most heartbeats that all ranks together write per second; each takes four operations of the shared file system."""
 _MOST_REPORTERS = 16
+RECENT_STEPS = 16
+"""Steps over which ``Heartbeat.own_seconds`` is the median, so that one slow read of data does not count."""
 _MOST_NAMED = 8
 """Most ranks, or ranges of ranks, that a message lists."""
 _TORCH, _DEEPSPEED = "/torch/distributed/distributed_c10d.py", "/deepspeed/comm/"
@@ -99,6 +103,8 @@ class Heartbeat:
         collective: Name of the collective that the main thread waits in; empty for none.
         place: File, line and function of the innermost frame in the code of this project; empty for none.
         node: Name of the rank's machine in SLURM, else its host name.
+        own_seconds: Time of a step that does not depend on other ranks: the wait for data, and the phases without
+            communication. Median of the last ``RECENT_STEPS`` steps; None before the second step.
     """
 
     count: int
@@ -108,6 +114,7 @@ class Heartbeat:
     collective: str
     place: str
     node: str = ""
+    own_seconds: float | None = None
 
 
 def beat_seconds(world_size: int) -> float:
@@ -140,6 +147,8 @@ class Watchdog:
         self._main = threading.get_ident()
         self._where, self._step, self._count = ("start", time.monotonic()), 0, 0
         self._warm = False
+        self._own_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._data_seconds = 0.0
         self._closed, self._reported = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -184,7 +193,23 @@ class Watchdog:
     def begin_start(self) -> None:
         """Record that the main thread sets up an engine. ``other_seconds`` limits each phase until the second step."""
         self._warm, self._step = False, 0
+        self._own_seconds.clear()
         self.enter("start")
+
+    def end_data(self) -> None:
+        """Record that the data of the step have arrived."""
+        self._data_seconds = time.monotonic() - self._where[1]
+
+    def end_step(self, own_seconds: float) -> None:
+        """Record the end of a step on this rank.
+
+        The first step after ``begin_start`` is left out: it allocates memory and compiles kernels.
+
+        Args:
+            own_seconds: ``StepSpans.own_seconds`` of the step.
+        """
+        if self._warm:
+            self._own_seconds.append(self._data_seconds + own_seconds)
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -215,7 +240,9 @@ class Watchdog:
         self._count += 1
         phase, since = self._where
         collective, place = _innermost_call(sys._current_frames().get(self._main))
-        beat = Heartbeat(self._count, self._step, phase, time.monotonic() - since, collective, place, _node())
+        recent = self._own_seconds.copy()  # One call, which the main thread cannot interrupt.
+        own = statistics.median(recent) if recent else None
+        beat = Heartbeat(self._count, self._step, phase, time.monotonic() - since, collective, place, _node(), own)
         with contextlib.suppress(OSError):
             self._write(heartbeat_path(self._folder.parent, self._rank), asdict(beat))
         return beat

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.io.atomic import publish, sync
+from data_pipeline.io.retry import retry_io
 
 _CHUNK_BYTES = 16 << 20
 
@@ -83,6 +84,8 @@ def finalize(
 ) -> None:
     """Write the last file of a folder, rename the folder, point the link of the best one, then remove stale folders.
 
+    Wait for a file system that is lost, see ``data_pipeline.io.retry``.
+
     Args:
         partial: The folder. All its other files are written and synced.
         final: New path of the folder.
@@ -95,12 +98,25 @@ def finalize(
             failed.
     """
     name, text = last
-    write_file(partial / name, [memoryview(text.encode())])
-    publish(partial, final)
+    retry_io(lambda: write_file(partial / name, [memoryview(text.encode())]), lambda: remove_files(partial, [name]))
+
+    def rename() -> None:
+        if partial.exists():
+            publish(partial, final)
+        else:  # An earlier attempt has renamed it.
+            sync(final.parent)
+
+    retry_io(rename)
     if best is not None:
         link_best(final.parent, best)
     for path in stale:
         remove_folder(path)
+
+
+def remove_files(folder: Path, names: Iterable[str]) -> None:
+    """Remove files that a failed attempt may have written. Raises OSError if one cannot be removed."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 BEST_LINK = "best"
@@ -152,8 +168,13 @@ def remove_folder(path: Path) -> None:
         OSError: the folder cannot be renamed or removed.
     """
     leftover = path.with_name(path.name + ".partial")
-    path.rename(leftover)
-    shutil.rmtree(leftover)
+
+    def remove() -> None:
+        if path.exists() or not leftover.exists():
+            path.rename(leftover)
+        shutil.rmtree(leftover)
+
+    retry_io(remove)
 
 
 def set_aside(path: Path, suffix: str) -> Path:

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.io.processes import end_with, own_sentinel, stop_signals_blocked
-from mmscale.io.files import finalize, write_share
+from data_pipeline.io.retry import explain_io, retry_io
+from mmscale.io.files import finalize, remove_files, write_share
 
 _START = (
     "import sys; sys.path[:] = {path!r}; from mmscale.io.writer_process import main; main({memory}, {size}, {trainer})"
@@ -152,7 +153,7 @@ def main(handle: int, size: int, trainer: int | None) -> None:
         try:
             reply = {"done": _execute(memory, json.loads(line))}
         except OSError as error:
-            reply = {"failed": str(error)}
+            reply = {"failed": explain_io(error, with_file=True)}
         sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
         sys.stdout.buffer.flush()
 
@@ -170,5 +171,8 @@ def _execute(memory: memoryview, command: dict[str, Any]) -> Any:
         values.append(memory[start : start + length])
         start += length
     header = memory[: command["header_bytes"]].tobytes()
-    first, second = command["names"]
-    return write_share(Path(command["folder"]), (first, second), header, command["metadata"], values)
+    folder, (first, second) = Path(command["folder"]), command["names"]
+    return retry_io(
+        lambda: write_share(folder, (first, second), header, command["metadata"], values),
+        lambda: remove_files(folder, (first, second)),
+    )

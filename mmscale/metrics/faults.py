@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_pipeline.errors import FaultKind
-from data_pipeline.io.untrusted import append_regular, open_regular, parse_json
+from data_pipeline.io.atomic import append_whole
+from data_pipeline.io.retry import explain_io
+from data_pipeline.io.untrusted import open_regular, parse_json
 from data_pipeline.order.fault_policy import FaultConfig, Skipped
 from mmscale.dist import World, raise_on_any_rank
 from mmscale.errors import MMScaleError
@@ -69,11 +71,9 @@ class FaultList:
             for skip in new
         )
         try:
-            # Open the file each time, so that no descriptor stays open. One write appends whole lines.
-            with append_regular(self._path) as file:
-                file.write(lines.encode(errors="backslashreplace"))
+            append_whole(self._path, lines.encode(errors="backslashreplace"))
         except OSError as error:
-            raise MMScaleError(f"the list of faults cannot be written: {self._path}: {error.strerror}") from error
+            raise MMScaleError(f"the list of faults cannot be written: {self._path}: {explain_io(error)}") from error
         self._print_reasons(new)
 
     def _print_reasons(self, skipped: Sequence[Skipped]) -> None:

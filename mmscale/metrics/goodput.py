@@ -21,7 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.io.untrusted import UntrustedError, append_regular, parse_json, read_lines
+from data_pipeline.io.atomic import append_whole
+from data_pipeline.io.retry import explain_io
+from data_pipeline.io.untrusted import UntrustedError, parse_json, read_lines
 from mmscale.errors import MMScaleError
 from mmscale.metrics.metrics_file import read_metrics
 
@@ -130,10 +132,9 @@ class WallTime:
 
     def _append(self, text: str) -> None:
         try:
-            with append_regular(self._path) as file:
-                file.write(text.encode())
+            append_whole(self._path, text.encode())
         except OSError as error:
-            raise MMScaleError(f"goodput cannot be recorded: {self._path}: {error.strerror}") from error
+            raise MMScaleError(f"goodput cannot be recorded: {self._path}: {explain_io(error)}") from error
 
 
 def _process_start() -> float:

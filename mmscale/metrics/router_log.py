@@ -19,6 +19,7 @@ import numpy.typing as npt
 from pydantic import Field, ValidationError
 
 from data_pipeline.io.atomic import as_utf8, write_whole
+from data_pipeline.io.retry import explain_io
 from data_pipeline.io.strict import StrictConfig, first_fault
 from data_pipeline.io.untrusted import parse_json, read_json
 from mmscale.dist import World
@@ -265,4 +266,4 @@ class RouterLog:
             try:
                 write_whole(self._path, as_utf8(self._window.to_json() + "\n"))
             except OSError as error:
-                raise MMScaleError(f"{self._path}: cannot be written: {error.strerror}") from error
+                raise MMScaleError(f"{self._path}: cannot be written: {explain_io(error)}") from error

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from data_pipeline.history.sample_log import COLUMNS, LogSegment, cut_back, write_segment
+from data_pipeline.io.retry import explain_io
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.loader.loader import StepBatch
 from data_pipeline.order.state import LoaderState
@@ -148,5 +149,5 @@ class RunSampleLog:
             try:
                 work()
             except OSError as error:
-                message = f"the sample log cannot be written: {error.filename or self._folder}: {error.strerror}"
+                message = f"the sample log cannot be written: {error.filename or self._folder}: {explain_io(error)}"
         raise_on_any_rank(self._world, message, MMScaleError)

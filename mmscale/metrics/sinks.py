@@ -12,14 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.io.untrusted import append_regular
+from data_pipeline.io.atomic import append_whole
+from data_pipeline.io.retry import explain_io, retry_io
 from mmscale.errors import MMScaleError
 from mmscale.metrics.metrics_file import cut_back, last_record
 from mmscale.metrics.sample_images import CaptionedImage, with_caption
 
 
 class JsonlSink:
-    """Writes ``metrics.jsonl``: one line for each step, flushed at once.
+    """Writes ``metrics.jsonl``: one line for each step, at once.
 
     The constructor removes the lines after ``start_step`` and damaged lines.
 
@@ -28,17 +29,14 @@ class JsonlSink:
         start_step: Finished steps; 0 for a new run.
 
     Raises:
-        MMScaleError: the file cannot be read or written.
+        MMScaleError: the file cannot be read or written. So do the methods.
     """
 
     def __init__(self, path: Path, start_step: int) -> None:
-        cut_back(path, start_step)
         self._path = path
         self._held: dict[str, Any] | None = None
-        try:
-            self._file = append_regular(path)
-        except OSError as error:
-            raise MMScaleError(f"{path}: cannot be written: {error.strerror}") from error
+        cut_back(path, start_step)
+        self._append(b"")
 
     def write(self, record: dict[str, Any], *, hold: bool = False) -> None:
         """Append one line. NaN and infinity become null.
@@ -55,8 +53,13 @@ class JsonlSink:
             line = json.dumps(record, ensure_ascii=False, allow_nan=False)
         except ValueError:  # JSON has no NaN or infinity.
             line = json.dumps(_without_nan(record), ensure_ascii=False, allow_nan=False)
-        self._file.write(f"{line}\n".encode())
-        self._file.flush()
+        self._append(f"{line}\n".encode())
+
+    def _append(self, line: bytes) -> None:
+        try:
+            append_whole(self._path, line)
+        except OSError as error:
+            raise MMScaleError(f"{self._path}: cannot be written: {explain_io(error)}") from error
 
     def amend(self, step: int, values: Mapping[str, Any]) -> None:
         """Add values to the line of ``step``, which is held, or is the last line of the file.
@@ -67,7 +70,7 @@ class JsonlSink:
         last = last_record(self._path) if record is None else None
         if last is not None and last[1]["step"] == step:
             start, record = last
-            self._file.truncate(start)
+            retry_io(lambda: os.truncate(self._path, start))
         if record is not None:
             self.write({**record, **values})
 
@@ -78,9 +81,8 @@ class JsonlSink:
             self.write(record)
 
     def close(self) -> None:
-        """Append a held line and close the file. A second call does nothing."""
+        """Append a held line. A second call does nothing."""
         self._release()
-        self._file.close()
 
 
 def _without_nan(value: Any) -> Any:
@@ -107,20 +109,27 @@ class TensorBoardSink:
 
     def __init__(self, folder: Path, start_step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # Slow to import.
-        from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event: Any = Event
-        self._path = folder / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._name = folder / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._path = self._name
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            number = len(list(folder.iterdir()))  # A second log within a second, after a roll back.
-            self._path = self._path.with_name(f"{self._path.name}.{number}")
-            self._records = RecordWriter(self._path.open("xb"))
+            retry_io(self._open)
         except OSError as error:
             raise self._error(error) from error
-        self._write(file_version="brain.Event:2")
         if start_step:
             self._write(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _open(self) -> None:
+        """Begin a new file, after the start or after a file was lost. TensorBoard reads all files of the folder."""
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder = self._name.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        number = len(list(folder.iterdir()))  # A second log within a second, after a roll back.
+        self._path = self._name.with_name(f"{self._name.name}.{number}")
+        self._records = RecordWriter(self._path.open("xb"))
+        self._put(file_version="brain.Event:2")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add one point to each named curve."""
@@ -160,14 +169,17 @@ class TensorBoardSink:
 
     def _write(self, **content: Any) -> None:
         try:
-            self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
-            self._records.flush()
+            retry_io(lambda: self._put(**content), self._open)
         except OSError as error:
             raise self._error(error) from error
 
+    def _put(self, **content: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        self._records.flush()
+
     def _error(self, error: OSError) -> MMScaleError:
         return MMScaleError(
-            f"{self._path}: cannot be written: {error.strerror}; metrics.tensorboard=false leaves it out"
+            f"{self._path}: cannot be written: {explain_io(error)}; metrics.tensorboard=false leaves it out"
         )
 
 

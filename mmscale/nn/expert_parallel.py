@@ -55,13 +55,13 @@ class ExpertExchange:
     Rank r of the group holds the experts from ``r * num_held`` on.
 
     Args:
-        group: The ranks that together hold all experts.
+        group: The ranks that together hold all experts; None: all ranks.
         size: Number of ranks in the group.
         num_held: Experts of each layer on each rank.
         all_to_all: Sends the messages.
     """
 
-    def __init__(self, group: ProcessGroup, size: int, num_held: int, all_to_all: AllToAll) -> None:
+    def __init__(self, group: ProcessGroup | None, size: int, num_held: int, all_to_all: AllToAll) -> None:
         self.size = size
         self.num_held = num_held
         self._group = group

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -100,7 +101,7 @@ def _text(tokens: int, spec: MediaSpec) -> Document:
 def _image(spec: MediaSpec) -> Document:
     """Return a document of one crop and ``_TEXT_TOKENS`` tokens of text."""
     image, text = dummy_document(spec, 0), _text(_TEXT_TOKENS, spec)
-    columns = {
+    columns: dict[str, Any] = {
         name: np.concatenate([getattr(image, name), getattr(text, name)])
         for name in ("token_ids", "labels", "loss_weights", "position_ids")
     }

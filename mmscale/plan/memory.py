@@ -15,6 +15,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from mmscale.engine.graph import LossGraph
 from mmscale.engine.optimizers.eight_bit import BITS, BLOCK
 from mmscale.engine.precision import choose_precision
 from mmscale.models.build import build_weights
+from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn.experts import Experts
 from mmscale.objectives.choice import choose_objective
 from mmscale.objectives.teacher import Teacher
@@ -57,7 +59,7 @@ class RankMemory:
         moment: ``forward``, ``backward`` or ``optimizer``: when the peak is reached.
         peak_bytes: Sum of ``parts``: the bytes of torch's allocator on the device.
         host_bytes: Offloaded weights, optimizer state and gradients in the host's memory.
-        overhead_bytes: Device memory outside of torch's allocator. Not measured here; see ``overhead``.
+        overhead_bytes: Device memory outside of torch's allocator. Published figures, not measured.
     """
 
     parts: dict[str, int]
@@ -180,7 +182,7 @@ def _events(task: _Pass) -> tuple[_Shapes, tuple[Event, ...], int]:
     batch = largest_batch(config.stage_data(number), config.stage_media(number), engine.micro_lanes, config.seed)
     dtype = {4: torch.float32, 2: torch.bfloat16}[task.width]
     teachers = [
-        Teacher(build_weights(teacher).to(dtype), source.weight, source.temperature)
+        Teacher(cast(MultimodalModel, build_weights(teacher).to(dtype)), source.weight, source.temperature)
         for teacher, source in zip(teacher_models(config, number), stage.distill, strict=True)
     ]
     model = build_weights(architecture).to(dtype)
@@ -202,7 +204,7 @@ def _shapes(graph: LossGraph, config: RunConfig, number: int, ranks: int) -> _Sh
     experts = {id(p) for module in graph.modules() if isinstance(module, Experts) for p in module.parameters()}
     names = {id(parameter): name for name, parameter in graph.named_parameters()}
     parameters = dict(graph.named_parameters())
-    groups = parameter_groups(model, model.components(), stage)
+    groups = parameter_groups(model, model.components(), stage)  # type: ignore[operator]
     state = {
         names[id(p)]: p.numel() * len(group["state_kinds"]) * (1 + 4 / BLOCK if group["state_bits"] == BITS else 4)
         for group in groups

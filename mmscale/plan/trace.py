@@ -143,7 +143,7 @@ class _Balanced:
 
     def __init__(self, num_experts: int, size: int) -> None:
         self._num_experts = num_experts
-        self._inner = None if size == 1 else ExpertExchange(None, size, num_experts // size, self._all_to_all)  # type: ignore[arg-type]
+        self._inner = None if size == 1 else ExpertExchange(None, size, num_experts // size, self._all_to_all)
 
     @staticmethod
     def _all_to_all(received: Tensor, sent: Tensor, *_: Any, group: Any) -> None:

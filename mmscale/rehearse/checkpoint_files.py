@@ -50,7 +50,7 @@ from mmscale.run.config import RunConfig
 PART = "checkpoint"
 _MOST_ENTRIES = 600_000
 """Tensor entries to write. Each takes about 20 microseconds: written, read and checked."""
-_RESUMED_RANKS = 24
+_RESUMED_RANKS = 8
 """Ranks of the resumed run whose reads are planned."""
 
 
@@ -179,7 +179,7 @@ def rehearse_checkpoint(
         states: Loader state of each rank as JSON text; None for a run whose order was not rehearsed.
         most_seconds: Limit of the time that rank 0 needs to merge the manifest, while all other ranks wait.
         most_opens: Limit of the files that all ranks together open to find their values in a resume.
-        advance: Called after the files of every 64 ranks.
+        advance: Called again and again: after the files of every 64 ranks, and after each later step.
     """
     number, world_size = busiest_stage(config), worlds[0]
     stage = config.stages[number]
@@ -200,7 +200,9 @@ def rehearse_checkpoint(
     total = int((sum(metadata) - fixed) * sharded.scale + fixed)
     report.add(PART, "bytes of the metadata of all ranks", total, "bytes", basis)
     _merge(report, sharded, stage, config, folder, world_size, files, most_seconds)
+    advance()
     _check(report, sharded, folder, states, basis)
+    advance()
     size = config.engine.expert_parallel
     for resumed in worlds[1:]:
         if resumed % size:
@@ -208,6 +210,7 @@ def rehearse_checkpoint(
             report.add(PART, f"resume on {resumed:,} ranks", reason)
             continue
         _plan_resume(report, sharded, folder, world_size, resumed, most_opens)
+        advance()
 
 
 def _world(rank: int, world_size: int) -> World:

@@ -146,7 +146,7 @@ def simulate(hazards: Hazards, interval: float, seed: int, events: int = _EVENTS
 
 
 def expected_goodput(hazards: Hazards, interval: float) -> float:
-    """Return the goodput of a run with failures only, and saves that are complete when the steps go on.
+    """Return the goodput of a run with failures only, and saves that are complete when the steps resume.
 
     Source: Daly 2006, equation 20: a segment of work tau with a save delta takes ``M exp(R / M) (exp((tau + delta) / M)
     - 1)`` on average, with the mean time between failures M and the restart R.

@@ -14,7 +14,7 @@ from data_pipeline.io.atomic import as_utf8, write_whole
 from mmscale.engine.expert_parallel import check_ranks
 from mmscale.errors import ConfigError
 from mmscale.rehearse.checkpoint_files import rehearse_checkpoint
-from mmscale.rehearse.data_order import rehearse_order
+from mmscale.rehearse.data_order import RehearsedData, rehearse_order
 from mmscale.rehearse.failures import (
     FailurePreset,
     Hazards,
@@ -144,6 +144,24 @@ def rehearse(
     advance(1, "data order")
     rehearse_rendezvous(report, cluster.world_size, most_seconds=limits.join_seconds)
     advance(1, "rendezvous")
+    _rehearse_files(report, config, cluster, data, blocks[0].lanes, limits, advance)
+    rows = _rehearse_failures(report, config, cluster, seed, limits)
+    advance(1, "failures")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report.add("rehearsal", "peak memory of this process", peak, "bytes")
+    return report, rows
+
+
+def _rehearse_files(
+    report: Report,
+    config: RunConfig,
+    cluster: Cluster,
+    data: RehearsedData | None,
+    num_lanes: int,
+    limits: Limits,
+    advance: Callable[[int, str], None],
+) -> None:
+    """Rehearse the parts that write files, in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="mmscale-rehearsal-") as name:
         folder = Path(name)
         watched = config.engine.watchdog.limits(config.engine.timeout_seconds)
@@ -156,7 +174,7 @@ def rehearse(
         rehearse_checkpoint(
             report,
             config,
-            worlds,
+            _worlds(cluster),
             saved,
             data.states if data is not None else None,
             most_seconds=limits.merge_seconds,
@@ -170,17 +188,12 @@ def rehearse(
             config,
             data,
             folder / "logs",
-            num_lanes=blocks[0].lanes,
+            num_lanes=num_lanes,
             step_seconds=cluster.step_seconds,
             world_size=cluster.world_size,
             most_bytes_per_day=limits.log_bytes_per_day,
         )
         advance(1, "logs")
-    rows = _rehearse_failures(report, config, cluster, seed, limits)
-    advance(1, "failures")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    report.add("rehearsal", "peak memory of this process", peak, "bytes")
-    return report, rows
 
 
 def _worlds(cluster: Cluster) -> list[int]:

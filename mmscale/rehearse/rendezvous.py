@@ -21,6 +21,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from mmscale.dist import num_messages
 from mmscale.errors import LaunchError
 from mmscale.rehearse.report import Basis, Report
 
@@ -99,6 +100,8 @@ def _rehearse_groups(report: Report, world_size: int) -> None:
     report.add(PART, "store bytes of one gloo group", int(sent), "bytes", Basis.SCALED)
     report.add(PART, "open files of one rank for one gloo group", int(sockets), "files", Basis.SCALED)
     remedy = "let gloo connect ranks when they first talk: TORCH_GLOO_LAZY_INIT=1"
+    messages = num_messages(world_size)
+    report.add(PART, "messages one after the other in an all-reduce of small values", messages, "messages")
     report.limit(
         "gloo-store-traffic",
         sent,

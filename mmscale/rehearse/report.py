@@ -7,6 +7,7 @@ simulated  a model computed the value; nothing of the big run was executed
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -95,8 +96,9 @@ class Report:
         raise KeyError(f"{part}: {name}")
 
     def to_json(self) -> dict[str, Any]:
-        """Return figures and findings as JSON values."""
+        """Return figures and findings as JSON values. Infinity becomes null."""
+        figures = [asdict(figure) for figure in self.figures]
         return {
-            "figures": [asdict(figure) for figure in self.figures],
+            "figures": [{**each, "value": None if each["value"] == math.inf else each["value"]} for each in figures],
             "findings": [asdict(finding) for finding in self.findings],
         }

@@ -13,8 +13,10 @@ from __future__ import annotations
 import os
 import re
 import socket
+import statistics
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -39,7 +41,10 @@ State = Literal["running", "queued", "finished", "stopped", "failed", "hung", "n
 WATCH_SECONDS = 12.0
 """Longest time to watch files. A living holder renews its claim every 2 s, a living rank its heartbeat every 5 s.
 Thousands of ranks write less often (``watchdog.beat_seconds``), and are watched for longer."""
+SLOW_FACTOR = 1.3
+"""A rank is slow if its own time of a step is this many times the median of the ranks, or more."""
 _SUSPICIOUS_BEATS = 3
+_MOST_NAMED = 8
 _POLL_SECONDS = 0.5
 _TAIL_BYTES = 256 << 10
 _RATE_STEPS = 50
@@ -73,6 +78,8 @@ class RankStatus:
         phase_seconds: Time in this phase, by the clock of the rank.
         collective: Collective that the rank waits in; empty for none.
         age_seconds: Age of the file; see ``RunStatus.ages``.
+        node: Machine of the rank; empty if the file does not contain it.
+        own_seconds: Time of a step that does not depend on other ranks, see ``watchdog.Heartbeat``; None if unknown.
     """
 
     rank: int
@@ -81,6 +88,29 @@ class RankStatus:
     phase_seconds: float
     collective: str
     age_seconds: float
+    node: str
+    own_seconds: float | None
+
+
+@dataclass(frozen=True)
+class SlowNode:
+    """A machine with ranks that need more time for a step than the others.
+
+    Attributes:
+        node: Name of the machine.
+        ranks: The slow ranks.
+        num_ranks: All ranks of the machine that recorded a time.
+        factor: Mean time of the slow ranks, divided by the median of all ranks.
+    """
+
+    node: str
+    ranks: tuple[int, ...]
+    num_ranks: int
+    factor: float
+
+    def __str__(self) -> str:
+        numbers = ", ".join(map(str, self.ranks[:_MOST_NAMED])) + (", ..." if len(self.ranks) > _MOST_NAMED else "")
+        return f"node {self.node}: rank{'s' * (len(self.ranks) > 1)} {numbers}, {self.factor:.1f} times the median"
 
 
 @dataclass(frozen=True)
@@ -101,6 +131,7 @@ class RunStatus:
         world_size: Ranks of the newest start; None before the first one.
         ages: The clock of the ages: ``this machine``, or ``newest file of the run``.
         ranks: Heartbeats by rank.
+        slow_nodes: Machines with slow ranks, the slowest first; empty unless the run is running.
     """
 
     state: State
@@ -116,6 +147,7 @@ class RunStatus:
     world_size: int | None
     ages: Literal["this machine", "newest file of the run"]
     ranks: tuple[RankStatus, ...]
+    slow_nodes: tuple[SlowNode, ...]
 
 
 @dataclass(frozen=True)
@@ -171,10 +203,42 @@ def read_status(run_dir: Path, jobs: Sequence[Job] = (), *, watch_seconds: float
         world_size=world_size,
         ages="this machine" if is_local else "newest file of the run",
         ranks=tuple(
-            RankStatus(rank, beat.step, beat.phase, beat.seconds, beat.collective, seen.age(modified, is_local))
+            RankStatus(
+                *(rank, beat.step, beat.phase, beat.seconds, beat.collective, seen.age(modified, is_local)),
+                *(beat.node, beat.own_seconds),
+            )
             for rank, (beat, modified) in sorted(seen.beats.items())
         ),
+        slow_nodes=slow_nodes({rank: beat for rank, (beat, _) in seen.beats.items()}) if state == "running" else (),
     )
+
+
+def slow_nodes(beats: Mapping[int, Heartbeat]) -> tuple[SlowNode, ...]:
+    """Return the machines with ranks that are slower than the median of all ranks by ``SLOW_FACTOR``.
+
+    The lower median is used: with two ranks, the slower one is compared with the faster one.
+
+    Args:
+        beats: The newest heartbeat of each rank. Ranks without a recorded time are left out.
+    """
+    own = {rank: beat.own_seconds for rank, beat in sorted(beats.items()) if beat.own_seconds}
+    if len(own) < 2:
+        return ()
+    median = statistics.median_low(own.values())
+    slow = defaultdict(list)
+    for rank, seconds in own.items():
+        if seconds >= SLOW_FACTOR * median:
+            slow[beats[rank].node].append(rank)
+    found = [
+        SlowNode(
+            node,
+            tuple(ranks),
+            sum(beats[rank].node == node for rank in own),
+            statistics.fmean(own[rank] for rank in ranks) / median,
+        )
+        for node, ranks in slow.items()
+    ]
+    return tuple(sorted(found, key=lambda each: -each.factor))
 
 
 def _look(run_dir: Path, world_size: int | None) -> _Seen:

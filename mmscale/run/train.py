@@ -309,6 +309,7 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
                 rejection_reason=detector.reason,
                 component_norms=due(config.metrics.grad_norms_every, step),
             )
+            run.watchdog.end_step(report.spans.own_seconds)
             documents = document_stats(batch, report.document_losses)
             counts = count_step(batch, documents, stage.datasets)
             sums = all_reduce_sum(world, step_flops(engine, batch.microbatches) | counts)
@@ -391,6 +392,7 @@ def _next_batch(run: _Run, batches: Iterator[StepBatch], step: int) -> StepBatch
         except TooManyFaultsError as error:
             run.faults.record(step, error.skipped)
             raise
+    run.watchdog.end_data()
     if batch.skipped:
         run.faults.record(step, batch.skipped)
     return batch

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmscale.dist import World
-from mmscale.engine.step_clock import StepClock, peak_memory, peak_since_reset, reset_peak
+from mmscale.engine.step_clock import StepClock, StepSpans, peak_memory, peak_since_reset, reset_peak
 from tests.engine.programs import LANES, lanes_of, make_engine
 from tests.engine.ranks import run_ranks
 
@@ -57,18 +57,20 @@ def timed_step(world: World) -> list[Any]:
     engine.model.decoder.blocks[0].register_forward_hook(think)
     told.clear()
     report = engine.train_step(lanes_of(world, 0))
-    return [report.spans.seconds, told, report.spans.peak_bytes, engine.clock.pop_spans().seconds]
+    spans = report.spans
+    return [spans.seconds, told, spans.peak_bytes, engine.clock.pop_spans().seconds, spans.own_seconds]
 
 
 @pytest.mark.dist
 def test_time_is_split_by_phase_and_collectives_count_wherever_they_happen() -> None:
     microbatches = LANES // 2
-    for seconds, told, peaks, left in run_ranks("tests.engine.test_sight:timed_step", 2):
+    for seconds, told, peaks, left, own in run_ranks("tests.engine.test_sight:timed_step", 2):
         expected = 1_000 * told["collectives"] + 10_000 * told["waits"]
         assert told["collectives"] > told["waits"] > 0
         assert seconds["communication"] == expected
         assert seconds["forward"] + seconds["backward"] + seconds["optimizer"] == expected + microbatches
         assert seconds["forward"] % 1_000 == microbatches
+        assert own == microbatches, "waiting for other ranks does not count"
         assert seconds["backward"] > 0, "gradients are reduced in backward"
         assert peaks == {}
         assert left == {}
@@ -89,10 +91,14 @@ def test_phases_may_repeat_and_communication_is_counted_once() -> None:
 
     with pytest.raises(OSError, match="gone"), clock.phase("backward"), clock.communicating():
         fails()
-    assert clock.pop_spans().seconds == {"forward": 2.5, "communication": 3.5, "backward": 3.0}
+    spans = clock.pop_spans()
+    assert spans.seconds == {"forward": 2.5, "communication": 3.5, "backward": 3.0}
+    assert spans.own_seconds == 2.0
     with clock.communicating():
         time[0] += 1
-    assert clock.pop_spans().seconds == {"communication": 1.0}
+    with clock.phase("optimizer"):
+        time[0] += 0.5
+    assert clock.pop_spans() == StepSpans({"communication": 1.0, "optimizer": 0.5}, {}, 0.5)
 
 
 def test_a_phase_knows_its_own_memory_and_the_process_keeps_its_mark() -> None:

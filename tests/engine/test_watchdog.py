@@ -10,7 +10,7 @@ import pytest
 
 from mmscale.dist import World
 from mmscale.engine.config import EngineConfig
-from mmscale.engine.watchdog import EXIT_HUNG, Heartbeat, Limits, Watchdog, explain
+from mmscale.engine.watchdog import EXIT_HUNG, RECENT_STEPS, Heartbeat, Limits, Watchdog, explain
 from tests.engine.programs import lanes_of, make_engine
 from tests.engine.ranks import start_ranks
 
@@ -53,6 +53,33 @@ def test_where_all_wait_for_each_other_the_last_one_is_named() -> None:
 
 def test_alone_it_says_where_it_stands() -> None:
     assert explain([beat(3, "data", 9)], []) == "rank 0 has been in data of step 3 for 9 s (at a.py:1 in f)"
+
+
+def test_a_heartbeat_has_the_median_time_of_the_last_steps(tmp_path: Path) -> None:
+    watchdog = Watchdog(tmp_path, Limits(60, 60), 0, 1)
+    watchdog.begin_start()
+    for step, seconds in enumerate([900.0] + RECENT_STEPS * [70.0] + [1.0, 500.0, 2.0] + (RECENT_STEPS - 3) * [5.0], 1):
+        watchdog.begin_step(step)
+        watchdog.end_data()
+        watchdog.end_step(seconds)
+        if step == 2:
+            assert watchdog.beat().own_seconds == pytest.approx(70, abs=1), "the first step is left out"
+    assert watchdog.beat().own_seconds == pytest.approx(5, abs=1)
+    watchdog.begin_start()
+    assert watchdog.beat().own_seconds is None, "another stage has another model"
+
+
+def test_the_time_of_a_step_includes_the_wait_for_data(tmp_path: Path) -> None:
+    watchdog = Watchdog(tmp_path, Limits(60, 60), 0, 1)
+    for step in (1, 2):
+        watchdog.begin_step(step)
+        time.sleep(0.05)
+        watchdog.end_data()
+        time.sleep(0.2)  # Not the rank's own time.
+        watchdog.end_step(100.0)
+    own = watchdog.beat().own_seconds
+    assert own is not None
+    assert own >= 100.05
 
 
 def test_many_ranks_are_named_by_ranges() -> None:

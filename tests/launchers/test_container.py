@@ -79,12 +79,13 @@ def test_the_script_outside_the_container_starts_the_rank_inside(tmp_path: Path,
     run_dir = tmp_path / "run"
     (run_dir / "logs").mkdir(parents=True)
     container = Container(kind, str(image), python="inside")  # type: ignore[arg-type]
-    job = Job(("train",), run_dir, container=container, modules=("cuda/12",), environment={"A": "b c#d"})
+    job = Job(("train",), run_dir, container=container, modules=("cuda/12",), environment={"A": "b c#d"}, requeue=False)
     script = render(job)
     assert not [line for line in script.splitlines() if line.startswith("#SBATCH") and "container" in line]
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_PROCID": "0"}
     done = subprocess.run(
         ["bash", "-c", script],
-        env={**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "PATH": f"{tools}:{os.environ['PATH']}"},
+        env={**os.environ, **variables, "PATH": f"{tools}:{os.environ['PATH']}"},
         text=True,
         capture_output=True,
         check=False,

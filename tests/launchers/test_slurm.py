@@ -332,6 +332,23 @@ def test_two_nodes_stop_requeue_and_finish(run_dir: Path) -> None:
 
 
 @pytest.mark.slurm
+def test_a_spare_node_replaces_one_that_fails_its_health_check(run_dir: Path) -> None:
+    """The Python of the job is a stand-in that fails on the first node, as on a machine with a broken disk."""
+    python = run_dir / "python"
+    python.write_text(f'#!/usr/bin/env bash\n[[ "$3 $SLURMD_NODENAME" != "node n1" ]] || exit 1\nexec {PYTHON} "$@"\n')
+    python.chmod(0o755)
+    number = start(run_dir, "finish", spares=1, health_check=True, python=str(python))
+    wait(lambda: state(number)["JobState"] in ("COMPLETED", "FAILED"), number)
+    log = (run_dir / "logs" / f"slurm-{number}.log").read_text()
+    assert "health check: n1: did not answer in time" in log
+    assert "nodes n2,n3 passed the health check; failing: n1" in log
+    assert state(number)["JobState"] == "COMPLETED", log
+    lines = [(run_dir / f"start-0-rank-{rank}").read_text().split() for rank in (0, 1)]
+    assert [line[0] for line in lines] == ["n2", "n3"]
+    assert {(tasks, address) for _, tasks, _, address, _ in lines} == {("2", "127.0.1.2")}
+
+
+@pytest.mark.slurm
 def test_a_folder_whose_name_looks_like_a_pattern_is_one_folder(run_dir: Path) -> None:
     folder = run_dir / "50% of %j, 'a' \"b\" #1 $HOME ü"
     folder.mkdir()

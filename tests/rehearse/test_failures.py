@@ -29,7 +29,7 @@ def test_failures_alone_agree_with_dalys_expected_time(
 ) -> None:
     hazards = Hazards(mtbf=mtbf, blocked=blocked, restart=restart)
     values = [simulate(hazards, interval, seed) for seed in range(10)]
-    error = np.std(values, ddof=1) / math.sqrt(len(values))
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
     assert error < 0.002
     assert np.mean(values) == pytest.approx(expected_goodput(hazards, interval), abs=4 * error)
 

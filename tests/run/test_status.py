@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from mmscale.engine.watchdog import HEARTBEATS, heartbeat_path
+from mmscale.cli.launch_run import app
+from mmscale.engine.watchdog import HEARTBEATS, Heartbeat, heartbeat_path
 from mmscale.errors import LaunchError
 from mmscale.io.lock import Holder
 from mmscale.report.starts import StartRecord, add_start
 from mmscale.run.outcome import RunOutcome, recorded_outcome
-from mmscale.run.status import read_status
+from mmscale.run.status import SlowNode, read_status, slow_nodes
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -46,7 +48,14 @@ def holder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, sub
 
 
 def beat(
-    folder: Path, rank: int, *, age: float = 0.0, count: int = 1, phase: str = "forward", collective: str = ""
+    folder: Path,
+    rank: int,
+    *,
+    age: float = 0.0,
+    count: int = 1,
+    phase: str = "forward",
+    collective: str = "",
+    **more: object,
 ) -> None:
     path = heartbeat_path(folder, rank)
     path.parent.mkdir(exist_ok=True)
@@ -57,6 +66,7 @@ def beat(
         "seconds": 2.5,
         "collective": collective,
         "place": "a.py:1 in f",
+        **more,
     }
     path.write_text(json.dumps(values))
     os.utime(path, (time.time() - age,) * 2)
@@ -109,6 +119,30 @@ def test_a_silent_rank_is_hung_only_if_its_file_does_not_change_while_it_is_watc
     timer.start()
     assert read_status(folder, watch_seconds=20).state == "running"
     timer.join()
+
+
+def test_slow_ranks_are_named_with_their_nodes(holder: tuple[Path, subprocess.Popen[str]]) -> None:
+    def of(rank: int, seconds: float | None) -> Heartbeat:
+        return Heartbeat(1, 7, "data", 0.1, "", "", f"n{rank // 4}", seconds)
+
+    times = [1.0, 1.1, 0.9, 1.29, *(1.0, 3.0, 1.0, 2.0), *(None, 1.0, 1.0, 0.0)]
+    beats = {rank: of(rank, seconds) for rank, seconds in enumerate(times)}
+    (slow,) = slow_nodes(beats)
+    assert (slow.node, slow.ranks, slow.num_ranks, slow.factor) == ("n1", (5, 7), 4, 2.5)
+    assert str(slow) == "node n1: ranks 5, 7, 2.5 times the median"
+    assert slow_nodes({0: of(0, 1.0), 9: of(9, 1.5)}) == (SlowNode("n2", (9,), 1, 1.5),), "two ranks: the slower one"
+    assert slow_nodes({0: of(0, 1.0)}) == slow_nodes({}) == ()
+    folder, _ = holder
+    beat(folder, 0, own_seconds=2.0, node="n7")
+    beat(folder, 1, own_seconds=1.0)
+    found = read_status(folder)
+    assert (found.state, [str(node) for node in found.slow_nodes]) == (
+        "running",
+        ["node n7: rank 0, 2.0 times the median"],
+    )
+    result = CliRunner().invoke(app, ["status", str(folder)])
+    assert "slow" in result.output
+    assert "node n7: rank 0, 2.0 times the median" in result.output
 
 
 def test_a_verdict_of_the_watchdog(holder: tuple[Path, subprocess.Popen[str]]) -> None:

@@ -24,10 +24,10 @@ from pathlib import Path
 
 INSTALL = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
-KILL_WAIT_SECONDS = 6
+KILL_WAIT_SECONDS = 10
 """Seconds between SIGTERM and SIGKILL when SLURM ends a step."""
-GRACE_SECONDS = 20
-"""Seconds that a preempted job has to save."""
+GRACE_SECONDS = 120
+"""Most seconds that a preempted job has to save."""
 _FIRST_PORT = 26_800
 _CONF = """\
 ClusterName=mmscale
@@ -145,7 +145,8 @@ class Cluster:
         """Start the slurmd of a node, if it does not run, and wait until SLURM can use the node."""
         if node not in self._daemons or self._daemons[node].poll() is not None:
             self._spawn(node, "slurmd", "-D", "-N", node, "-f", str(self.conf))
-        self._wait(f"slurmd-{node}", lambda: self.state_of(node) in ("IDLE", "ALLOCATED", "MIXED"))
+        usable = {"IDLE", "ALLOCATED", "MIXED", "COMPLETING"}
+        self._wait(f"slurmd-{node}", lambda: set(self.state_of(node).split("+")) <= usable)
 
     def settle(self) -> None:
         """Cancel all jobs, start the nodes that are down, and wait until all nodes are idle."""

@@ -32,7 +32,7 @@ WORDS = (
     "model.decoder.num_layers=2",
     "model.vision.num_layers=1",
     "model.connector.every=2",
-    "engine.watchdog={step_seconds: 20, other_seconds: 300}",
+    "engine.watchdog={step_seconds: 12, other_seconds: 300}",
 )
 SLOW_SECONDS = 1.0
 PATIENCE_SECONDS = 400
@@ -107,6 +107,11 @@ class SlurmRun:
                     return pid
         raise AssertionError(f"rank {rank} does not run: {self.log()}")
 
+    def repair(self) -> None:
+        """Start the nodes that are down."""
+        for node in self.cluster.nodes:
+            self.cluster.start(node)
+
     def node(self, rank: int) -> str:
         """Return the node of a rank."""
         return self.cluster.call("scontrol", "show", "hostnames", self.state()["NodeList"]).split()[rank]
@@ -117,7 +122,7 @@ def save_on_signal(run: SlurmRun) -> None:
 
 
 def preempt(run: SlurmRun) -> None:
-    wide = ("--nodes=3", "--exclusive", "--partition=high", "--output=/dev/null", "--wrap=sleep 2")
+    wide = ("--no-requeue", "--nodes=3", "--exclusive", "--partition=high", "--output=/dev/null", "--wrap=sleep 2")
     run.cluster.call("sbatch", *wide)
 
 
@@ -145,10 +150,10 @@ def reach_time_limit(run: SlurmRun) -> None:
 
 FAULTS: dict[Callable[[SlurmRun], None], str | None] = {
     save_on_signal: "saved and stopped; requeued",
+    kill_slurmd: None,
     preempt: None,
     kill_rank: "rank 1 on n. was killed by SIGKILL; requeued",
     stop_rank: "the watchdog of rank 0 on n. ended the run: the rank on n. does not run; requeued",
-    kill_slurmd: None,
     crash_first_node: None,
     reach_time_limit: "saved and stopped; requeued",
 }
@@ -184,23 +189,23 @@ def test_every_fault_ends_in_a_resumed_run_with_the_same_values(
         fault(run)
         run.wait(lambda restarts=restarts: int(run.state()["Restarts"]) >= restarts)  # type: ignore[misc]
         run.wait(lambda: "COMPLETING" not in run.state()["JobState"])
-        reached, starts = run.last_step(), len(run.lines("starts/starts.jsonl"))
-        run.slow_down(run.saved_step() + 2)
+        reached, saved, starts = run.last_step(), run.saved_step(), len(run.lines("starts/starts.jsonl"))
+        run.slow_down(saved + 2)
+        if fault is not kill_slurmd:  # The next start must find that node down. Two nodes remain for it.
+            run.repair()
         run.wait(lambda starts=starts: len(run.lines("starts/starts.jsonl")) > starts)  # type: ignore[misc]
-        for node in cluster.nodes:
-            cluster.start(node)
+        run.repair()
         resumed = run.lines("starts/starts.jsonl")[-1]["step"]
         what = f"{fault.__name__}: {run.log()}"
-        assert 0 < resumed <= reached < STEPS, what
+        assert 0 < resumed == saved <= reached < STEPS, what
         assert line is None or re.search(line, run.log()[seen:]), what
         assert resumed == reached or fault not in GRACEFUL, what
-        assert reached - resumed <= 3, f"more steps lost than since the last checkpoint: {what}"
     run.slow_down(STEPS)
     run.wait(lambda: run.state()["JobState"] == "COMPLETED")
     assert run.curve() == undisturbed.curve()
     assert differences(undisturbed.folder, run.folder) == (0.0, 0.0)
-    blamed = [node for record in run.lines(RESTARTS_FILE) for node in record["failed"]]
-    assert len(blamed) >= 2, "the node of the killed rank and that of the stopped one"
+    blamed = [(record["event"], len(record["failed"])) for record in run.lines(RESTARTS_FILE) if record["failed"]]
+    assert blamed == [("down", 1), ("end", 1), ("end", 1)], "a killed slurmd, a killed rank, a stopped rank"
 
 
 @pytest.mark.slurm

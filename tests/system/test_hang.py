@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -50,3 +52,5 @@ def test_a_stopped_rank_ends_the_run(make_run: MakeRun) -> None:
     assert f"while rank {other} waits for it in all_" in output or "waits for it in reduce_scatter" in output
     assert (run.folder / "logs" / f"hang-rank-{other}.txt").stat().st_size
     assert "Traceback" not in output
+    verdict = json.loads((run.folder / "heartbeats/verdict.json").read_text())
+    assert (verdict["rank"], verdict["silent_nodes"]) == (other, [socket.gethostname()])
