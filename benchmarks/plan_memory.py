@@ -10,16 +10,19 @@ state is complete. Memory outside of that allocator is not counted: Python, gloo
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._profiler import _EventType
 
 from benchmarks.report import Case, show
 from benchmarks.steps.batches import data_config
@@ -41,6 +44,7 @@ def run_config(
     max_tokens: int = 1024,
     checkpointing: bool = False,
     width: int = 256,
+    layers: int = 6,
     **engine: Any,
 ) -> RunConfig:
     """Return a run of a small model.
@@ -52,13 +56,14 @@ def run_config(
         max_tokens: ``data.packing.max_tokens``.
         checkpointing: ``engine.activation_checkpointing``.
         width: Channels of the decoder.
+        layers: Blocks of the decoder; an even number for ``vlm``.
         engine: Other keys of the engine block.
     """
     experts = {"kind": "moe", "num_experts": 8, "experts_per_token": 2, "expert_dim": width}
     decoder: dict[str, Any] = {
         "vocab_size": 4096,
         "hidden_dim": width,
-        "num_layers": 6,
+        "num_layers": layers,
         "attention": {"num_heads": 8, "num_kv_heads": 4},
         "mlp": experts if model == "moe" else {"kind": "dense", "hidden_dim": 3 * width},
     }
@@ -150,6 +155,7 @@ def measure_rank(config: RunConfig, world: World) -> Measured:
     marks: list[tuple[int, str]] = []
     with closing(open_loader(config, world)) as loader:
         batches = [next(iter(loader)).microbatches for _ in range(2)]
+    count_all_threads()
     gc.collect()  # The engine of an earlier measurement must not be freed during this one.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         objective = choose_objective(config.model, config.stages[0], world, ())
@@ -163,25 +169,42 @@ def measure_rank(config: RunConfig, world: World) -> Measured:
     return peaks(profile, marks)
 
 
+def count_all_threads() -> None:
+    """Let torch's counter of CPU memory see every thread.
+
+    By default it sees the threads that are profiled. A thread of gloo may hold the last reference to a message. The
+    counter then misses the release, and the message seems to stay in memory.
+    """
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage").value = True
+
+
 def peaks(profile: Any, marks: list[tuple[int, str]]) -> Measured:
-    """Return the largest sum of allocations minus releases in each phase of ``marks``."""
-    records = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in profile.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    )
+    """Return the largest number of allocated bytes in each phase of ``marks``, without those before the profile."""
+    records = sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree()))
+    first = records[0][1] - records[0][2]
     live, before, phases, waiting, phase = 0, 0, dict[str, int](), list(marks), ""
-    for moment, size in records:
+    for moment, total, _ in records:
         while waiting and moment >= waiting[0][0]:
             if not phase:
                 before = live
             phase = waiting.pop(0)[1]
             phases[phase] = max(phases.get(phase, 0), live)
-        live += size
+        live = total - first
         if phase:
             phases[phase] = max(phases[phase], live)
     phases.pop("end", None)
     return Measured(before, phases)
+
+
+def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
+    """Yield moment, allocated bytes afterwards, and size (negative: released) of each record."""
+    waiting = list(events)
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        if event.tag == _EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.total_allocated, event.extra_fields.alloc_size
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def _decode_png(data: bytes) -> Pixels:
         if name[0] & 32 and name != b"tRNS":  # A lower-case first letter: the decoder does not need the chunk.
             continue
         if crc32(data[at - 4 : at + length]) != int.from_bytes(data[at + length : at + length + 4], "big"):
-            raise ValueError(f"the checksum of its chunk {name!r} is wrong")
+            raise ValueError(f"the checksum of its chunk {name!r} is wrong: the file is cut or changed, get it again")
         image_data.append(data[at - 8 : at + length + 4])
         if name == b"tRNS":
             transparency = data[at : at + length]
@@ -219,8 +219,8 @@ def _decode_png(data: bytes) -> Pixels:
         if image.size != (int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")):
             raise ValueError(f"a second header says {image.width}x{image.height} pixels")
         if kind == _PNG_PALETTE:
-            return np.asarray(image.convert("RGBA" if "transparency" in image.info else "RGB"))
-        pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
+            return np.array(image.convert("RGBA" if "transparency" in image.info else "RGB"))
+        pixels = np.array(image.convert("L") if image.mode == "1" else image)
     if pixels.ndim == 2:
         pixels = pixels[:, :, None].astype(np.uint16 if bits == 16 else np.uint8)
     num_channels = {_PNG_GRAY: 1, _PNG_RGB: 3}.get(kind, 0)

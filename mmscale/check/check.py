@@ -7,6 +7,9 @@ run: a batch without images, an expert without rows, a rank without data. The ch
 an evaluation and a checkpoint on simulated ranks, each with different batches. The model has the depth and all parts of
 the run's model, but small widths.
 
+To save time, a model of more than 32 blocks is checked in two passes: all of this with the few blocks of a smoke-test
+model, then two steps of every stage with all blocks.
+
 Not for: hangs that the network, a dead process or the loader cause, and differences that only occur with certain sizes,
 values or data. The loader gives all ranks the same number of microbatches by construction.
 """
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,10 +28,18 @@ from mmscale.check.program import RankProgram, make_steps
 from mmscale.check.ranks import Difference, compare_ranks
 from mmscale.check.recorder import Call
 from mmscale.dist import prepare_deepspeed
+from mmscale.errors import EngineError
 from mmscale.evaluate import EvaluationConfig
 from mmscale.run.config import RunConfig
 from mmscale.shrink.run import shrink_run
 
+_DEEP = 32
+"""Most blocks of a model that is checked in one pass."""
+_MOST_RANKS = 64
+"""Above it, ranks reduce small values along a tree (``mmscale.dist``), where they send different messages by design."""
+_RATES = {"learning_rate", "schedule", "warmup_steps", "min_learning_rate"}
+_EQUAL_FIELDS = {"name", "steps", "data", "weights", "model", *_RATES}
+"""Fields of a stage that do not change which modules run in a step. The model itself is compared as a whole."""
 # DeepSpeed would import torch._dynamo inside a dispatch mode, where the import fails.
 _LIBRARIES = ("torch._dynamo", "deepspeed.comm", "deepspeed.ops", "deepspeed.runtime.zero.stage3", "torchvision.io")
 
@@ -93,28 +104,53 @@ def check_run(config: RunConfig, *, ranks: int | None = None) -> CheckReport:
 
     Args:
         config: The run. Its data are not read.
-        ranks: Number of simulated ranks, at least 2; None for 2, or twice ``engine.expert_parallel`` (at most 2).
+        ranks: Number of simulated ranks, 2 to 64; None for 2, or twice ``engine.expert_parallel`` (at most 2).
 
     Raises:
-        EngineError: all ranks raise the same error.
+        EngineError: all ranks raise the same error, or ``ranks`` is too large.
     """
     parallel = min(config.engine.expert_parallel, 2)
     ranks = ranks or 2 * parallel
+    if ranks > _MOST_RANKS:
+        raise EngineError(f"ranks={ranks}: the check simulates at most {_MOST_RANKS} ranks; use fewer")
     prepare_deepspeed("cpu")
     with tempfile.TemporaryDirectory(prefix="mmscale-check-") as name:
         folder = Path(name)
         write_held_out(folder)
-        program = _program(config, folder, ranks, parallel)
+        is_deep = _num_blocks(config) > _DEEP
+        program = _program(config, folder, ranks, parallel, keep_depth=not is_deep)
         _import_libraries()
         collectives, difference = compare_ranks(program, ranks)
+        if is_deep and difference is None:
+            program = _at_full_depth(_program(config, folder, ranks, parallel, keep_depth=True))
+            more, difference = compare_ranks(program, ranks)
+            difference = difference and replace(difference, number=difference.number + collectives)
+            collectives += more
     stages = tuple(stage.name for _, stage in program.config.stages_from(0))
     return CheckReport(ranks, stages, collectives, difference)
 
 
-def _program(config: RunConfig, folder: Path, ranks: int, parallel: int) -> RankProgram:
+def _num_blocks(config: RunConfig) -> int:
+    """Return the largest number of blocks of the model of any stage."""
+    models = [config.stage_model(number) for number, _ in config.stages_from(0)]
+    return max(model.decoder.num_layers + getattr(model.vision, "num_layers", 0) for model in models)
+
+
+def _at_full_depth(program: RankProgram) -> RankProgram:
+    """Return the short program of a deep model. It trains stages with equal modules once."""
+    config = program.config
+    first: dict[str, int] = {}
+    for number in program.stages:
+        stage = config.stages[number].model_dump_json(exclude=_EQUAL_FIELDS)
+        distill = [each.model_dump_json() for each in program.distill[number]]
+        first.setdefault(f"{stage} {config.stage_model(number).model_dump_json()} {distill}", number)
+    return replace(program, stages=tuple(first.values()), at_full_depth=True)
+
+
+def _program(config: RunConfig, folder: Path, ranks: int, parallel: int, *, keep_depth: bool) -> RankProgram:
     """Return the program of each rank for a small copy of the run."""
     most = max(len(tuple(make_steps(("",) * 8, ranks))), 1)
-    small = shrink_run(config, steps=most, lanes=ranks, keep_depth=True)
+    small = shrink_run(config, steps=most, lanes=ranks, keep_depth=keep_depth)
     engine = {
         "device": "cpu",
         # On GPUs ``auto`` is bf16. fp16 needs a GPU; bf16 takes the same path through DeepSpeed.
@@ -134,7 +170,8 @@ def _program(config: RunConfig, folder: Path, ranks: int, parallel: int) -> Rank
     for number in numbers:
         is_scored = number == numbers[-1] or config.evaluation.every_steps is not None
         evaluations.append(evaluation_block(folder, small.stage_media(number)) if is_scored else None)
-    return RankProgram(small, tuple(stage.distill for stage in config.stages), tuple(evaluations), folder)
+    distill = tuple(stage.distill for stage in config.stages)
+    return RankProgram(small, distill, tuple(evaluations), folder, tuple(numbers))
 
 
 def _import_libraries() -> None:

@@ -1,6 +1,7 @@
 """The program of each simulated rank: every stage of the run, with different batches on every rank.
 
     for each stage:  model -> engine -> (warm start) -> steps with adversarial batches -> evaluation -> checkpoint
+    at full depth:   model -> engine -> two steps in which each kind of batch occurs
 
 The functions are those of a real run: ``construct``, ``Engine``, ``evaluate``, ``checkpoint.save`` and ``warm_start``.
 """
@@ -71,6 +72,19 @@ def make_steps(kinds: tuple[str, ...], world_size: int) -> Iterator[Step]:
     yield Step(((dummy, dummy),) * world_size)
 
 
+def make_few_steps(kinds: tuple[str, ...], world_size: int) -> Iterator[Step]:
+    """Yield two steps in which each kind of batch occurs, with different kinds on neighbouring ranks.
+
+    DeepSpeed records the order of the modules in the first step, and fetches weights ahead in the second one.
+    """
+    slots = [
+        tuple(kinds[(first + rank) % len(kinds)] for rank in range(world_size))
+        for first in range(0, len(kinds), world_size)
+    ]
+    yield Step(tuple((kind,) for kind in slots[0]))
+    yield Step(tuple(zip(*(slots[1:] or slots), strict=True)))
+
+
 @dataclass(frozen=True)
 class RankProgram:
     """The program of a simulated rank.
@@ -80,28 +94,32 @@ class RankProgram:
         distill: The teachers of each stage of the real run.
         evaluations: The held-out sets of each stage; None if the run does not evaluate after its steps.
         folder: Folder for checkpoints.
+        stages: Numbers of the stages to run.
+        at_full_depth: Whether the model has all blocks of a deep model. Its stages make two steps and no checkpoint.
     """
 
     config: RunConfig
     distill: tuple[tuple[DistillConfig, ...], ...]
     evaluations: tuple[EvaluationConfig | None, ...]
     folder: Path
+    stages: tuple[int, ...]
+    at_full_depth: bool = False
 
     def __call__(self, rank: int, recorder: CallRecorder) -> None:
-        """Run all stages as rank ``rank``."""
+        """Run the stages as rank ``rank``."""
         world = init_distributed(self.config.engine)
         latest: Path | None = None
         state = TrainState()
-        for number, _ in self.config.stages_from(0):
+        for number in self.stages:
             state = TrainState(step=state.step, stage_index=number)
             latest, state = self._stage(world, recorder, state, latest)
 
     def _stage(
         self, world: World, recorder: CallRecorder, state: TrainState, latest: Path | None
-    ) -> tuple[Path, TrainState]:
+    ) -> tuple[Path | None, TrainState]:
         config, number = self.config, state.stage_index
         stage = config.stages[number]
-        recorder.where = where = f"stage {stage.name}"
+        recorder.where = where = f"stage {stage.name}" + (" at full depth" if self.at_full_depth else "")
         model = self._build(world, number)
         recorder.name_parts(model)
         teachers = [
@@ -115,7 +133,8 @@ class RankProgram:
                 checkpoint.warm_start(engine, latest, upcycle=stage.upcycles_previous)
             spec = config.stage_media(number)
             batches = BatchMaker(spec, config.stage_model(number).decoder.vocab_size, config.seed)
-            for index, step in enumerate(make_steps(batches.kinds, world.world_size)):
+            make = make_few_steps if self.at_full_depth else make_steps
+            for index, step in enumerate(make(batches.kinds, world.world_size)):
                 kinds = step.kinds[world.rank]
                 recorder.where = f"{where}, step {index + 1}, batch: {' + '.join(kinds)}"
                 engine.train_step(
@@ -123,6 +142,8 @@ class RankProgram:
                     self._reason(world) if step.rejects else lambda loss, norm: None,
                     component_norms=step.component_norms,
                 )
+            if self.at_full_depth:
+                return None, state
             steps = index + 1
             evaluation = self.evaluations[number]
             if evaluation is not None:

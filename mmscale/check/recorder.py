@@ -5,9 +5,9 @@
                                                         |  +-- values of the other ranks, if the message is small
                                                         +----> fake process group, which sends nothing
 
-The fake group of torch returns at once: a gather repeats this rank's own shard. Gathered weights are therefore false,
-which does not matter here, but sums, flags, counts and split sizes decide what a rank does next. So messages of at most
-64 KiB, and every all-to-all, are exchanged between the simulated ranks.
+The fake group of torch returns at once: a gather repeats this rank's own shard. Gathered weights and
+reduced gradients are therefore false, which does not matter here, but sums, flags, counts and split sizes decide what a
+rank does next. So other messages of at most 64 KiB, and every all-to-all, are exchanged between the simulated ranks.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ _NAMES = {
 _INPUTS = ("input_tensors", "input_tensor", "inputs", "input", "tensors")
 _LISTED = ("params", "params_to_reduce", "param_list")
 """Local variables of DeepSpeed's functions that hold the parameters of a message."""
+_MOVES_WEIGHTS = ("gather", "scatter", "_zero_init_param")
+"""Parts of the names of DeepSpeed's functions that send weights or gradients."""
 _ZERO = "/deepspeed/runtime/zero/"
 _OURS = ("/mmscale/", "/data_pipeline/")
 _NOT_OURS = ("/mmscale/check/", "/mmscale/dist.py", "/mmscale/engine/step_clock.py")
@@ -128,10 +130,10 @@ class CallRecorder(TorchDispatchMode):
         group = ProcessGroup.unbox(given["process_group"])
         members = torch_dist.get_process_group_ranks(group)
         tensors = _flat(next((given[key] for key in _INPUTS if key in given), []))
-        place, parameters, operation = self._locate()
+        place, parameters, operation, moves_weights = self._locate()
         call = Call(name, _describe_group(members), _describe(name, tensors), parameters, place, self.where)
         size = sum(each.numel() * each.element_size() for each in tensors)
-        if name != "all_to_all" and size > MOST_EXCHANGED_BYTES:
+        if name != "all_to_all" and (moves_weights or size > MOST_EXCHANGED_BYTES):
             self._record(call)
             return
         if name == "all_to_all":
@@ -140,10 +142,13 @@ class CallRecorder(TorchDispatchMode):
             theirs = self._exchange(call, members, [each.detach().contiguous() for each in tensors])
             _write_result(name, given, theirs, members.index(torch_dist.get_rank()), operation)
 
-    def _locate(self) -> tuple[str, str, Any]:
-        """Return the place of the collective, the names of its parameters, and the operation of a reduction."""
+    def _locate(self) -> tuple[str, str, Any, bool]:
+        """Return the place of the collective, the names of its parameters, and the operation of a reduction.
+
+        The last value is whether DeepSpeed sends weights or gradients.
+        """
         frame: FrameType | None = sys._getframe(3)
-        place, module, parameters, operation = "", "", "", None
+        place, module, parameters, operation, moves_weights = "", "", "", None, False
         while frame is not None and not place:
             path = frame.f_code.co_filename.replace(os.sep, "/")
             if path.endswith("/distributed_c10d.py") and operation is None:
@@ -151,14 +156,16 @@ class CallRecorder(TorchDispatchMode):
             elif _ZERO in path:
                 found = frame.f_locals
                 # Other functions get this rank's part of the parameters, for example to compute its part of a norm.
-                if not parameters and any(part in frame.f_code.co_name for part in ("gather", "scatter")):
-                    parameters = self._names(next((found[key] for key in _LISTED if key in found), ()))
+                if any(part in frame.f_code.co_name for part in _MOVES_WEIGHTS):
+                    moves_weights = True
+                    if not parameters:
+                        parameters = self._names(next((found[key] for key in _LISTED if key in found), ()))
                 if not module and isinstance(current := found.get("current_submodule"), nn.Module):
                     module = self._module_names.get(id(current), type(current).__name__)
             elif is_own_file(path):
                 place = f"{'/'.join(path.split('/')[-2:])}, {frame.f_code.co_name}"
             frame = frame.f_back
-        return module or place or "DeepSpeed", parameters, operation
+        return module or place or "DeepSpeed", parameters, operation, moves_weights
 
     def _names(self, parameters: Any) -> str:
         if not isinstance(parameters, list | tuple | set):

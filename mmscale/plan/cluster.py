@@ -28,9 +28,9 @@ from mmscale.init.machine import free_host_memory
 from mmscale.metrics.peaks import peak_of, published
 
 GIB = 1 << 30
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, le=1e17)]
 Share = Annotated[float, Field(gt=0, le=1)]
-Seconds = Annotated[float, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class Accelerator(StrictConfig):
@@ -42,7 +42,7 @@ class Accelerator(StrictConfig):
     """Kind of device; it decides which features of the engine a run uses."""
     peak_flops: dict[Literal["bf16", "fp16", "fp32"], Rate] = Field(min_length=1)
     """Dense matrix operations per second, by number format."""
-    memory_bytes: int = Field(gt=0)
+    memory_bytes: int = Field(gt=0, le=1 << 50)
     """Memory that a rank may use."""
     memory_bandwidth: Rate
     """Bytes per second between the device and its memory."""
@@ -77,7 +77,7 @@ class Accelerator(StrictConfig):
     device, so a step takes the longer of both times. On a CPU they add up."""
     step_seconds: Seconds = 5e-3
     """Time of the host for a step, whatever its size."""
-    price_per_hour: float | None = Field(default=None, ge=0)
+    price_per_hour: float | None = Field(default=None, ge=0, le=1e6)
     """Price of a device for an hour, in any currency; null: no cost is computed."""
     source: str
     """Origin of the values."""

@@ -65,15 +65,15 @@ class SiteConfig(StrictConfig):
     """Features that the nodes must have, for example ``h100``."""
     time: _Text | None = None
     """Time limit of each start in SLURM's notation, for example ``12:00:00``; null for the partition's default."""
-    gpus_per_node: int | None = Field(default=None, ge=0)
+    gpus_per_node: int | None = Field(default=None, ge=0, le=1024)
     """GPUs per machine, with one rank each; 0 or null trains on CPUs."""
-    ranks_per_node: int | None = Field(default=None, ge=1)
+    ranks_per_node: int | None = Field(default=None, ge=1, le=4096)
     """Ranks per machine in a CPU run; null for one."""
-    cpus_per_task: int | None = Field(default=None, ge=1)
+    cpus_per_task: int | None = Field(default=None, ge=1, le=4096)
     """CPU cores per rank, including its loader workers; null for the cluster's default."""
     requeue: bool | None = None
     """Whether the job requeues itself. Set it to false for a site that forbids this, and submit with ``--chain``."""
-    save_seconds: int | None = Field(default=None, ge=1)
+    save_seconds: int | None = Field(default=None, ge=1, le=86400)
     """Seconds before the time limit at which the ranks save and stop; null for 180."""
     sbatch: tuple[_Text, ...] = ()
     """Further options of sbatch, one per item, for example ``--exclusive``."""

@@ -85,6 +85,20 @@ def loss_of_rank() -> list[Patch]:
     return [mock.patch.object(NextToken, "__call__", call)]
 
 
+def loss_of_rank_if_deep() -> list[Patch]:
+    """Compute one more term of the loss on the last rank, if the model has more blocks than a smoke-test model."""
+    original = NextToken.__call__
+
+    def call(self: NextToken, model: Any, batch: Any) -> Any:
+        output = original(self, model, batch)
+        if os.environ["RANK"] == "1" and len(model.decoder.layers) > 4:
+            again = model.head(model(batch).hidden, batch.labels, batch.loss_weights)
+            return replace(output, loss_sum=output.loss_sum + again)
+        return output
+
+    return [mock.patch.object(NextToken, "__call__", call)]
+
+
 def early_break() -> list[Patch]:
     """End the loop over the microbatches at the first one without tokens."""
     original = Engine._forward_backward
@@ -127,6 +141,7 @@ BUGS: dict[str, Callable[[], list[Patch]]] = {
         if_images,
         list_of_experts,
         loss_of_rank,
+        loss_of_rank_if_deep,
         early_break,
         early_break_in_evaluation,
         save_on_one_rank,

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 
-from mmscale.check.check import CheckReport
-from mmscale.check.program import make_steps
+from mmscale.check.check import CheckReport, check_run
+from mmscale.check.program import make_few_steps, make_steps
 from mmscale.check.ranks import Difference
 from mmscale.check.recorder import Call
 from mmscale.cli.main import main
+from mmscale.config import load
+from mmscale.errors import EngineError
+from mmscale.run.config import RunConfig
 from tests.engine.fork_server import fork_server
 
 TINY = "tests/system/tiny.yaml"
@@ -92,6 +95,17 @@ def test_differences_of_evaluations_and_saves_are_found(tmp_path: Path) -> None:
     assert save[0]["place"] == "checkpoint/save.py, abort_on_any_rank"
 
 
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_difference_that_only_a_deep_model_has_is_found(tmp_path: Path) -> None:
+    deep = ["model.decoder.num_layers=34", "model.vision.num_layers=1"]
+    bug = {"config": TINY, "overrides": deep, "bug": "loss_of_rank_if_deep"}
+    (report,) = checked(tmp_path, bug)
+    for side in report["difference"]:
+        assert side["call"]["where"].startswith("stage pretrain at full depth, step 1")
+    assert report["collectives"] > 100  # The pass with few blocks is equal on all ranks.
+
+
 ARCHITECTURES = {
     "cross attention, stage 1": (TINY, [*SHALLOW, "engine.zero_stage=1"]),
     "embedding, stage 2": (TINY, [*SHALLOW, "engine.zero_stage=2", "model.connector={kind: embedding}"]),
@@ -125,6 +139,23 @@ def test_every_kind_of_batch_meets_the_next_one() -> None:
         assert len({len(own) for own in step.kinds}) == 1  # Equally many microbatches.
         met |= {pair for ranks in itertools.pairwise(step.kinds) for pair in zip(*ranks, strict=True)}
     assert {("a", "b"), ("b", "c"), ("c", "d"), ("d", "a")} <= met
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("num_kinds", [2, 4, 7])
+def test_every_kind_of_batch_occurs_in_the_few_steps_of_a_deep_model(num_kinds: int, world_size: int) -> None:
+    kinds = tuple("abcdefg"[:num_kinds])
+    steps = list(make_few_steps(kinds, world_size))
+    assert len(steps) == 2
+    for step in steps:
+        assert len({len(own) for own in step.kinds}) == 1  # Equally many microbatches.
+        assert all(len(set(ranks)) > 1 for ranks in zip(*step.kinds, strict=True))
+    assert {kind for step in steps for own in step.kinds for kind in own} == set(kinds)
+
+
+def test_more_ranks_than_reduce_in_a_ring_are_rejected() -> None:
+    with pytest.raises(EngineError, match="at most 64 ranks"):
+        check_run(load(Path(TINY), [], RunConfig).value, ranks=65)
 
 
 def test_the_command_prints_a_difference_and_fails(

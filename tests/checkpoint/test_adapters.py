@@ -77,7 +77,11 @@ def test_the_base_does_not_move(base: tuple[Path, float], tuned: dict[str, Any])
 def test_a_checkpoint_holds_the_adapters_alone(base: tuple[Path, float], tuned: dict[str, Any]) -> None:
     path = Path(tuned["path"])
     with CheckpointReader(path) as reader:
-        stored = {key.rpartition("|")[0] for metadata in reader.metadata for key in metadata.tensors}
+        stored = {
+            key.rpartition("|")[0]
+            for rank in range(reader.manifest.world_size)
+            for key in reader.rank_metadata(rank).tensors
+        }
         trained = {name for name, entry in reader.manifest.parameters.items() if entry.trained}
     assert stored == trained
     assert all(map(is_adapter, stored))

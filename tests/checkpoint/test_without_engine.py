@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,7 +140,7 @@ def test_a_resume_that_does_not_fit_is_refused_before_anything_changes(tmp_path:
     assert "rank-00001.safetensors: has checksum" in refused(plain_engine(model))
     resume(plain_engine(model), path, verified=True)  # Skips the checksums.
     damaged.write_bytes(data[:-1])
-    assert "rank-00001.safetensors has" in refused(plain_engine(model), verified=True)
+    assert re.search(r"rank-00001\.safetensors: \S+ cannot be read", refused(plain_engine(model), verified=True))
 
 
 def test_a_resume_names_what_the_checkpoint_does_not_hold(tmp_path: Path) -> None:

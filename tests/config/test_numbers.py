@@ -75,6 +75,8 @@ def _with(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 _ZERO = """
+Accelerator.overlap Accelerator.node_latency_seconds Accelerator.network_latency_seconds Accelerator.unit_seconds
+Accelerator.step_seconds Accelerator.price_per_hour SiteConfig.gpus_per_node
 AdafactorConfig.weight_decay AdafactorConfig.beta2_decay AdafactorConfig.min_scale AdamWConfig.weight_decay
 AdamWConfig.betas AdaptersConfig.dropout AugmentConfig.shift AugmentConfig.flip AugmentConfig.brightness
 AugmentConfig.contrast
@@ -113,6 +115,16 @@ WeightFrom.weight YarnScaling.factor YarnScaling.beta_fast YarnScaling.attention
 _LEGAL = {0: set(_ZERO.split()), -1: set(_NEGATIVE.split()), 10**18: set(_LARGE.split())}
 
 _MORE: dict[str, dict[str, Any]] = {
+    "Accelerator": {
+        "name": "a",
+        "device": "cpu",
+        "source": "a",
+        "peak_flops": {"fp32": 1e11},
+        "memory_bytes": 1 << 33,
+        "memory_bandwidth": 1e10,
+        "node_bandwidth": 1e9,
+        "network_bandwidth": 1e9,
+    },
     "AdaptersConfig": {"dropout": 0.1},
     "AnnotationsTemplate": {"max_annotations": 2},
     "BestConfig": {"metric": "a/score", "stop_after": 2},
@@ -124,6 +136,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "Mm15Tiling": {},
     "MostPixelsSplit": {"kind": "most_pixels"},
     "MoeConfig": {"num_experts": 4, "experts_per_token": 2, "expert_dim": 8, "shared_dim": 8},
+    "SiteConfig": {"gpus_per_node": 8, "ranks_per_node": 2, "cpus_per_task": 4, "save_seconds": 180},
     "YarnScaling": {"kind": "yarn", "factor": 2.0, "original_context": 64},
     "WeightFrom": {"from_step": 1, "weight": 1.0},
 }
@@ -144,9 +157,10 @@ _WITHOUT_NUMBERS |= {
     "MlpBase",
     "RouterConfig",
     "ObjectiveBase",
+    "ContainerConfig",
 }
 """Base classes, and classes without numbers of their own."""
-_RECORDS = {"Best", "Holder", "Manifest", "RankMetadata", "RollBack", "SavedState", "StartRecord"}
+_RECORDS = {"Best", "Holder", "Manifest", "RankMetadata", "RollBack", "RunOutcome", "SavedState", "StartRecord"}
 """Classes of files that a run writes and validates."""
 _FREE = {"StageConfig.data", "StageConfig.model"}
 """Overrides of other blocks, which are validated after the merge."""

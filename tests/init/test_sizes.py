@@ -142,7 +142,7 @@ def test_activations_of_experts_follow_the_tensors_that_autograd_saves(mlp: dict
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         model(pack([text_document(seed, 64, VOCAB) for seed in range(4)], media_spec(values)))
     memory = memory_model(values, frozenset({"all"}), 4, "cpu")
-    assert 0.6 < sum(saved.values()) / memory.activation_bytes(256, 0, recompute=False) < 1
+    assert 0.5 < sum(saved.values()) / memory.activation_bytes(256, 0, recompute=False) < 1
     experts = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, Experts)]
     assert memory.largest_module == max([*experts, 64 * 64])  # Queries, or the experts of a block.
     gathered = dataclasses.replace(memory, largest_module=0).fixed_bytes(3, 2, copies=False)

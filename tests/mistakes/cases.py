@@ -347,7 +347,7 @@ FOLDERS = [
         "no-image", "generate {run} --image absent.png", 1, "absent.png: no such file", "looked for {cwd}/absent.png"
     ),
     Mistake("text-as-image", "generate {run} --image README.md", 1, "README.md", "no JPEG, PNG or WebP"),
-    Mistake("image-is-cut", "generate {run} --image {tmp}/cut.png", 1, "cut.png", "decode"),
+    Mistake("image-is-cut", "generate {run} --image {tmp}/cut.png", 1, "cut.png", "get it again"),
     Mistake(
         "too-many-images",
         "generate {run} --image {tmp}/good.png --prompt <image><image>",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.plan_memory import measure_rank, peaks, run_config
+from benchmarks.plan_memory import count_all_threads, measure_rank, peaks, run_config
 from mmscale.dist import World
 from mmscale.engine.graph import LossGraph
 from mmscale.models.build import build_model, build_weights
@@ -24,7 +25,8 @@ MIB = 2**20
 
 
 def config(model: str = "dense", zero_stage: int = 0, **changes: Any) -> RunConfig:
-    return run_config(model, zero_stage, changes.pop("precision", "fp32"), max_tokens=256, width=64, **changes)
+    small = {"precision": "fp32", "max_tokens": 128, "width": 64, "layers": 2}
+    return run_config(model, zero_stage, **(small | changes))
 
 
 def changed(run: RunConfig, **blocks: Any) -> RunConfig:
@@ -66,10 +68,31 @@ def test_the_profilers_counter_of_known_tensors() -> None:
     del kept, other
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("model", ["dense", "moe", "vlm"])
+def test_the_counter_sees_a_release_in_another_thread() -> None:
+    count_all_threads()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        message = [torch.empty(MIB, dtype=torch.uint8)]
+        thread = threading.Thread(target=message.clear)
+        thread.start()
+        thread.join()
+        marks = [(time.time_ns(), "forward")]
+        other = torch.empty(2 * MIB, dtype=torch.uint8)
+    assert peaks(profile, marks).phases == {"forward": 2 * MIB}
+    del other
+
+
+@pytest.mark.parametrize(
+    ("model", "checkpointing"),
+    [
+        ("moe", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("dense", False), ("dense", True), ("moe", False), ("vlm", False), ("vlm", True)]
+        ),
+    ],
+)
 def test_a_pass_on_meta_allocates_what_a_real_pass_does(model: str, checkpointing: bool) -> None:
-    run = config(model)
+    run = config(model, max_tokens=256, layers=6)
     with open_loader(run) as loader:
         batch = next(iter(loader)).microbatches[0]
     real = LossGraph(build_model(run.model), NextToken())
@@ -158,9 +181,9 @@ def test_state_of_adafactor_and_muon() -> None:
 
 
 def test_checkpointing_keeps_one_input_a_block() -> None:
-    found = peak_in(config("dense", 0))
+    found = peak_in(config("dense", 0, layers=6))
     assert found.activations_with_checkpointing < found.activations_without_checkpointing / 2
-    assert peak_in(config("dense", 0, checkpointing=True)).peak_bytes < found.peak_bytes
+    assert peak_in(config("dense", 0, layers=6, checkpointing=True)).peak_bytes < found.peak_bytes
 
 
 def test_expert_parallel_divides_the_experts_state_no_further() -> None:
@@ -173,9 +196,9 @@ def test_expert_parallel_divides_the_experts_state_no_further() -> None:
 
 def test_more_live_weights_are_gathered() -> None:
     none, all_of_them = (
-        peak_in(config("dense", 3, live_parameter_elements=live), 2).parts["gathered"] for live in (0, 10**9)
+        peak_in(config("dense", 3, layers=6, live_parameter_elements=live), 2).parts["gathered"] for live in (0, 10**9)
     )
-    run = config()
+    run = config(layers=6)
     assert all_of_them == pytest.approx(4 * count(run), rel=0.01)
     assert none < all_of_them / 2
 
@@ -204,18 +227,12 @@ def check(results: list[list[list[float]]]) -> None:
 
 
 def test_a_real_step_needs_what_is_predicted() -> None:
-    check(
-        run_ranks(
-            "tests.plan.test_memory:measured_peaks",
-            1,
-            {"runs": [["dense", 0], ["dense", 3]], "tokens": 256},
-            timeout=300,
-        )
-    )
+    runs = [["dense", 3]]
+    check(run_ranks("tests.plan.test_memory:measured_peaks", 1, {"runs": runs, "tokens": 256}, timeout=300))
 
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_two_ranks_need_what_is_predicted() -> None:
-    runs = [["dense", 3], ["moe", 2], ["vlm", 3]]
-    check(run_ranks("tests.plan.test_memory:measured_peaks", 2, {"runs": runs, "tokens": 512}, timeout=600))
+@pytest.mark.parametrize(("ranks", "runs"), [(1, [["dense", 0]]), (2, [["dense", 3], ["moe", 2], ["vlm", 3]])])
+def test_more_real_steps_need_what_is_predicted(ranks: int, runs: list[list[Any]]) -> None:
+    check(run_ranks("tests.plan.test_memory:measured_peaks", ranks, {"runs": runs, "tokens": 512}, timeout=600))

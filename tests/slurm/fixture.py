@@ -1,4 +1,4 @@
-"""Fixtures of all tests with the marker ``slurm``: one cluster of three virtual nodes for the whole session."""
+"""Fixtures of all tests with the marker ``slurm``: they share one cluster of three virtual nodes."""
 
 from __future__ import annotations
 
