@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmscale.plan import checkpoints
+
 _DAY = 86_400.0
 _EVENTS = 100_000
 """Simulated ends of an uptime per interval: the standard error of the goodput is about 0.1 percentage points."""
@@ -148,19 +150,16 @@ def simulate(hazards: Hazards, interval: float, seed: int, events: int = _EVENTS
 def expected_goodput(hazards: Hazards, interval: float) -> float:
     """Return the goodput of a run with failures only, and saves that are complete when the steps resume.
 
-    Source: Daly 2006, equation 20: a segment of work tau with a save delta takes ``M exp(R / M) (exp((tau + delta) / M)
-    - 1)`` on average, with the mean time between failures M and the restart R.
+    Source: Daly 2006, equation 20.
     """
-    mean = hazards.mtbf
-    if math.isinf(mean):
+    if math.isinf(hazards.mtbf):
         return interval / (interval + hazards.blocked)
-    time = mean * math.exp(hazards.restart / mean) * math.expm1((interval + hazards.blocked) / mean)
-    return interval / time
+    return checkpoints.expected_goodput(interval, hazards.blocked, hazards.mtbf, hazards.restart)
 
 
 def young_interval(hazards: Hazards) -> float:
     """Return Young's optimum: ``sqrt(2 * delta * M)`` seconds of steps between saves; infinity without failures."""
-    return math.sqrt(2 * hazards.blocked * hazards.mtbf)
+    return checkpoints.best_interval(hazards.blocked, hazards.mtbf)
 
 
 def daly_interval(hazards: Hazards) -> float:
@@ -172,7 +171,7 @@ def daly_interval(hazards: Hazards) -> float:
     if math.isinf(mean) or delta >= 2 * mean:
         return mean
     ratio = delta / (2 * mean)
-    return math.sqrt(2 * delta * mean) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - delta
+    return young_interval(hazards) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - delta
 
 
 @dataclass(frozen=True)
