@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_the_file_names_machine_modules_and_packages(tmp_path: Path, monkeypatch
     found = json.loads(path.read_text())
     assert found["modules"] == ["gcc/13", "cuda/12.8"]
     assert [node["ranks"] for node in found["nodes"]] == [[0]]
-    assert found["packages"]["torch"] == torch.__version__
+    assert found["packages"]["torch"] == version("torch")
 
 
 def test_the_outcome_of_the_newest_start(tmp_path: Path) -> None:
