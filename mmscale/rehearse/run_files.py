@@ -58,7 +58,9 @@ class FileOperations:
         FileOperations._counts = None
 
     @staticmethod
-    def _hear(event: str, _: Any) -> None:
+    def _hear(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], int):
+            return  # A file object around an open file.
         counts = FileOperations._counts
         if counts is not None and event in _WATCHED and threading.get_ident() == FileOperations._thread:
             counts[event] += 1
