@@ -56,14 +56,14 @@ def rehearse(
     from dataclasses import asdict
 
     from mmscale.cli.run_file import load_run
-    from mmscale.rehearse.failures import PRESETS
-    from mmscale.rehearse.rehearse import NUM_PARTS, Cluster, write_page
+    from mmscale.plan.checkpoints import PRESETS
+    from mmscale.rehearse.rehearse import NUM_PARTS, BigRun, write_page
     from mmscale.rehearse.rehearse import rehearse as run_rehearsal
 
     if failures not in PRESETS:
         raise typer.BadParameter(f"{failures!r}: expected {' or '.join(PRESETS)}", param_hint="--failures")
     run = load_run(config, overrides or []).value
-    cluster = Cluster(
+    cluster = BigRun(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         preset=PRESETS[failures],

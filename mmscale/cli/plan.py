@@ -13,6 +13,7 @@ from mmscale.cli.console import console, emit, print_table
 
 if TYPE_CHECKING:
     from mmscale.plan.plan import Plan, StagePlan
+    from mmscale.run.config import RunConfig
 
 app = typer.Typer()
 
@@ -40,8 +41,10 @@ def plan(
     gpus_per_node: int = typer.Option(
         8, "--gpus-per-node", min=1, max=1024, help="GPUs of a node, or processes of a node with --gpu cpu."
     ),
-    gpu: str = typer.Option(
-        "h100", "--gpu", help="a100, h100, h200, b200, cpu, or a YAML file, such as one of --calibrate."
+    gpu: str | None = typer.Option(
+        None,
+        "--gpu",
+        help="a100, h100 (the default), h200, b200, cpu or cuda (this machine), or a YAML file.",
     ),
     price: float | None = typer.Option(None, "--price", min=0, help="Price of a GPU for an hour."),
     gpu_hours_per_failure: float | None = typer.Option(
@@ -62,11 +65,11 @@ def plan(
     image_size: str | None = typer.Option(
         None, "--image-size", help="Assume images of this size, WIDTHxHEIGHT, instead of the data.", metavar="SIZE"
     ),
-    calibrate: Path | None = typer.Option(
-        None,
+    calibrate: bool = typer.Option(
+        False,
         "--calibrate",
-        help="Measure this machine with the model of CONFIG on --gpus-per-node processes, and write this YAML file.",
-        metavar="FILE",
+        help="Measure this machine with the model of CONFIG on --gpus-per-node processes, for later plans with "
+        "--gpu cpu or cuda. --gpu FILE writes this YAML file instead.",
     ),
     json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
@@ -82,13 +85,10 @@ def plan(
 
     size = _size(image_size)
     loaded = load_run(config, overrides or [])
-    if calibrate is not None:
-        from mmscale.plan.calibrate import calibrate as measure
-
-        device = measure(loaded.value, gpus_per_node, calibrate, console.print)
-        emit({"file": str(calibrate), **device.model_dump(exclude_none=True)}, json=json)
+    if calibrate:
+        emit(_calibrate(loaded.value, gpu, gpus_per_node), json=json)
         return
-    cluster = read_cluster(gpu, nodes, gpus_per_node, price)
+    cluster = read_cluster(gpu or "h100", nodes, gpus_per_node, price)
     example = None
     if document_tokens is not None or size is not None:
         width, height = size or (ExampleDocument.width, ExampleDocument.height)
@@ -104,6 +104,22 @@ def plan(
         _print(found)
     if not found.fits:
         raise typer.Exit(_UNFIT)
+
+
+def _calibrate(run: RunConfig, file: str | None, ranks: int) -> dict[str, Any]:
+    """Measure this machine, and write ``file`` or the file of this machine. Return the rates."""
+    from mmscale.dist import device_type
+    from mmscale.plan.calibrate import calibrate
+    from mmscale.plan.cluster import calibrated_file, is_file
+
+    if file is not None and not is_file(file):
+        raise typer.BadParameter(
+            f"{file!r}: --calibrate measures this machine; leave it out, or give the YAML file to write",
+            param_hint="--gpu",
+        )
+    path = calibrated_file(device_type(run.engine.device), ranks) if file is None else Path(file)
+    device = calibrate(run, ranks, path, console.print)
+    return {"file": str(path), **device.model_dump(exclude_none=True)}
 
 
 def _print(plan: Plan) -> None:

@@ -1,7 +1,7 @@
 """The largest microbatch that a stage is likely to meet, as shapes.
 
-    the data exist here    the packs of the first steps of a few lanes, as the loader makes them, without decoding
-    they do not            one pack of equal documents: one crop and 64 tokens of text, or text alone
+    the data exist here    the packs of ``load.replay_packs``
+    they do not            one pack of equal documents: those of ``load.example_documents`` with the highest cost
 
 The pack with the highest cost, ``micro_lanes`` times, is the microbatch. Text fills the room that it leaves.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,20 +17,18 @@ import torch
 
 from data_pipeline.batch import MultimodalBatch, map_batch
 from data_pipeline.config import DataConfig
-from data_pipeline.document import Document, Span
+from data_pipeline.document import Document
 from data_pipeline.errors import DataPipelineError
-from data_pipeline.history.replay import Replay
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import dummy_document
+from data_pipeline.packing.document_builder import dummy_document, example_document
 from data_pipeline.packing.packer import Budget, Pack, PackUsage
-from data_pipeline.sample import Provenance
-
-_LANES, _STEPS = 4, 4
-_TEXT_TOKENS = 64
+from mmscale.plan.load import ExampleDocument, example_documents, replay_packs
 
 
-def largest_batch(data: DataConfig, spec: MediaSpec, micro_lanes: int, seed: int) -> MultimodalBatch:
+def largest_batch(
+    data: DataConfig, spec: MediaSpec, micro_lanes: int, seed: int, example: ExampleDocument | None = None
+) -> MultimodalBatch:
     """Return the largest microbatch on the meta device.
 
     Args:
@@ -39,15 +36,22 @@ def largest_batch(data: DataConfig, spec: MediaSpec, micro_lanes: int, seed: int
         spec: The inputs of the stage's model.
         micro_lanes: Packs of a microbatch.
         seed: Seed of the run.
+        example: Assume documents of this size, even if the data exist here. None: only if they do not.
+
+    Raises:
+        ConfigError: the image of ``example`` does not fit the transforms.
     """
     try:
-        replay = Replay(data, spec, seed, lanes=range(min(_LANES, data.lanes)), give_up=True)
-        packs = [list(pack.documents) for _ in range(_STEPS) for pack in replay.next_packs().values()]
-    except (DataPipelineError, OSError):
-        packs = [[]]
+        packs = replay_packs(data, spec, seed) if example is None else []
+    except (DataPipelineError, OSError):  # The memory does not depend on them; ``stage_load`` reports the error.
+        packs = []
     budget = Budget(data.packing, spec, dummy_document(spec, 0))
-    pack = max(packs, key=lambda documents: sum(document.cost(spec) for document in documents))
-    documents = (*pack, *_filling(budget, spec, [document for document in pack if not document.is_dummy]))
+    if packs:
+        chosen = list(max(packs, key=lambda pack: sum(each.cost(spec) for each in pack.documents)).documents)
+    else:
+        assumed = example_documents(data, spec, example or ExampleDocument())
+        chosen = _full(budget, spec, max(assumed, key=lambda each: each.cost(spec) / each.num_tokens))
+    documents = (*chosen, *_text(budget, data, spec, [each for each in chosen if not each.is_dummy]))
 
     def join(arrays: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
         return torch.empty(sum(map(len, arrays)), spec.patch_dim, dtype=torch.uint8, device="meta")
@@ -63,20 +67,24 @@ def tensor_bytes(batch: MultimodalBatch) -> int:
     return sum(sizes)
 
 
-def _filling(budget: Budget, spec: MediaSpec, documents: list[Document]) -> Iterator[Document]:
-    """Yield documents that fill a pack of ``documents``: with images if it is empty, then text."""
-    usage: PackUsage | None = PackUsage()
+def _full(budget: Budget, spec: MediaSpec, document: Document) -> list[Document]:
+    """Return as many copies of ``document`` as fit into a pack, at least one, and the dummy document if needed."""
+    one = PackUsage.of_document(document, spec)
+    used, documents = one, [document]
+    while (more := budget.join(used, one)) is not None:
+        used = more
+        documents.append(document)
+    return [*documents, budget.dummy] if budget.needs_dummy(used) else documents
+
+
+def _text(budget: Budget, data: DataConfig, spec: MediaSpec, documents: list[Document]) -> Iterator[Document]:
+    """Yield documents of text that fill a pack of ``documents``."""
+    used = PackUsage()
     for document in documents:
-        usage = budget.join(usage or PackUsage(), PackUsage.of_document(document, spec))
-    used = usage or PackUsage()
-    if not documents and spec.placement is not Placement.NONE:
-        image = _image(spec)
-        while (more := budget.join(used, PackUsage.of_document(image, spec))) is not None:
-            used = more
-            yield image
+        used = budget.join(used, PackUsage.of_document(document, spec)) or used
     room = 0 if spec.placement is Placement.PAIR else budget.config.max_tokens - used.tokens
     while room > 0:
-        text = _text(min(room, spec.max_document_tokens or room), spec)
+        text = example_document(data.prompts.transforms, spec, [], min(room, spec.max_document_tokens or room))
         more = budget.join(used, PackUsage.of_document(text, spec))
         if more is None:
             room -= max(1, room // 64)  # The dummy document and the largest cost leave less room.
@@ -84,25 +92,3 @@ def _filling(budget: Budget, spec: MediaSpec, documents: list[Document]) -> Iter
         used = more
         room = budget.config.max_tokens - used.tokens
         yield text
-    if not documents and budget.needs_dummy(used):
-        yield budget.dummy
-
-
-def _text(tokens: int, spec: MediaSpec) -> Document:
-    """Return a document of text whose tokens all carry loss."""
-    ids = np.zeros(tokens, dtype=np.int32)
-    shape = (tokens,) if spec.position_axes == 1 else (tokens, spec.position_axes)
-    weights = np.ones(tokens, dtype=np.float32)
-    slots = np.empty(0, dtype=np.int32)
-    origin = Provenance("planned", "", "", 0)
-    return Document(ids, ids, weights, np.zeros(shape, dtype=np.int32), (), slots, (Span(0, ()),), origin)
-
-
-def _image(spec: MediaSpec) -> Document:
-    """Return a document of one crop and ``_TEXT_TOKENS`` tokens of text."""
-    image, text = dummy_document(spec, 0), _text(_TEXT_TOKENS, spec)
-    columns: dict[str, Any] = {
-        name: np.concatenate([getattr(image, name), getattr(text, name)])
-        for name in ("token_ids", "labels", "loss_weights", "position_ids")
-    }
-    return replace(image, **columns, provenance=text.provenance)

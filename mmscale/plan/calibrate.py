@@ -4,8 +4,8 @@
     memory                          a large copy, and torch's fused AdamW
     messages                        the collectives of the ZeRO stage: a small and a large one
     host                            steps of two tiny models that differ only in their number of blocks
-    the rest                        steps of CONFIG's model with few blocks. Whatever the values above do not explain is
-                                    attributed to operations without products (``memory_share``).
+    steps                           of CONFIG's model with few blocks, each with another batch. Computation takes longer
+                                    there than alone, with cold caches: the ratio divides all shares.
 
 One process for each device measures, all at the same time, because processes of one machine share its processors,
 memory and links. The slowest value of all ranks counts. One machine cannot measure the network between machines: its
@@ -14,6 +14,7 @@ values are those of a preset, for you to edit.
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
 import os
@@ -65,17 +66,22 @@ from mmscale.nn.init import initialise_
 from mmscale.nn.moe import MoeConfig
 from mmscale.objectives.choice import choose_objective
 from mmscale.plan.cluster import PRESETS, Accelerator, Cluster, write_accelerator
-from mmscale.plan.load import ExampleDocument, StageLoad, has_data
+from mmscale.plan.load import ExampleDocument, StageLoad, example_documents, has_data
 from mmscale.plan.step_time import step_time
 from mmscale.run.config import RunConfig, check_world
 
-_REPEATS, _STEPS = 4, 6
+_REPEATS, _STEPS = 4, 5
 _MOST_ROWS = 4096
 _COPY_BYTES, _ADAM_VALUES = 1 << 27, 1 << 22
 _SMALL, _LARGE = 1 << 10, 1 << 22
 """Values of the two messages."""
 _FEW, _MANY = 2, 8
 """Blocks of the two tiny models."""
+_ELEMENTWISE_SHARE = 0.7
+"""``memory_share`` before the steps correct it: that of a preset."""
+_COMPUTE_SHARES = ("matmul_share", "expert_share", "attention_share", "memory_share")
+_LEAST_RATIO = 0.1
+"""No computation is ten times as fast in a step as alone: the planned time of other parts is wrong then."""
 _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _ADAM_BYTES = 28
 """AdamW reads gradient, master and two moments, and writes the last three, in float32."""
@@ -156,17 +162,25 @@ def _measure_in_process(pipe: Connection, config: dict[str, Any], rank: int, ran
 
 @dataclass
 class Measurement:
-    """The measurements of one rank. All ranks must make the same calls."""
+    """The measurements of one rank. All ranks must make the same calls.
+
+    Attributes:
+        config: The run.
+        world: The ranks.
+        log: Called with the name of each measurement before it starts.
+        now: Clock in seconds. The clock of this process's processor time ignores other programs, and waits.
+    """
 
     config: RunConfig
     world: World
     log: Callable[[str], object]
+    now: Callable[[], float] = time.perf_counter
 
     def __post_init__(self) -> None:
         self.precision = choose_precision(self.config.engine, self.world.device)
         self.dtype, self.device = self.precision.dtype, self.world.device
         self.model = self.config.stage_model(0)
-        self.batches = self._batches(self.config)
+        self.steps = self._steps(self.config)
 
     def measure(self) -> dict[str, Any]:
         """Return the fields of ``Accelerator``."""
@@ -193,13 +207,13 @@ class Measurement:
         self.log("host")
         found |= self._host_seconds(found["node_latency_seconds"] * math.log2(self.world.world_size))
         self.log("steps of a few blocks")
-        found["memory_share"] = 1.0
         found["source"] = (
             f"measured by mmscale plan --calibrate on {self.world.world_size} ranks with "
             f"{torch.get_num_threads()} threads each; network: not measured"
         )
-        found["memory_share"] = self._memory_share(Accelerator.model_validate(found))
-        return found
+        found["memory_share"] = _ELEMENTWISE_SHARE
+        slower = self._slower_in_steps(Accelerator.model_validate(found))
+        return found | {name: min(1.0, found[name] / slower) for name in _COMPUTE_SHARES}
 
     @property
     def _experts(self) -> MoeConfig | None:
@@ -209,7 +223,7 @@ class Measurement:
     @property
     def _rows(self) -> int:
         """Token rows of a microbatch, at most ``_MOST_ROWS``."""
-        return min(_MOST_ROWS, self.batches[0].segments.total)
+        return min(_MOST_ROWS, self.steps[0][0].segments.total)
 
     def _memory_bytes(self) -> int:
         if self.device.type == "cuda":
@@ -222,10 +236,10 @@ class Measurement:
         for _ in range(repeats + 1):
             all_reduce_sum_list(self.world, [0.0])
             self._synchronise()
-            start = time.perf_counter()
+            start = self.now()
             run()
             self._synchronise()
-            times.append(time.perf_counter() - start)
+            times.append(self.now() - start)
         return times[1:]
 
     def _synchronise(self) -> None:
@@ -243,7 +257,7 @@ class Measurement:
     def _product_rates(self) -> tuple[float, float]:
         """Return operations per second of all linear layers, forward and backward, and those of the fastest one."""
         weights = build_weights(self.model)
-        media = self.batches[0].media.get("image")
+        media = self.steps[0][0].media.get("image")
         patches = 0 if media is None else min(_MOST_ROWS, media.items.total)
         shapes = Counter[tuple[int, int, int]]()
         for name, module in weights.named_modules():
@@ -275,7 +289,7 @@ class Measurement:
 
     def _attention_rate(self) -> float:
         """Return operations per second of the attention of decoder and tower, without the masked half of causal one."""
-        decoder, vision, batch = self.model.decoder, self.model.vision, self.batches[0]
+        decoder, vision, batch = self.model.decoder, self.model.vision, self.steps[0][0]
         kinds = [(decoder.hidden_dim, decoder.attention, batch.segments, True, decoder.num_layers)]
         if vision is not None and vision.kind == "transformer":
             kinds.append((vision.hidden_dim, vision.attention, batch.media["image"].items, False, vision.num_layers))
@@ -344,35 +358,33 @@ class Measurement:
             model = ModelConfig.model_validate({"decoder": {**sizes, "mlp": {"kind": "dense", "hidden_dim": 16}}})
             document = example_document(self.config.data.prompts.transforms, MediaSpec(), [], 16)
             batch = collate([Pack((document,), 0)], MediaSpec())
-            times.append(self._step_seconds(model, [batch], {"expert_parallel": 1}, train=("all",)))
+            times.append(self._step_seconds(model, [[batch]], {"expert_parallel": 1}, train=("all",)))
         unit = (times[1] - times[0]) / (_MANY - _FEW)
         step = times[0] - (_FEW + 2) * unit
         messages = 2 * latency if self.device.type == "cpu" else 0.0  # Counted as traffic.
         return {"unit_seconds": max(0.0, unit - messages), "step_seconds": max(0.0, step)}
 
-    def _memory_share(self, device: Accelerator) -> float:
-        """Return the share that makes the planned step of the model with few blocks equal to the measured one."""
+    def _slower_in_steps(self, device: Accelerator) -> float:
+        """Return the time of computation in steps of the model with few blocks, divided by the planned one."""
         config = _shallow(self.config)
-        model, micro = config.stage_model(0), config.engine.micro_lanes
-        batches = self._batches(config)
-        measured = self._step_seconds(model, batches, {}, train=config.stages[0].train)
-        counts = Counter[str]()
-        for batch in batches:
+        model, steps = config.stage_model(0), self._steps(config)
+        measured = self._step_seconds(model, steps, {}, train=config.stages[0].train)
+        counts, packs = Counter[str](), 0
+        for batch in itertools.chain(*steps):
             counts.update(batch_counts(model, batch, int(batch.loss_weights.count_nonzero())))
-        packs = micro * len(batches)
+            packs += config.engine.micro_lanes
         mean = {name: count / packs for name, count in counts.items() if name != "passes"}
         load = StageLoad((mean,), 0.0, 0.0, None, None, None, True, "measured")
-        data = config.data.model_copy(update={"lanes": packs * self.world.world_size})
-        config = config.model_copy(update={"data": data})
-        cluster = Cluster(1, self.world.world_size, device)
-        planned = step_time(config, 0, load, cluster, self.precision.name)
-        rest = measured - (planned.seconds - planned.memory_bound)
-        return min(1.0, planned.memory_bound / rest) if rest > 0 else 1.0
+        lanes = packs // len(steps) * self.world.world_size
+        config = config.model_copy(update={"data": config.data.model_copy(update={"lanes": lanes})})
+        planned = step_time(config, 0, load, Cluster(1, self.world.world_size, device), self.precision.name)
+        compute = planned.products + planned.attention + planned.memory_bound
+        return max(_LEAST_RATIO, 1 + (measured - planned.seconds) / compute)
 
     def _step_seconds(
-        self, model: ModelConfig, batches: list[MultimodalBatch], engine: dict[str, Any], train: tuple[str, ...]
+        self, model: ModelConfig, steps: list[list[MultimodalBatch]], engine: dict[str, Any], train: tuple[str, ...]
     ) -> float:
-        """Return the median time of a step of an engine."""
+        """Return the median time of a step of an engine, which takes the microbatches of ``steps`` in turn."""
         config = self.config.engine.model_copy(update=engine)
         stage = self.config.stages[0].model_copy(update={"train": train, "learning_rate": {"default": 1e-6}})
         stage = stage.model_copy(update={"warmup_steps": 0, "clip": 1.0, "ema": None, "distill": ()})
@@ -380,13 +392,14 @@ class Measurement:
         built = construct(build, config, self.world, partial(initialise_, seed=0))
         objective = choose_objective(model, stage, self.world, ())
         trained = Engine(built, objective, stage, config, self.world)
-        on_device = [replace(batch.to(self.device), dropout_key=(0, 0)) for batch in batches]
-        times = self._seconds(lambda: trained.train_step(on_device), _STEPS)
+        on_device = [[replace(each.to(self.device), dropout_key=(0, 0)) for each in step] for step in steps]
+        waiting = itertools.cycle(on_device)
+        times = self._seconds(lambda: trained.train_step(next(waiting)), _STEPS)
         trained.close()
         return self._slowest(statistics.median(times[1:]))
 
-    def _batches(self, config: RunConfig) -> list[MultimodalBatch]:
-        """Return at most two microbatches of the first step of this rank."""
+    def _steps(self, config: RunConfig) -> list[list[MultimodalBatch]]:
+        """Return at most two microbatches of each of the first steps of this rank."""
         data, spec = config.stage_data(0), config.stage_media(0)
         micro = config.engine.micro_lanes
         if has_data(data):
@@ -394,13 +407,11 @@ class Measurement:
             fewer = data.model_copy(update={"workers": 0})
             loader = Loader(fewer, spec, seed=config.seed, rank=rank, world_size=size, micro_lanes=micro)
             with closing(loader):
-                return list(next(iter(loader)).microbatches)[:2]
-        example = ExampleDocument()
-        images = [(example.height, example.width)] * (spec.needs_embedded or spec.needs_unembedded)
-        document = example_document(data.prompts.transforms, spec, images, example.tokens or 256)
+                return [list(step.microbatches)[:2] for step in itertools.islice(loader, _STEPS + 1)]
+        document = max(example_documents(data, spec, ExampleDocument()), key=lambda each: each.cost(spec))
         limit = data.packing.max_documents or data.packing.max_tokens
         count = max(1, min(limit, data.packing.max_tokens // document.num_tokens))
-        return [collate([Pack((document,) * count, lane) for lane in range(micro)], spec)]
+        return [[collate([Pack((document,) * count, lane) for lane in range(micro)], spec)]]
 
 
 def _forward_backward(run: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> None:

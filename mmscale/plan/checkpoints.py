@@ -5,9 +5,7 @@
 Failures are a Poisson process of the whole job: a job of W devices fails W times as often as one device. A failure
 loses the training since the last save.
 
-Source: Young 1974; Daly 2006, "A higher order estimate of the optimum checkpoint interval", equations 5 and 20. The
-default rate of failures is that of Llama 3 (arXiv 2407.21783, section 3.3.4): 419 unexpected interruptions in 54 days
-on 16,384 GPUs.
+Source: Young 1974; Daly 2006, "A higher order estimate of the optimum checkpoint interval", equations 5 and 20.
 """
 
 from __future__ import annotations
@@ -15,8 +13,76 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-LLAMA_3_GPU_HOURS = 16_384 * 54 * 24 / 419
-"""GPU hours for each unexpected interruption: about 50,700."""
+_NODE_GPUS = 8
+
+
+@dataclass(frozen=True)
+class FailurePreset:
+    """Failures of a published run.
+
+    Attributes:
+        name: Name on the command line.
+        source: Publication.
+        failures: Unexpected interruptions.
+        days: Length of the run.
+        nodes: Machines, of eight GPUs each.
+        causes: Number of failures by cause; empty if not published.
+    """
+
+    name: str
+    source: str
+    failures: float
+    days: float
+    nodes: int
+    causes: dict[str, int]
+
+    @property
+    def per_node_day(self) -> float:
+        """Failures of a machine per day."""
+        return self.failures / self.days / self.nodes
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU hours for each failure."""
+        return 24 * _NODE_GPUS / self.per_node_day
+
+
+LLAMA_3 = FailurePreset(
+    "llama-3",
+    "Llama Team 2024, The Llama 3 Herd of Models (arXiv 2407.21783), section 3.3.4 and table 5",
+    failures=419,
+    days=54,
+    nodes=16_384 // _NODE_GPUS,
+    causes={
+        "GPU": 148,
+        "GPU memory (HBM3)": 72,
+        "software": 54,
+        "switch or cable": 35,
+        "host maintenance": 32,
+        "GPU SRAM": 19,
+        "GPU system processor": 17,
+        "NIC": 7,
+        "NCCL watchdog timeout": 7,
+        "silent data corruption": 6,
+        "thermal interface and sensor": 6,
+        "SSD": 3,
+        "power supply": 3,
+        "server chassis": 2,
+        "IO expansion board": 2,
+        "dependency": 2,
+        "CPU": 2,
+        "system memory": 2,
+    },
+)
+A100_CLUSTER = FailurePreset(
+    "a100-cluster",
+    "Kokolis et al. 2024, Revisiting Reliability in Large-Scale Machine Learning Research Clusters (arXiv 2410.21680)",
+    failures=6.5,
+    days=1,
+    nodes=1000,
+    causes={},
+)
+PRESETS = {preset.name: preset for preset in (LLAMA_3, A100_CLUSTER)}
 
 
 @dataclass(frozen=True)
@@ -24,11 +90,11 @@ class Failures:
     """How often a job fails, and what a failure costs besides lost steps.
 
     Attributes:
-        gpu_hours: Device hours for each failure.
+        gpu_hours: Device hours for each failure; by default those of Llama 3, about 50,700.
         restart_seconds: From the failure to the first new step: detection, queue, start, reading the checkpoint.
     """
 
-    gpu_hours: float = LLAMA_3_GPU_HOURS
+    gpu_hours: float = LLAMA_3.gpu_hours
     restart_seconds: float = 600.0
 
     def mean_seconds(self, ranks: int) -> float:

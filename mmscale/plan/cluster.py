@@ -1,7 +1,8 @@
 """The machines of a plan: peaks, memory and bandwidths of one device, and how many devices there are.
 
     --gpu h100          a preset: the vendor's published values, and shares of them that real runs achieve
-    --gpu machine.yaml  the same fields in a file, such as the one that ``mmscale plan --calibrate`` writes
+    --gpu machine.yaml  the same fields in a file
+    --gpu cpu, cuda     this machine: the file that ``mmscale plan --calibrate`` wrote for this number of ranks
 
 A device is a GPU, or one CPU process. Each device runs one rank. A *share* is the part of a published value that a real
 program achieves. Rates are per second and device. Bandwidths count one direction.
@@ -28,6 +29,7 @@ from mmscale.init.machine import free_host_memory
 from mmscale.metrics.peaks import peak_of, published
 
 GIB = 1 << 30
+_HOME_FOLDER = Path(".config/mmscale/machines")
 Rate = Annotated[float, Field(gt=0, le=1e17)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Seconds = Annotated[float, Field(ge=0, le=1e6)]
@@ -183,27 +185,54 @@ def read_cluster(gpu: str, nodes: int, per_node: int, price: float | None = None
     """Return the cluster that the options of ``mmscale plan`` describe.
 
     Args:
-        gpu: Name of a preset, ``cpu`` for this machine's processors, or path of a YAML file.
+        gpu: Name of a preset, ``cpu`` or ``cuda`` for this machine, or path of a YAML file.
         nodes: Number of nodes.
         per_node: Devices of a node.
         price: Price of a device and hour; None: that of the file.
 
     Raises:
-        ConfigError: there is no such preset or file, or a value of the file is wrong.
+        ConfigError: there is no such preset or file, a value of the file is wrong, or this machine's GPUs were not
+            calibrated.
     """
     if gpu in PRESETS:
         device = PRESETS[gpu]()
-    elif gpu == "cpu":
-        device = _this_cpu(per_node)
-    elif Path(gpu).suffix in (".yaml", ".yml") or Path(gpu).exists():
+    elif gpu in ("cpu", "cuda"):
+        device = _this_machine(gpu, per_node)
+    elif is_file(gpu) or Path(gpu).exists():
         device = validate(read_layers(Path(gpu)), Accelerator, gpu)[0]
     else:
-        names = ", ".join([*sorted(PRESETS), "cpu"])
+        names = ", ".join([*sorted(PRESETS), "cpu", "cuda"])
         raise ConfigError(
             f"--gpu {gpu}: no such preset; write one of {names}, or the path of a YAML file "
             "(`mmscale plan CONFIG --calibrate` writes one for this machine)"
         )
     return Cluster(nodes, per_node, device if price is None else device.model_copy(update={"price_per_hour": price}))
+
+
+def is_file(gpu: str) -> bool:
+    """Return whether a value of ``--gpu`` is the path of a file."""
+    return Path(gpu).suffix in (".yaml", ".yml")
+
+
+def calibrated_file(kind: str, ranks: int) -> Path:
+    """Return the file of this machine's calibration on ``ranks`` devices of a kind, ``cpu`` or ``cuda``."""
+    return Path.home() / _HOME_FOLDER / f"{kind}-{ranks}.yaml"
+
+
+def _this_machine(kind: str, ranks: int) -> Accelerator:
+    """Return a device of this machine. Without a calibration, a CPU has typical values."""
+    path = calibrated_file(kind, ranks)
+    if path.is_file():
+        device = validate(read_layers(path), Accelerator, str(path))[0]
+        if kind == "cuda":
+            return device
+        return device.model_copy(update={"memory_bytes": max(1, free_host_memory() // ranks)})
+    if kind == "cuda":
+        raise ConfigError(
+            f"--gpu cuda: {path} does not exist; write it with `mmscale plan CONFIG --calibrate "
+            f"--gpus-per-node {ranks}` on this machine, or use a preset: {', '.join(sorted(PRESETS))}"
+        )
+    return _this_cpu(ranks)
 
 
 def _this_cpu(ranks: int) -> Accelerator:

@@ -30,6 +30,7 @@ from mmscale.run.stage_teachers import teacher_models
 
 _LANES, _STEPS = 4, 3
 """Lanes and steps of a replay. Twelve packs of the quickstart have the mean of all packs within 5 %."""
+_IMAGE_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,11 @@ def stage_load(config: RunConfig, number: int, example: ExampleDocument | None =
     manifests = _manifests(data)
     teachers, note = _teachers(config, number)
     models = [config.stage_model(number), *teachers]
-    if example is None and has_data(data):
-        documents = _replayed(data, spec, config.seed)
-        counts, tokens, samples = _mean_counts([documents[1]], [1.0], models, spec, documents[0])
-        source = f"replayed {documents[0]} packs"
+    packs = replay_packs(data, spec, config.seed) if example is None else []
+    if packs:
+        documents = [document for pack in packs for document in pack.documents]
+        counts, tokens, samples = _mean_counts([documents], [1.0], models, spec, len(packs))
+        source = f"replayed {len(packs)} packs"
     else:
         counts, tokens, samples, source = _assumed(data, spec, models, example or ExampleDocument())
     sample_bytes = shards = available = None
@@ -101,9 +103,7 @@ def stage_load(config: RunConfig, number: int, example: ExampleDocument | None =
         sample_bytes = sum(size * share for size, share in zip(sizes, shares, strict=True))
         shards = sum(each.num_shards for each in manifests)
         available = sum(each.num_samples for each in manifests)
-    return StageLoad(
-        counts, tokens, samples, sample_bytes, shards, available, source.startswith("replayed"), source + note
-    )
+    return StageLoad(counts, tokens, samples, sample_bytes, shards, available, bool(packs), source + note)
 
 
 def has_data(data: DataConfig) -> bool:
@@ -125,28 +125,42 @@ def _teachers(config: RunConfig, number: int) -> tuple[list[ModelConfig], str]:
         return [], f"; the teachers are not counted ({error})"
 
 
-def _replayed(data: DataConfig, spec: MediaSpec, seed: int) -> tuple[int, list[Document]]:
-    """Return the number of replayed packs, and all their documents with the dummy ones."""
+def replay_packs(data: DataConfig, spec: MediaSpec, seed: int) -> list[Pack]:
+    """Return the packs of the first steps of a few lanes, with their dummy documents. Empty without the data.
+
+    Raises:
+        DataPipelineError: the data are damaged, or do not fit the model.
+    """
+    if not has_data(data):
+        return []
     replay = Replay(data, spec, seed, lanes=range(min(_LANES, data.lanes)), give_up=True)
-    packs = [pack for _ in range(_STEPS) for pack in replay.next_packs().values()]
-    return len(packs), [document for pack in packs for document in pack.documents]
+    return [pack for _ in range(_STEPS) for pack in replay.next_packs().values()]
+
+
+def example_documents(data: DataConfig, spec: MediaSpec, example: ExampleDocument) -> list[Document]:
+    """Return one document of each data set with the size of ``example``, cut to what a pack holds.
+
+    Raises:
+        ConfigError: the image of ``example`` does not fit the transforms.
+    """
+    room = data.packing.max_tokens - dummy_document(spec, 0).num_tokens
+    longest = min(room, spec.max_document_tokens or room)
+    documents = []
+    for dataset in data.datasets:
+        takes_images = spec.needs_embedded or spec.needs_unembedded
+        images = [(example.height, example.width)] * (takes_images and dataset.template.takes_images)
+        tokens = example.tokens or (min(_IMAGE_TOKENS, longest) if images else longest)
+        try:
+            documents.append(example_document(dataset.transforms, spec, images, min(tokens, longest)))
+        except SampleError as error:
+            raise ConfigError(f"data set {dataset.name}, image of {example.width}x{example.height}: {error}") from error
+    return documents
 
 
 def _assumed(
     data: DataConfig, spec: MediaSpec, models: Sequence[ModelConfig], example: ExampleDocument
 ) -> tuple[tuple[dict[str, float], ...], float, float, str]:
-    packing = data.packing
-    room = packing.max_tokens - dummy_document(spec, 0).num_tokens
-    documents = []
-    for dataset in data.datasets:
-        takes_images = spec.needs_embedded or spec.needs_unembedded
-        images = [(example.height, example.width)] * (takes_images and dataset.template.takes_images)
-        longest = min(room, spec.max_document_tokens or room)
-        tokens = example.tokens or (min(256, longest) if images else longest)
-        try:
-            documents.append(example_document(dataset.transforms, spec, images, min(tokens, longest)))
-        except SampleError as error:
-            raise ConfigError(f"data set {dataset.name}, image of {example.width}x{example.height}: {error}") from error
+    packing, documents = data.packing, example_documents(data, spec, example)
     shares = _shares(data.datasets, [1] * len(documents))
     mean_tokens, mean_cost = (
         sum(share * value for share, value in zip(shares, values, strict=True))

@@ -34,6 +34,7 @@ from mmscale.objectives.teacher import Teacher
 from mmscale.optim.config import AdafactorConfig
 from mmscale.optim.schedule import freeze, parameter_groups
 from mmscale.plan.batch import largest_batch, tensor_bytes
+from mmscale.plan.load import ExampleDocument
 from mmscale.plan.trace import Event, gathered_modules, trace
 from mmscale.run.config import RunConfig
 from mmscale.run.stage_teachers import teacher_models
@@ -98,7 +99,9 @@ class _Shapes:
         return sum(-(-self.numel[name] // self.ranks[name]) if sharded else self.numel[name] for name in names)
 
 
-def memory_of_rank(config: RunConfig, stage: int, ranks: int, *, device: str | None = None) -> RankMemory:
+def memory_of_rank(
+    config: RunConfig, stage: int, ranks: int, *, device: str | None = None, example: ExampleDocument | None = None
+) -> RankMemory:
     """Return the memory of one rank in a stage.
 
     Args:
@@ -106,6 +109,7 @@ def memory_of_rank(config: RunConfig, stage: int, ranks: int, *, device: str | N
         stage: Number of the stage, from 0.
         ranks: Number of ranks.
         device: ``cpu`` or ``cuda``; None: as ``engine.device``.
+        example: Assume documents of this size, even if the data exist here. None: only if they do not.
 
     Raises:
         ConfigError: ``engine.expert_parallel`` does not divide the number of ranks or of experts.
@@ -119,17 +123,13 @@ def memory_of_rank(config: RunConfig, stage: int, ranks: int, *, device: str | N
     relevant = config.model_copy(update={"engine": kept}).model_dump_json()
     # Only a contrastive loss computes with the rows of all ranks; other passes serve every number of ranks.
     traced = engine.expert_parallel if config.stage_model(stage).predicts_tokens else ranks
-    passes = {
-        checkpointing: _events(_Pass(relevant, stage, traced, device, width, checkpointing))
-        for checkpointing in (False, True)
-    }
-    shapes, events, batch_bytes = passes[engine.activation_checkpointing]
+    shapes, passes, batch_bytes = _passes(_Pass(relevant, stage, traced, device, width, example))
     shapes = replace(shapes, ranks={name: count * ranks // traced for name, count in shapes.ranks.items()})
     step = _Step(config, shapes, ranks, width, device)
-    moment, parts = max(step.moments(events), key=lambda each: sum(each[1].values()))
+    moment, parts = max(step.moments(passes[engine.activation_checkpointing]), key=lambda each: sum(each[1].values()))
     if device == "cuda":
         parts["batch"] = batch_bytes
-    activations = {key: max(event.live - event.head for event in each[1]) for key, each in passes.items()}
+    activations = {key: max(event.live - event.head for event in events) for key, events in passes.items()}
     loader = batch_bytes * (1 + config.stage_data(stage).prefetch)
     return RankMemory(
         parts={name: size for name, size in parts.items() if size},
@@ -150,14 +150,14 @@ def _precision(engine: EngineConfig, device: str) -> str:
 
 @dataclass(frozen=True)
 class _Pass:
-    """The arguments of a pass on the meta device; hashable, so that passes are computed once."""
+    """The arguments of passes on the meta device; hashable, so that they are computed once."""
 
     config: str
     stage: int
     ranks: int
     device: str
     width: int
-    checkpointing: bool
+    example: ExampleDocument | None
 
 
 class _EqualRanks:
@@ -174,12 +174,13 @@ class _EqualRanks:
 
 
 @functools.lru_cache(maxsize=64)
-def _events(task: _Pass) -> tuple[_Shapes, tuple[Event, ...], int]:
-    """Return sizes of the weights, events of a pass, and bytes of the microbatch."""
+def _passes(task: _Pass) -> tuple[_Shapes, dict[bool, list[Event]], int]:
+    """Return sizes of the weights, events of a pass without and with checkpointing, and bytes of the microbatch."""
     config = RunConfig.model_validate_json(task.config)
     number, engine = task.stage, config.engine
     stage, architecture = config.stages[number], config.stage_model(number)
-    batch = largest_batch(config.stage_data(number), config.stage_media(number), engine.micro_lanes, config.seed)
+    data, media = config.stage_data(number), config.stage_media(number)
+    batch = largest_batch(data, media, engine.micro_lanes, config.seed, task.example)
     dtype = {4: torch.float32, 2: torch.bfloat16}[task.width]
     teachers = [
         Teacher(cast(MultimodalModel, build_weights(teacher).to(dtype)), source.weight, source.temperature)
@@ -189,14 +190,13 @@ def _events(task: _Pass) -> tuple[_Shapes, tuple[Event, ...], int]:
     freeze(model, model.components(), stage)
     objective = choose_objective(architecture, stage, _EqualRanks(task.ranks), teachers)
     graph = LossGraph(model, objective)
-    events = trace(
-        graph,
-        batch,
-        device=task.device,
-        checkpointing=task.checkpointing,
-        expert_parallel=engine.expert_parallel,
-    )
-    return _shapes(graph, config, number, task.ranks), tuple(events), tensor_bytes(batch)
+    events = {
+        checkpointing: trace(
+            graph, batch, device=task.device, checkpointing=checkpointing, expert_parallel=engine.expert_parallel
+        )
+        for checkpointing in (False, True)
+    }
+    return _shapes(graph, config, number, task.ranks), events, tensor_bytes(batch)
 
 
 def _shapes(graph: LossGraph, config: RunConfig, number: int, ranks: int) -> _Shapes:

@@ -290,7 +290,7 @@ def _plan(config: RunConfig, cluster: Cluster, given: Assumptions, loads: dict[i
     for number, stage in config.stages_from(0):
         steps = min(stage.steps, left)
         left -= steps
-        memory = memory_of_rank(config, number, cluster.ranks, device=config.engine.device)
+        memory = memory_of_rank(config, number, cluster.ranks, device=config.engine.device, example=given.example)
         time = step_time(config, number, loads[number], cluster, config.engine.precision)
         stages.append(StagePlan(stage.name, steps, config.stage_data(number).lanes, loads[number], memory, time))
     checkpoint = _checkpoints(config, cluster, given, stages)

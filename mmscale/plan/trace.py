@@ -13,8 +13,7 @@ the rows. All tokens carry loss, as far as the batch does.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +24,6 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 from torch.nn.attention import varlen
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from data_pipeline.batch import MultimodalBatch, map_batch
 from mmscale.engine.graph import LossGraph, recompute
@@ -34,6 +31,8 @@ from mmscale.models.vocabulary import LanguageHead
 from mmscale.nn import cross_entropy
 from mmscale.nn.expert_parallel import ExpertExchange
 from mmscale.nn.experts import Experts
+from mmscale.plan.live_bytes import LiveBytes
+from mmscale.plan.repeated_blocks import RepeatedBlocks
 
 _CUDA_CHUNK = 8
 """A chunk of logits is this much larger on CUDA (``cross_entropy.chunk_rows``)."""
@@ -58,59 +57,6 @@ class Event:
     start: int
     live: int
     head: int
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operators return while the mode is active, until they are freed.
-
-    Attributes:
-        live: Bytes now.
-        head: The part of ``live`` that was allocated while ``in_head`` was true.
-        peak, peak_head: Largest ``live`` since the last ``restart``, and ``head`` at that moment.
-        in_head: Whether new storages count as ``head``.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.head = self.peak = self.peak_head = 0
-        self.in_head = False
-        self._known: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._count(value.untyped_storage())
-        return result
-
-    def ignore(self, tensors: Sequence[Tensor]) -> None:
-        """Do not count the storages of ``tensors``."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self._known.setdefault(storage._cdata, weakref.ref(storage))
-
-    def restart(self) -> None:
-        """Begin a new peak."""
-        self.peak, self.peak_head = self.live, self.head
-
-    def _count(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if not size or key in self._known:
-            return
-        in_head = self.in_head
-        self._add(size, in_head)
-        self._known[key] = weakref.ref(storage, lambda _: self._drop(key, size, in_head))
-
-    def _add(self, size: int, in_head: bool) -> None:
-        self.live += size
-        self.head += size * in_head
-        if self.live > self.peak:
-            self.peak, self.peak_head = self.live, self.head
-
-    def _drop(self, key: int, size: int, in_head: bool) -> None:
-        del self._known[key]
-        self.live -= size
-        self.head -= size * in_head
 
 
 class _Attention(Function):
@@ -164,7 +110,13 @@ class _Balanced:
 
 
 def trace(
-    graph: LossGraph, batch: MultimodalBatch, *, device: str, checkpointing: bool, expert_parallel: int = 1
+    graph: LossGraph,
+    batch: MultimodalBatch,
+    *,
+    device: str,
+    checkpointing: bool,
+    expert_parallel: int = 1,
+    repeated: int = 4,
 ) -> list[Event]:
     """Return the events of one forward and backward pass.
 
@@ -174,6 +126,8 @@ def trace(
         device: Device of the real pass, ``cpu`` or ``cuda``: kernels and chunks of logits depend on it.
         checkpointing: Whether the units recompute their activations.
         expert_parallel: Ranks that share the experts.
+        repeated: Run one of the equal blocks only if there are at least this many (``repeated_blocks.py``). To run it
+            alone costs as much as three blocks in the pass.
     """
     live, events = LiveBytes(), list[Event]()
     live.ignore([*graph.parameters(), *graph.buffers()])
@@ -181,10 +135,14 @@ def trace(
     state: dict[str, Any] = {"kind": "end", "name": "", "backward": False, "start": 0}
 
     def event(kind: str, name: str) -> None:
+        if blocks.rehearsing:
+            blocks.record(name)
+            return
         events.append(Event(**state, live=live.peak, head=live.peak_head))
         state.update(kind=kind, name=name, start=live.live)
         live.restart()
 
+    blocks = RepeatedBlocks(live, event)
     with ExitStack() as stack:
         if checkpointing:
             stack.callback(recompute(list(graph.model.checkpoint_units())))  # type: ignore[operator]
@@ -198,6 +156,8 @@ def trace(
                 module.exchange = _Balanced(module.num_experts, expert_parallel)  # type: ignore[assignment]
                 stack.callback(setattr, module, "exchange", None)
         stack.enter_context(_shapes_only(graph, device))
+        units = [(name, module) for name, module, is_unit in gathered_modules(graph) if is_unit]
+        stack.callback(blocks.replace(units, repeated))
         stack.enter_context(live)
         loss = graph(batch)[0]
         state["backward"] = True

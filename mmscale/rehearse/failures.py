@@ -20,74 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmscale.plan import checkpoints
+from mmscale.plan.checkpoints import FailurePreset
 
 _DAY = 86_400.0
 _EVENTS = 100_000
 """Simulated ends of an uptime per interval: the standard error of the goodput is about 0.1 percentage points."""
-
-
-@dataclass(frozen=True)
-class FailurePreset:
-    """Failures of a published run.
-
-    Attributes:
-        name: Name on the command line.
-        source: Publication.
-        failures: Unexpected interruptions.
-        days: Length of the run.
-        nodes: Machines, of eight GPUs each.
-        causes: Number of failures by cause; empty if not published.
-    """
-
-    name: str
-    source: str
-    failures: float
-    days: float
-    nodes: int
-    causes: dict[str, int]
-
-    @property
-    def per_node_day(self) -> float:
-        """Failures of a machine per day."""
-        return self.failures / self.days / self.nodes
-
-
-LLAMA_3 = FailurePreset(
-    "llama-3",
-    "Llama Team 2024, The Llama 3 Herd of Models (arXiv 2407.21783), table 5",
-    failures=419,
-    days=54,
-    nodes=16_384 // 8,
-    causes={
-        "GPU": 148,
-        "GPU memory (HBM3)": 72,
-        "software": 54,
-        "switch or cable": 35,
-        "host maintenance": 32,
-        "GPU SRAM": 19,
-        "GPU system processor": 17,
-        "NIC": 7,
-        "NCCL watchdog timeout": 7,
-        "silent data corruption": 6,
-        "thermal interface and sensor": 6,
-        "SSD": 3,
-        "power supply": 3,
-        "server chassis": 2,
-        "IO expansion board": 2,
-        "dependency": 2,
-        "CPU": 2,
-        "system memory": 2,
-    },
-)
-A100_CLUSTER = FailurePreset(
-    "a100-cluster",
-    "Kokolis et al. 2024, Revisiting Reliability in Large-Scale Machine Learning Research Clusters (arXiv 2410.21680)",
-    failures=6.5,
-    days=1,
-    nodes=1000,
-    causes={},
-)
-PRESETS = {preset.name: preset for preset in (LLAMA_3, A100_CLUSTER)}
 
 
 @dataclass(frozen=True)

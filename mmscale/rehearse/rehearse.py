@@ -13,10 +13,10 @@ from typing import Any
 from data_pipeline.io.atomic import as_utf8, write_whole
 from mmscale.engine.expert_parallel import check_ranks
 from mmscale.errors import ConfigError
+from mmscale.plan.checkpoints import FailurePreset
 from mmscale.rehearse.checkpoint_files import rehearse_checkpoint
 from mmscale.rehearse.data_order import RehearsedData, rehearse_order
 from mmscale.rehearse.failures import (
-    FailurePreset,
     Hazards,
     IntervalRow,
     daly_interval,
@@ -39,7 +39,7 @@ NUM_PARTS = 6
 
 
 @dataclass(frozen=True)
-class Cluster:
+class BigRun:
     """The machines of the big run, and what interrupts it.
 
     Attributes:
@@ -88,7 +88,7 @@ class Limits:
 
 def rehearse(
     config: RunConfig,
-    cluster: Cluster,
+    cluster: BigRun,
     seed: int,
     *,
     lanes: int | None = None,
@@ -155,7 +155,7 @@ def rehearse(
 def _rehearse_files(
     report: Report,
     config: RunConfig,
-    cluster: Cluster,
+    cluster: BigRun,
     data: RehearsedData | None,
     num_lanes: int,
     limits: Limits,
@@ -196,13 +196,13 @@ def _rehearse_files(
         advance(1, "logs")
 
 
-def _worlds(cluster: Cluster) -> list[int]:
+def _worlds(cluster: BigRun) -> list[int]:
     """Return the numbers of ranks of the rehearsed steps: all, one node fewer, one."""
     fewer = (cluster.nodes - 1) * cluster.gpus_per_node
     return [cluster.world_size, *([fewer] if 1 < fewer < cluster.world_size else []), 1]
 
 
-def hazards_of(cluster: Cluster, checkpoint_bytes: float, *, background: bool) -> Hazards:
+def hazards_of(cluster: BigRun, checkpoint_bytes: float, *, background: bool) -> Hazards:
     """Return what interrupts the job. A background save blocks the steps only while the share is copied."""
     rate = cluster.failures_per_node_day
     rate = cluster.preset.per_node_day if rate is None else rate
@@ -219,7 +219,7 @@ def hazards_of(cluster: Cluster, checkpoint_bytes: float, *, background: bool) -
 
 
 def _rehearse_failures(
-    report: Report, config: RunConfig, cluster: Cluster, seed: int, limits: Limits
+    report: Report, config: RunConfig, cluster: BigRun, seed: int, limits: Limits
 ) -> list[IntervalRow]:
     """Simulate interruptions, and add the goodput of the configured and of the best interval."""
     size = report.value("checkpoint", "bytes of a checkpoint")

@@ -50,7 +50,8 @@ def test_an_assumed_document_replaces_the_data(capsys: pytest.CaptureFixture[str
         (["--image-size", "40"], "expected WIDTHxHEIGHT in pixels, for example 1024x768"),
         (["--gpu", "cpu", "engine.precision=bf16"], "cpu has no peak_flops for bf16"),
         (["--nodes", "0"], "--nodes"),
-        (["--calibrate", "machine.yaml", "--gpus-per-node", "5"], "world size 5 does not fit data.lanes=4"),
+        (["--calibrate", "--gpu", "h100"], "--calibrate measures this machine"),
+        (["--calibrate", "--gpus-per-node", "5"], "world size 5 does not fit data.lanes=4"),
     ],
 )
 def test_wrong_use_exits_with_2_and_a_remedy(
@@ -63,15 +64,17 @@ def test_wrong_use_exits_with_2_and_a_remedy(
 
 
 @pytest.mark.slow
-def test_calibrate_writes_a_file_that_a_plan_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_finds_the_calibration_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two ranks measure this machine at the same time."""
-    path = tmp_path / "machine.yaml"
-    assert main(["plan", TINY, "--gpus-per-node", "2", "--calibrate", str(path), "--json"]) == 0
-    device = read_cluster(str(path), 1, 2).accelerator
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["plan", TINY, "--gpus-per-node", "2", "--calibrate", "--json"]) == 0
+    device = read_cluster("cpu", 1, 2).accelerator
     printed = json.loads(capsys.readouterr().out)
     assert printed["memory_bandwidth"] == device.memory_bandwidth > 1e8
     assert device.peak_flops["fp32"] > 1e8
     assert device.node_latency_seconds > 0
     assert device.unit_seconds > 0
-    assert main(["plan", TINY, "--gpu", str(path), "--gpus-per-node", "2"]) == 0
+    assert main(["plan", TINY, "--gpu", "cpu", "--gpus-per-node", "2"]) == 0
     assert "measured by mmscale plan --calibrate on 2 ranks" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmscale.errors import ConfigError
-from mmscale.plan.cluster import PRESETS, Cluster, read_cluster, write_accelerator
+from mmscale.plan.cluster import PRESETS, Cluster, calibrated_file, read_cluster, write_accelerator
 
 FREE = {"link_share": 1.0, "node_latency_seconds": 0.0, "network_latency_seconds": 0.0}
 
@@ -58,6 +58,22 @@ def test_a_written_device_is_read_again(tmp_path: Path) -> None:
     assert read_cluster(str(tmp_path / "machine.yaml"), 2, 4, price=3).accelerator.price_per_hour == 3
 
 
+def test_this_machine_is_its_calibration_for_the_same_number_of_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"cuda-2\.yaml does not exist; write it with `mmscale plan CONFIG --calib"):
+        read_cluster("cuda", 1, 2)
+    device = PRESETS["a100"]().model_copy(update={"name": "measured"})
+    for kind in ("cpu", "cuda"):
+        write_accelerator(calibrated_file(kind, 2), device)
+        assert read_cluster(kind, 1, 2).accelerator.name == "measured"
+    assert read_cluster("cuda", 1, 2).accelerator == device
+    assert read_cluster("cpu", 1, 1).accelerator.name == "cpu"
+    # The memory of a host depends on what else runs there now.
+    assert read_cluster("cpu", 1, 2).accelerator.memory_bytes != device.memory_bytes
+
+
 def test_presets_have_the_vendors_values() -> None:
     """Datasheets: dense bf16 operations, bytes per second of memory and NVLink, GB of memory."""
     for name, flops, memory, nvlink, size in (
@@ -75,7 +91,7 @@ def test_presets_have_the_vendors_values() -> None:
 @pytest.mark.parametrize(
     ("gpu", "words"),
     [
-        ("h1000", "no such preset; write one of a100, b200, h100, h200, cpu, or the path of a YAML file"),
+        ("h1000", "no such preset; write one of a100, b200, h100, h200, cpu, cuda, or the path of a YAML file"),
         ("absent.yaml", "absent.yaml"),
     ],
 )

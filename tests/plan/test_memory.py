@@ -15,8 +15,11 @@ from mmscale.dist import World
 from mmscale.engine.graph import LossGraph
 from mmscale.models.build import build_model, build_weights
 from mmscale.objectives.next_token import NextToken
+from mmscale.plan.batch import largest_batch
+from mmscale.plan.live_bytes import LiveBytes
+from mmscale.plan.load import ExampleDocument
 from mmscale.plan.memory import RankMemory, memory_of_rank
-from mmscale.plan.trace import LiveBytes, trace
+from mmscale.plan.trace import trace
 from mmscale.run.config import RunConfig
 from mmscale.run.session import open_loader
 from tests.engine.ranks import run_ranks
@@ -114,6 +117,27 @@ def test_a_pass_on_meta_allocates_what_a_real_pass_does(model: str, checkpointin
     assert max(each.live for each in events if each.backward) <= counter.peak
     assert counter.peak <= max(each.live for each in events if each.backward) + learned
     assert sum(each.kind == "gradient" for each in events) == len(list(real.parameters()))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("model", "device"), [("dense", "cpu"), ("moe", "cuda"), ("vlm", "cpu")])
+def test_repeated_blocks_allocate_what_each_of_them_does(model: str, device: str, checkpointing: bool) -> None:
+    run = config(model, layers=4)
+    batch = largest_batch(run.data, run.stage_media(0), 1, 0, ExampleDocument(16, 32, 32))
+    every, repeated = (
+        trace(
+            LossGraph(build_weights(run.model), NextToken(world=Meta())),
+            batch,
+            device=device,
+            checkpointing=checkpointing,
+            repeated=least,
+        )
+        for least in (100, 1)
+    )
+    assert [(e.kind, e.name, e.backward) for e in repeated] == [(e.kind, e.name, e.backward) for e in every]
+    for backward in (False, True):
+        peaks = [max(e.live for e in events if e.backward is backward) for events in (every, repeated)]
+        assert peaks[1] == pytest.approx(peaks[0], rel=0.005)
 
 
 def recompute(graph: LossGraph) -> Any:

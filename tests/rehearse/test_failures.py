@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from mmscale.plan.checkpoints import LLAMA_3
 from mmscale.rehearse.failures import (
-    LLAMA_3,
     Hazards,
     daly_interval,
     expected_failures,

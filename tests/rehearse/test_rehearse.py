@@ -10,13 +10,13 @@ import pytest
 
 from mmscale.cli.main import main
 from mmscale.cli.run_file import load_run
-from mmscale.rehearse.failures import LLAMA_3
-from mmscale.rehearse.rehearse import FAILURES, Cluster, Limits, _rehearse_failures, hazards_of, value_text, write_page
+from mmscale.plan.checkpoints import LLAMA_3
+from mmscale.rehearse.rehearse import FAILURES, BigRun, Limits, _rehearse_failures, hazards_of, value_text, write_page
 from mmscale.rehearse.report import Basis, Report
 from mmscale.run.config import RunConfig
 
 
-def cluster(**changes: float) -> Cluster:
+def cluster(**changes: float) -> BigRun:
     values = {
         "nodes": 1000,
         "gpus_per_node": 8,
@@ -30,7 +30,7 @@ def cluster(**changes: float) -> Cluster:
         "step_seconds": 10.0,
         "days": 30.0,
     }
-    return Cluster(**{**values, **changes})  # type: ignore[arg-type]
+    return BigRun(**{**values, **changes})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
