@@ -22,6 +22,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import socket
 import statistics
 import sys
@@ -237,12 +238,17 @@ def main() -> None:
     """Run one of the two commands."""
     args = _arguments()
     if args.command == "node":
+        for number in (signal.SIGUSR1, signal.SIGTERM):  # A signal to save the run must not look like a failing node.
+            signal.signal(number, signal.SIG_IGN)
         node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         report = check_node(node, args.folder, args.clock)
         write_whole(args.folder / f"{node}.json", json.dumps(asdict(report)).encode())
         return
-    failing = failing_nodes(args.nodes, read_reports(args.folder, args.nodes))
-    for node, reason in failing.items():
+    reports = read_reports(args.folder, args.nodes)
+    failing = failing_nodes(args.nodes, reports)
+    if not reports:
+        print("health check: no node answered; the logs slurm-JOB-health-TASK.log say why", file=sys.stderr)
+    for node, reason in failing.items() if reports else ():
         print(f"health check: {node}: {reason}", file=sys.stderr)
     healthy = [node for node in args.nodes if node not in failing][: args.need]
     print(",".join(healthy) if len(healthy) == args.need else "-", ",".join(failing) or "-")

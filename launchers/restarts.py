@@ -7,10 +7,11 @@ Each call prints one line for the script, ``ACTION DELAY NODES REASON``. ACTION 
 DELAY is in seconds. NODES is the job's new list of excluded nodes (``-``: unchanged). ``RUN/logs/restarts.jsonl`` has
 one line for each start, failure and decision of the job, over all its starts.
 
-A job restarts at most ``--max-restarts`` times in a row without a newer checkpoint. A node that failed twice in one job
-is excluded. These failures count for a node: SLURM reports it down, a signal killed one of its ranks, or the watchdog
-found one of its ranks stopped. An exit code 1 counts for no node, because all ranks may have the same cause. A node
-that failed the health check is excluded after one failure.
+A job restarts at most ``--max-restarts`` times in a row without a newer checkpoint. The first of these restarts waits
+``--delay`` seconds, each further one twice as long as the one before. A node that failed twice in one job is excluded.
+These failures count for a node: SLURM reports it down, a signal killed one of its ranks, or the watchdog found one of
+its ranks stopped. An exit code 1 counts for no node, because all ranks may have the same cause. A node that failed the
+health check is excluded after one failure, unless all nodes failed it.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from launchers import EXIT_HUNG, EXIT_WRONG_USE, VERDICT_FILE
 RESTARTS_FILE = "logs/restarts.jsonl"
 STRIKES = 2
 """Failures of a node in one job after which it is excluded."""
-FIRST_DELAY_SECONDS = 120
-"""Delay of the first restart without a newer checkpoint. It doubles with each further one. SLURM itself waits 120 s."""
 LONGEST_DELAY_SECONDS = 3600
+"""Longest delay of a restart, unless the first delay is longer."""
 _MOST_LINE_BYTES = 1 << 20
 _MOST_EXIT_BYTES = 1 << 10
 _SCONTROL_SECONDS = 60
+_MOST_LISTED = 8
 _KILLED = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 """Signals that count for the node of the rank. SIGABRT is missing: NCCL also aborts the ranks that lost a peer."""
 _DOWN = re.compile(r"\b(DOWN|FAIL|FAILING|NOT_RESPONDING)\b|\*")
@@ -82,9 +83,9 @@ class End:
         if self.stopped:
             return "saved and stopped", []
         if self.unhealthy:  # A check is repeatable evidence: exclude the node after one failure.
-            return f"{', '.join(self.unhealthy)} failed the health check", STRIKES * list(self.unhealthy)
+            return f"{_listed(self.unhealthy)} failed the health check", STRIKES * list(self.unhealthy)
         if self.down:
-            return f"SLURM reports {', '.join(self.down)} as down", list(self.down)
+            return f"SLURM reports {_listed(self.down)} as down", list(self.down)
         if not self.exits:
             return f"the ranks ended with exit code {self.code}", []
         first = self.exits[0]
@@ -103,6 +104,12 @@ class End:
         """Whether a restart can help. Wrong use fails again, and exit code 0 without a result has no known cause."""
         first = self.exits[0].code if self.exits else self.code
         return self.stopped or first not in (0, EXIT_WRONG_USE)
+
+
+def _listed(nodes: Sequence[str]) -> str:
+    """Return the first nodes by name and the number of the others, so that a line of the log stays readable."""
+    more = len(nodes) - _MOST_LISTED
+    return ", ".join(nodes[:_MOST_LISTED]) + (f" and {more} more nodes" if more > 0 else "")
 
 
 @dataclass
@@ -150,6 +157,13 @@ class History:
             self.starts = start
 
 
+class Limits(NamedTuple):
+    """The bounds of restarts in a row without a newer checkpoint: their number, and the delay of the first one."""
+
+    max_restarts: int
+    delay_seconds: int
+
+
 class Decision(NamedTuple):
     """The next action of the script, see the top of this file."""
 
@@ -159,31 +173,31 @@ class Decision(NamedTuple):
     exclude: Sequence[str] = ()
 
 
-def decide_end(history: History, end: End, max_restarts: int) -> Decision:
+def decide_end(history: History, end: End, limits: Limits) -> Decision:
     """Decide what to do after the ranks of a start have ended.
 
     Args:
         history: The records of the job, with that of this end.
         end: The facts of this end.
-        max_restarts: Most restarts in a row without a newer checkpoint.
+        limits: The bounds of restarts.
     """
     reason, _ = end.cause()
     if not end.can_heal:
         return Decision("end", f"{reason}; a restart cannot help")
-    return _restart(history, reason, max_restarts)
+    return _restart(history, reason, limits)
 
 
-def decide_begin(history: History, down: Sequence[str], nodes: Sequence[str], max_restarts: int) -> Decision:
+def decide_begin(history: History, down: Sequence[str], nodes: Sequence[str], limits: Limits) -> Decision:
     """Decide whether a start may run its ranks.
 
     Args:
         history: The records of the job, with that of the nodes in ``down``.
         down: Nodes of the last start that went down.
         nodes: Nodes of this start.
-        max_restarts: Most restarts in a row without a newer checkpoint.
+        limits: The bounds of restarts.
     """
-    if down and history.failures > max_restarts:
-        return _restart(history, f"{', '.join(down)} went down", max_restarts)
+    if down and history.failures > limits.max_restarts:
+        return _restart(history, f"{', '.join(down)} went down", limits)
     banned = [node for node in nodes if history.strikes[node] >= STRIKES]
     # Once in a row: the requeue may have failed to exclude the nodes.
     if banned and history.last.get("action") != "requeue":
@@ -191,17 +205,18 @@ def decide_begin(history: History, down: Sequence[str], nodes: Sequence[str], ma
     return Decision("run", "")
 
 
-def _restart(history: History, reason: str, max_restarts: int) -> Decision:
-    if history.failures > max_restarts:
+def _restart(history: History, reason: str, limits: Limits) -> Decision:
+    most, first = limits
+    if history.failures > most:
         return Decision(
             "end",
             f"{reason}; failure {history.failures} in a row without a newer checkpoint, --max-restarts is "
-            f"{max_restarts}; submit again after the cause is removed",
+            f"{most}; submit again after the cause is removed",
         )
     delay, counted = 0, "a newer checkpoint was saved"
     if history.failures:
-        delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS << min(history.failures - 1, 20))
-        counted = f"restart {history.failures} of {max_restarts} without a newer checkpoint, in {delay} s or later"
+        delay = max(first, min(LONGEST_DELAY_SECONDS, first << min(history.failures - 1, 20)))
+        counted = f"restart {history.failures} of {most} without a newer checkpoint, in {delay} s or later"
     exclude = sorted(node for node, count in history.strikes.items() if count >= STRIKES)
     return Decision("requeue", f"{reason}; requeued ({counted})", delay, exclude)
 
@@ -304,6 +319,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, help="time and folder of the newest checkpoint; empty for none")
     parser.add_argument("--before", default="", help="the same before the ranks started")
     parser.add_argument("--max-restarts", type=int, required=True)
+    parser.add_argument("--delay", type=int, required=True, help="seconds before the first restart without progress")
     parser.add_argument("--code", type=int, default=0, help="exit code of srun")
     parser.add_argument("--stopped", type=Path, help="file that ranks create if they saved and stopped")
     parser.add_argument("--unhealthy", default="-", help="nodes that failed the health check, with commas; - for none")
@@ -314,6 +330,7 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Record a start or an end of the job, and print the decision."""
     args = _arguments()
+    limits = Limits(args.max_restarts, args.delay)
     job, start = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     nodes = _scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
     history = read_history(args.run_dir, job)
@@ -327,19 +344,21 @@ def main() -> None:
             lost = base | {"event": "down", "failed": down, "counts": counts, "start": start - 1}
             _append(args.run_dir, lost)
             history.add(lost)
-        decision = decide_begin(history, down, nodes, args.max_restarts)
+        decision = decide_begin(history, down, nodes, limits)
         record = base | {"event": "begin", "nodes": nodes}
     else:
         stopped = args.stopped is not None and args.stopped.exists()
         exits = read_exits(args.exits) if args.exits else []
-        unhealthy = [node for node in args.unhealthy.split(",") if node in nodes]
+        unhealthy = [node for node in nodes if node in args.unhealthy.split(",")]
         end = End(args.code, stopped, exits, _silent_nodes(args.run_dir), _down_nodes(nodes), unhealthy)
         reason, failed = end.cause()
+        if unhealthy == nodes and len(nodes) > 1:
+            failed = []  # The cause is common to all nodes, for example a shared file system. Others would fail too.
         # A folder that cannot be read has no checkpoint; that is no progress.
         counts = args.checkpoint in ("", args.before)
         record = base | {"event": "end", "code": args.code, "reason": reason, "failed": failed, "counts": counts}
         history.add(record)
-        decision = decide_end(history, end, args.max_restarts)
+        decision = decide_end(history, end, limits)
     exclude = _exclusion(decision.exclude, job, len(nodes))
     if args.event == "begin" and decision.action == "requeue" and exclude == "-":
         decision = Decision("run", "")  # There is no other node.

@@ -94,6 +94,7 @@ class Job:
         constraint: Features that the nodes must have, for example ``h100``.
         requeue: Whether to requeue the job after a stop, a failure, a preemption or a node failure.
         max_restarts: Most restarts in a row without a newer checkpoint, from 0.
+        restart_delay_seconds: Delay of the first of these restarts; it doubles with each further one.
         save_seconds: Seconds before the time limit at which SLURM sends the ranks the signal to save.
         extra: More sbatch options, for example ``--constraint=h100``.
         setup: Shell lines that run on the first node before the ranks start, for example ``module load cuda``.
@@ -125,6 +126,7 @@ class Job:
     constraint: str | None = None
     requeue: bool = True
     max_restarts: int = 3
+    restart_delay_seconds: int = 120
     save_seconds: int = 180
     extra: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()
@@ -150,8 +152,9 @@ class Job:
             )
         if self.spares < 0 or (self.spares and not self.health_check):
             yield Problem("spares", f"--spares {self.spares}", "expected 0 or more, and the health check on")
-        if self.max_restarts < 0:
-            yield Problem("max_restarts", f"--max-restarts {self.max_restarts}", "expected 0 or more")
+        for key in ("max_restarts", "restart_delay_seconds"):
+            if (value := getattr(self, key)) < 0:
+                yield Problem(key, f"{key} {value}", "expected 0 or more")
         if self.gpus_per_node and self.ranks_per_node not in (1, self.gpus_per_node):
             yield Problem(
                 "ranks_per_node", f"--ranks-per-node {self.ranks_per_node}", "is for CPU runs; each GPU has one rank"
@@ -341,6 +344,7 @@ def render(job: Job) -> str:
         srun_options=[] if job.container is None else job.container.srun_options(job.folders, job.environment),
         requeue=job.requeue,
         max_restarts=job.max_restarts,
+        restart_delay=job.restart_delay_seconds,
         health_command=shlex.join(job.health_command()),
         health_seconds=HEALTH_SECONDS,
         num_nodes=job.nodes,

@@ -323,9 +323,8 @@ def write_segment(folder: Path, segment: LogSegment) -> Path:
     Raises:
         OSError: the file cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / segment.name()
-    write_whole(path, segment.to_bytes())
+    write_whole(path, segment.to_bytes(), parents=True)
     return path
 
 

@@ -26,6 +26,7 @@ from safetensors.numpy import save
 
 from data_pipeline.errors import ManifestError
 from data_pipeline.io.atomic import write_whole
+from data_pipeline.io.retry import retry_io
 from data_pipeline.io.untrusted import UntrustedError, open_regular, parse_json
 
 Column = npt.NDArray[Any]
@@ -62,7 +63,7 @@ def read_columns(
     display_name: str = "",
     optional: Collection[str] = (),
 ) -> Columns:
-    """Map ``path`` and check that it has exactly the ``expected`` columns.
+    """Map ``path`` and check that it has exactly the ``expected`` columns. Wait for a file system that is lost.
 
     Args:
         path: A file written by ``write_columns``.
@@ -75,18 +76,22 @@ def read_columns(
         ManifestError: the file is missing, truncated or of another format, or its header points outside the file.
     """
     display_name = display_name or str(path)
-    try:
+
+    def mapped() -> mmap.mmap:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
                 raise ManifestError(f"{display_name}: {size} bytes: too short to be a {format_name}")
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    try:
+        data = retry_io(mapped)
     except UntrustedError as error:
         raise ManifestError(f"{display_name}: {error}") from error
     except OSError as error:
         raise ManifestError(f"{display_name}: cannot be read: {error.strerror}") from error
     try:
-        return _parse(data, size, expected, format_name, optional)
+        return _parse(data, len(data), expected, format_name, optional)
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ManifestError(f"{display_name}: damaged {format_name}: {error}") from error
 

@@ -1,7 +1,9 @@
 """Repeat file operations while a network file system is lost for a moment.
 
 A server that restarts, or a client that loses its connection, answers with errors such as ``EIO`` or ``ESTALE`` for
-some seconds. Not for a full disk: it does not become free by waiting, so its error is raised at once.
+some seconds. Writers of logs and checkpoints and readers of shards wait for it. Not for a full disk, a missing file or
+damaged data: waiting does not change them, so their error is raised at once. Not for memory-mapped files either: the
+kernel kills a process that reads a mapped page of a lost file system (SIGBUS).
 """
 
 from __future__ import annotations

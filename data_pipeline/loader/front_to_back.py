@@ -28,6 +28,7 @@ from data_pipeline.errors import (
     ShardError,
     TooManyFaultsError,
 )
+from data_pipeline.io.retry import retry_io
 from data_pipeline.order.fault_lists import RunFaults
 from data_pipeline.order.fault_policy import Fault
 from data_pipeline.order.randomness import Permutation
@@ -60,7 +61,7 @@ def expand_shards(patterns: Sequence[str]) -> tuple[str, ...]:
     for source in sources:
         if not source.startswith(PIPE):
             location = parse_location(source)
-            if isinstance(location, Path) and not location.exists():
+            if isinstance(location, Path) and not retry_io(location.exists):
                 raise DataConfigError(f"shards: {source}: no such file")
     twice = [source for source, count in Counter(sources).items() if count > 1]
     if twice:

@@ -25,6 +25,7 @@ from data_pipeline.errors import ManifestError, SampleError, ShardError
 from data_pipeline.io.checksums import sha256_of
 from data_pipeline.io.columns import Column, check_offsets, pack_strings, read_columns, write_columns
 from data_pipeline.io.json_member import text_bytes_of
+from data_pipeline.io.retry import retry_io
 from data_pipeline.io.untrusted import open_regular
 from data_pipeline.shards.image_header import Buffer, image_size, is_image
 from data_pipeline.shards.tar_members import BLOCK_BYTES, split_name, walk
@@ -129,6 +130,7 @@ class ShardIndex:
 
         A tar of another size raises. If the tar is newer than its index, which a copy or a checkout can cause too, the
         digests are compared. If they are equal, the index's modification time is updated, so the next call is fast.
+        Reads wait for a file system that is lost.
 
         Raises:
             ManifestError: the index or the tar is missing or unreadable, or the index is damaged or stale. The message
@@ -138,10 +140,11 @@ class ShardIndex:
         path = index_path(tar_path)
         remedy = f"build it with: mmscale data index {tar_path}"
         try:
-            tar_stat = tar_path.stat()
+            tar_stat = retry_io(tar_path.stat)
+            index_stat = retry_io(lambda: path.stat() if path.exists() else None)
         except OSError as error:
             raise ManifestError(f"shard {tar_path}: cannot be read: {error.strerror}") from error
-        if not path.exists():
+        if index_stat is None:
             raise ManifestError(f"shard {tar_path} has no index; {remedy}")
         index = cls.read(tar_path)
         if tar_stat.st_size < index.tar_bytes and not _has_end_mark(tar_path, tar_stat.st_size):
@@ -154,7 +157,7 @@ class ShardIndex:
                 f"shard {tar_path}: its index is stale: made for {index.tar_bytes} bytes, "
                 f"the tar has {tar_stat.st_size}; {remedy}"
             )
-        if tar_stat.st_mtime_ns > path.stat().st_mtime_ns:
+        if tar_stat.st_mtime_ns > index_stat.st_mtime_ns:
             if _digest(tar_path, tar_stat.st_size, tar_stat.st_mtime_ns) != index.tar_sha256:
                 raise ManifestError(f"shard {tar_path}: its index is stale: the content of the tar changed; {remedy}")
             _renew(path)
@@ -299,10 +302,14 @@ def _row_crc32(key: Buffer, text_bytes: int, members: Iterable[Member]) -> int:
 
 def _has_end_mark(tar_path: Path, size: int) -> bool:
     """Return whether the file ends with the end mark of a tar, two zero blocks. A truncated tar rarely does."""
-    try:
+
+    def end() -> bytes:
         with open_regular(tar_path) as file:
             file.seek(max(0, size - _END_MARK_BYTES))
-            return file.read(_END_MARK_BYTES) == bytes(_END_MARK_BYTES)
+            return file.read(_END_MARK_BYTES)
+
+    try:
+        return retry_io(end) == bytes(_END_MARK_BYTES)
     except OSError as error:
         raise ManifestError(f"shard {tar_path}: cannot be read: {error.strerror}") from error
 
@@ -313,7 +320,10 @@ def _digest(tar_path: Path, size: int, mtime_ns: int) -> str:
 
     On a read-only data set ``_renew`` fails, so without this cache each ``open`` would read the whole tar again.
     """
-    return sha256_of(tar_path)
+    try:
+        return retry_io(lambda: sha256_of(tar_path))
+    except OSError as error:
+        raise ManifestError(f"shard {tar_path}: cannot be read: {error.strerror}") from error
 
 
 def _renew(path: Path) -> None:

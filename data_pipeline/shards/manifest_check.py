@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_pipeline.errors import ManifestError
 from data_pipeline.io.missing import no_such_file
+from data_pipeline.io.retry import retry_io
 from data_pipeline.io.untrusted import open_regular
 
 _PROBE_BYTES = 512
@@ -43,11 +44,15 @@ def reject_non_manifest(file: Path, display_name: str, key: str = "", *, takes_t
     """
     label = f"{key}={display_name}" if key else display_name
     expected = "expected a manifest or a tar" if takes_tar else "expected a manifest"
-    if file.is_dir():
-        raise ManifestError(f"{label}: this is a folder, {expected}; {_remedy_of_folder(file, display_name)}")
-    try:
+
+    def beginning() -> bytes:
         with open_regular(file) as opened:
-            start = opened.read(_PROBE_BYTES)
+            return opened.read(_PROBE_BYTES)
+
+    try:
+        if retry_io(file.is_dir):
+            raise ManifestError(f"{label}: this is a folder, {expected}; {_remedy_of_folder(file, display_name)}")
+        start = retry_io(beginning)
     except FileNotFoundError as error:
         raise ManifestError(f"{label}: {no_such_file(file)}; make a manifest with: mmscale data index") from error
     except OSError as error:

@@ -22,6 +22,7 @@ from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import AbsentError, FaultKind, ReplacedError, SampleError, ShardError, StaleError
 from data_pipeline.io.json_member import parse_member
+from data_pipeline.io.retry import retry_io
 from data_pipeline.io.untrusted import regular_descriptor
 from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart
 from data_pipeline.shards.image_header import is_image
@@ -367,35 +368,48 @@ class OpenShard(Protocol):
 
 
 class LocalShard:
-    """A shard in a local file."""
+    """A shard in a local file. Reads wait for a file system that is lost, see ``io.retry``."""
 
     def __init__(self, path: Path, index: ShardIndex) -> None:
         self.path = path
         self.index = index
         try:
-            self._descriptor = regular_descriptor(path, os.O_RDONLY)
+            self._descriptor = retry_io(lambda: regular_descriptor(path, os.O_RDONLY))
         except OSError as error:
             raise ShardError(f"{path}: cannot be opened: {error.strerror}") from error
 
     def read(self, members: Sequence[Member], *, fresh: bool = False) -> dict[str, bytes]:
-        """As ``OpenShard.read``. One ``pread`` per member is faster than one large read, because slices copy."""
+        """As ``OpenShard.read``."""
+        try:
+            return retry_io(lambda: self._read(members), self._reopen)
+        except OSError as error:
+            first, end = extent(members)
+            raise ShardError(f"{self.path}: reading bytes {first}-{end} failed: {error.strerror}") from error
+
+    def _read(self, members: Sequence[Member]) -> dict[str, bytes]:
+        """Read the members once. One ``pread`` per member is faster than one large read, because slices copy."""
         found = {}
         for member in members:
             first, end = member.offset, member.offset + member.size
-            try:
-                data = os.pread(self._descriptor, end - first, first)
-                while len(data) < end - first:  # One pread returns at most 2 GiB.
-                    more = os.pread(self._descriptor, end - first - len(data), first + len(data))
-                    if not more:
-                        raise ShardError(
-                            f"{self.path}: ends at byte {first + len(data)}, a sample extends to byte {end}: the shard "
-                            "was truncated; restore it, or index it again"
-                        )
-                    data += more
-            except OSError as error:
-                raise ShardError(f"{self.path}: reading bytes {first}-{end} failed: {error.strerror}") from error
+            data = os.pread(self._descriptor, end - first, first)
+            while len(data) < end - first:  # One pread returns at most 2 GiB.
+                more = os.pread(self._descriptor, end - first - len(data), first + len(data))
+                if not more:
+                    raise ShardError(
+                        f"{self.path}: ends at byte {first + len(data)}, a sample extends to byte {end}: the shard "
+                        "was truncated; restore it, or index it again"
+                    )
+                data += more
             found[member.ext] = data
         return found
+
+    def _reopen(self) -> None:
+        """Open the file again: a server that restarts invalidates open files. The caller verifies checksums."""
+        opened = regular_descriptor(self.path, os.O_RDONLY)
+        try:
+            os.dup2(opened, self._descriptor, inheritable=False)
+        finally:
+            os.close(opened)
 
     def close(self) -> None:
         """Close the file."""

@@ -5,7 +5,9 @@ Objects are named by ``Location``. All threads of the process that created a sto
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Protocol
 
 from data_pipeline.errors import DataConfigError, StaleError, StorageError
 from data_pipeline.io.atomic import write_whole
+from data_pipeline.io.retry import retry_io
 from data_pipeline.storage.location import Url
 
 STREAM_CHUNK_BYTES = 8 * 2**20
@@ -80,17 +83,32 @@ class LocalStore:
         """As ``Store.stat``."""
         path = _local(location)
         try:
-            return _info(path.stat())
+            return _info(retry_io(path.stat))
         except OSError as error:
             raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
 
     def stream(self, location: Path | Url, expected: ObjectInfo | None = None) -> Iterator[bytes]:
-        """As ``Store.stream``; also reads pipes and devices."""
-        path = _local(location)
+        """As ``Store.stream``; also reads pipes and devices. Waits for a file system that is lost, see ``io.retry``."""
+        path, at = _local(location), 0
         try:
-            with path.open("rb", buffering=0) as file:
-                _check_same(path, _info(os.fstat(file.fileno())), expected)
-                while chunk := file.read(STREAM_CHUNK_BYTES):
+            file = retry_io(lambda: path.open("rb", buffering=0))
+            with contextlib.closing(file):
+                first = os.fstat(file.fileno())
+                _check_same(path, _info(first), expected)
+
+                def reopen() -> None:  # A server that restarts invalidates open files.
+                    with path.open("rb", buffering=0) as again:
+                        found = os.fstat(again.fileno())
+                        if (found.st_size, found.st_mtime_ns) != (first.st_size, first.st_mtime_ns):
+                            raise StaleError(f"{path}: was replaced while it was read")
+                        os.dup2(again.fileno(), file.fileno(), inheritable=False)
+                    file.seek(at)
+
+                def read() -> bytes:
+                    return file.read(STREAM_CHUNK_BYTES)
+
+                while chunk := retry_io(read, reopen) if stat.S_ISREG(first.st_mode) else read():
+                    at += len(chunk)
                     yield chunk
         except OSError as error:
             raise StorageError(f"{path}: cannot be read: {error.strerror}") from error

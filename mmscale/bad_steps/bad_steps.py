@@ -115,8 +115,7 @@ class BadSteps:
             }
             text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                write_whole(path, as_utf8(text))
+                write_whole(path, as_utf8(text), parents=True)
             except OSError as error:
                 message = f"{self._folder}: {error}"
         raise_on_any_rank(self._world, message, CheckpointError)

@@ -87,8 +87,8 @@ def write_roll_backs(folder: Path, roll_backs: Sequence[RollBack]) -> None:
     Raises:
         OSError: the list cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / FILE, json.dumps([entry.model_dump() for entry in roll_backs], indent=1).encode())
+    text = json.dumps([entry.model_dump() for entry in roll_backs], indent=1)
+    write_whole(folder / FILE, text.encode(), parents=True)
 
 
 def effective_roll_backs(roll_backs: Sequence[RollBack]) -> list[RollBack]:

@@ -24,7 +24,9 @@ def slurm(
     overrides: list[str] = OVERRIDES,
     nodes: int = typer.Option(1, min=1, help="Number of machines."),
     spares: int = typer.Option(0, min=0, help="Additional machines to replace failing ones; implies --health-check."),
-    health_check: bool = typer.Option(False, "--health-check", help="Do not train on machines that fail a check."),
+    health_check: bool = typer.Option(
+        None, help="Train on no machine that fails a check of at most 300 s. [default: on for several machines or GPUs]"
+    ),
     gpus_per_node: int = typer.Option(None, min=0, help="GPUs per machine, with one rank each; 0 trains on CPUs."),
     ranks_per_node: int = typer.Option(None, min=1, help="Ranks per machine in a CPU run."),
     cpus_per_task: int = typer.Option(None, min=1, help="CPU cores per rank, including its loader workers."),
@@ -36,14 +38,15 @@ def slurm(
     requeue: bool = typer.Option(
         None, "--requeue/--no-requeue", help="Requeue after the time limit, a failure or a preemption. [default: on]"
     ),
-    max_restarts: int = typer.Option(3, min=0, help="Most restarts in a row without a newer checkpoint."),
+    max_restarts: int = typer.Option(None, min=0, max=1000, help="Most restarts without new checkpoint. [default: 3]"),
+    restart_delay_seconds: int = typer.Option(
+        None, min=0, max=86400, help="Delay of the first of these restarts; it doubles with each one. [default: 120]"
+    ),
     chain: int = typer.Option(
         1, min=1, max=1000, help="Submit this many jobs that run one after the other and resume, without requeue."
     ),
     after: str = typer.Option(None, help="Start after the job of this number has ended.", metavar="JOB"),
-    save_seconds: int = typer.Option(
-        None, min=1, help="Seconds before the time limit at which ranks save and stop. [default: 180]"
-    ),
+    save_seconds: int = typer.Option(None, min=1, help="Seconds before the limit to save and stop. [default: 180]"),
     sbatch: list[str] = typer.Option([], help="A further sbatch option, for example --sbatch=--exclusive; repeatable."),
     setup: list[str] = typer.Option(
         [], help="A shell line to run before the ranks, for example 'ulimit -n 65536'; repeatable."
@@ -71,9 +74,12 @@ def slurm(
         "qos": qos,
         "constraint": constraint,
         "requeue": False if chain > 1 and requeue is None else requeue,
+        "health_check": True if spares and health_check is None else health_check,
+        "max_restarts": max_restarts,
+        "restart_delay_seconds": restart_delay_seconds,
         "save_seconds": save_seconds,
     }
-    values = {key: getattr(found.value, key) if value is None else value for key, value in options.items()}
+    values = _values(options, found, nodes)
     run = checked(config, overrides or [], nodes * (values["gpus_per_node"] or values["ranks_per_node"] or 1)).value
     job = _checked_job(
         found,
@@ -82,12 +88,8 @@ def slurm(
         run_dir=run.run_dir,
         nodes=nodes,
         spares=spares,
-        health_check=health_check or spares > 0,
-        max_restarts=max_restarts,
         extra=(*found.value.sbatch, *sbatch),
         setup=(*found.value.setup, *setup),
-        modules=found.value.modules,
-        environment=found.value.environment,
         after=after,
         is_chained=chain > 1,
         **{key: value for key, value in values.items() if value is not None},
@@ -95,8 +97,15 @@ def slurm(
     if dry_run:
         print(render(job), end="")
         return
-    numbers, script = submit(job, chain)
-    emit(_submitted(numbers, script), json=json)
+    emit(_submitted(*submit(job, chain)), json=json)
+
+
+def _values(options: dict[str, Any], site: Site, nodes: int) -> dict[str, Any]:
+    """Return the options, with the values of the site file for those that were not given."""
+    values = {key: getattr(site.value, key) if value is None else value for key, value in options.items()}
+    if values["health_check"] is None:  # One machine with one GPU or none: there is nothing to compare or to replace.
+        values["health_check"] = nodes > 1 or (values["gpus_per_node"] or 0) > 1
+    return values
 
 
 def _submitted(numbers: list[str], script: Path) -> dict[str, Any]:
@@ -121,6 +130,7 @@ def _checked_job(site: Site, overridden: set[str], **values: Any) -> Job:
     from launchers.slurm import Job, JobError
 
     problems: list[Problem] = []
+    values |= {"modules": site.value.modules, "environment": site.value.environment}
     container = site.value.container
     try:
         job = Job(container=None if container is None else Container(**dict(container)), **values)

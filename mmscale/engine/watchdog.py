@@ -302,10 +302,16 @@ class Watchdog:
         return [read_heartbeat(heartbeat_path(self._folder.parent, rank)) for rank in range(self._world_size)]
 
     def _dump_stacks(self) -> None:
+        """Write the place of the main thread, then the stacks of all threads, of which the main thread is the last."""
         path = self._logs / f"hang-rank-{self._rank}.txt"
+        phase, step = self.current_phase
+        collective, place = _innermost_call(sys._current_frames().get(self._main))
         try:
             with append_regular(path) as file:
                 file.truncate(0)
+                waits = f"in {collective}" if collective else "in no collective"
+                file.write(f"main thread: {phase} of step {step}, {waits}, at {place}\n\n".encode())
+                file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
             print(f"mmscale: {path}: the stacks cannot be written: {error.strerror}", file=sys.stderr, flush=True)

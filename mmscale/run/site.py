@@ -73,6 +73,12 @@ class SiteConfig(StrictConfig):
     """CPU cores per rank, including its loader workers; null for the cluster's default."""
     requeue: bool | None = None
     """Whether the job requeues itself. Set it to false for a site that forbids this, and submit with ``--chain``."""
+    health_check: bool | None = None
+    """Whether to check the machines before training; null: yes, except for one machine with at most one GPU."""
+    max_restarts: int | None = Field(default=None, ge=0, le=1000)
+    """Most restarts in a row without a newer checkpoint; null for 3."""
+    restart_delay_seconds: int | None = Field(default=None, ge=0, le=86400)
+    """Delay in seconds of the first of these restarts; null for 120. It doubles with each one, up to an hour."""
     save_seconds: int | None = Field(default=None, ge=1, le=86400)
     """Seconds before the time limit at which the ranks save and stop; null for 180."""
     sbatch: tuple[_Text, ...] = ()

@@ -37,6 +37,35 @@ def test_options_replace_values_and_add_to_lists(site: Path, capsys: pytest.Capt
     assert "export A=1\none\ntwo\n" in script
 
 
+@pytest.mark.parametrize(
+    ("words", "in_file", "is_checked"),
+    [
+        ([], "", False),
+        (["--gpus-per-node", "1"], "", False),
+        (["--gpus-per-node", "2"], "", True),
+        (["--nodes", "2"], "", True),
+        (["--nodes", "2", "--no-health-check"], "", False),
+        (["--nodes", "2"], "health_check: false", False),
+        (["--nodes", "1"], "health_check: true", True),
+        (["--nodes", "2", "--spares", "1"], "health_check: false", True),
+    ],
+)
+def test_nodes_are_checked_by_default(
+    site: Path, capsys: pytest.CaptureFixture[str], words: list[str], in_file: str, is_checked: bool
+) -> None:
+    site.write_text(f"account: lab\n{in_file}\n")
+    assert launch(site, "--site", str(site), *words) == 0
+    assert ("launchers.health" in capsys.readouterr().out) == is_checked
+
+
+def test_limits_of_restarts_are_keys_of_the_site(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    site.write_text("max_restarts: 7\nrestart_delay_seconds: 30\n")
+    assert launch(site, "--site", str(site)) == 0
+    assert "--max-restarts 7 --delay 30 " in capsys.readouterr().out
+    assert launch(site, "--site", str(site), "--max-restarts", "0", "--restart-delay-seconds", "0") == 0
+    assert "--max-restarts 0 --delay 0 " in capsys.readouterr().out
+
+
 def test_the_site_file_is_found(
     site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

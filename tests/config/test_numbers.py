@@ -77,6 +77,7 @@ def _with(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 _ZERO = """
 Accelerator.overlap Accelerator.node_latency_seconds Accelerator.network_latency_seconds Accelerator.unit_seconds
 Accelerator.step_seconds Accelerator.price_per_hour SiteConfig.gpus_per_node
+SiteConfig.max_restarts SiteConfig.restart_delay_seconds
 AdafactorConfig.weight_decay AdafactorConfig.beta2_decay AdafactorConfig.min_scale AdamWConfig.weight_decay
 AdamWConfig.betas AdaptersConfig.dropout AugmentConfig.shift AugmentConfig.flip AugmentConfig.brightness
 AugmentConfig.contrast
@@ -136,7 +137,14 @@ _MORE: dict[str, dict[str, Any]] = {
     "Mm15Tiling": {},
     "MostPixelsSplit": {"kind": "most_pixels"},
     "MoeConfig": {"num_experts": 4, "experts_per_token": 2, "expert_dim": 8, "shared_dim": 8},
-    "SiteConfig": {"gpus_per_node": 8, "ranks_per_node": 2, "cpus_per_task": 4, "save_seconds": 180},
+    "SiteConfig": {
+        "gpus_per_node": 8,
+        "ranks_per_node": 2,
+        "cpus_per_task": 4,
+        "save_seconds": 180,
+        "max_restarts": 3,
+        "restart_delay_seconds": 120,
+    },
     "YarnScaling": {"kind": "yarn", "factor": 2.0, "original_context": 64},
     "WeightFrom": {"from_step": 1, "weight": 1.0},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,8 @@ def test_a_slow_run_is_left_alone_and_a_stuck_one_is_ended(tmp_path: Path) -> No
         assert "in <lambda>) while rank 0 waits for it in reduce_scatter" in said
     stacks = (tmp_path / "logs/hang-rank-1.txt").read_text()
     assert "slow_then_stuck" in stacks
+    assert re.match(
+        r"main thread: forward of step 4, in no collective, at engine/test_watchdog.py:\d+ in <lambda>\n", stacks
+    )
+    waiting = (tmp_path / "logs/hang-rank-0.txt").read_text()
+    assert re.match(r"main thread: \w+ of step 4, in reduce_scatter\w*, at \S+\.py:\d+ in \w+\n", waiting)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from launchers import STOP_FILE
 from launchers.health import NodeHealth, check_node, clock_problem, failing_nodes, read_reports
 from launchers.restarts import STRIKES, End
 from launchers.slurm import Job, JobError, render
@@ -73,11 +75,16 @@ def test_a_node_that_fails_the_check_is_excluded_at_once() -> None:
     assert failed.count("n2") == STRIKES
 
 
-def script(tmp_path: Path, bad: str, spares: int, *, requeue: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run the script of a job of two nodes. ``srun`` writes a report for each node, with a problem for ``bad``."""
+def script(
+    tmp_path: Path, bad: str, spares: int, *, requeue: bool = True, during: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run the script of a job of two nodes. ``srun`` writes a report for each node, with a problem for each in ``bad``.
+
+    ``during`` is a shell command that ``srun`` runs after the check.
+    """
     names = [f"n{number}" for number in range(1, 3 + spares)]
     for name in names:
-        text = json.dumps(asdict(report(name, 100.0, *(["broken"] if name == bad else []))))
+        text = json.dumps(asdict(report(name, 100.0, *(["broken"] if name in bad.split() else []))))
         (tmp_path / f"{name}.report").write_text(text)
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -86,7 +93,7 @@ def script(tmp_path: Path, bad: str, spares: int, *, requeue: bool = True) -> su
         "#!/usr/bin/env bash\n"
         f"echo \"$MASTER_ADDR ${{*//$'\\n'/ }}\" >>{tmp_path}/srun.log\n"
         f'[[ "$*" == *launchers.health* ]] || {{ echo "{{}}" >{tmp_path}/result.json; exit 0; }}\n'
-        f"run_health={tmp_path}/health/7-0\n{copies}\n"
+        f"run_health={tmp_path}/health/7-0\n{copies}\n{during}\n"
     )
     (tools / "scontrol").write_text(
         "#!/usr/bin/env bash\n"
@@ -136,6 +143,41 @@ def test_without_requeue_the_job_ends_with_the_name(tmp_path: Path) -> None:
     done = script(tmp_path, "n2", 0, requeue=False)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "fewer than 2 nodes passed the health check; failing: n2" in done.stdout
+
+
+def test_if_all_nodes_fail_none_is_blamed(tmp_path: Path) -> None:
+    """The cause is common to them, and other nodes would fail in the same way."""
+    done = script(tmp_path, "n1 n2", 0)
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "n1, n2 failed the health check; requeued (restart 1 of 3" in done.stdout
+    assert (tmp_path / "scontrol.log").read_text().splitlines() == ["requeue 7", "update JobId=7 StartTime=now+120"]
+
+
+def test_a_check_without_answers_says_where_to_look(tmp_path: Path) -> None:
+    done = script(tmp_path, "", 0, during='rm "$run_health"/*')
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "health check: no node answered; the logs slurm-JOB-health-TASK.log say why\n" in done.stderr
+
+
+def test_a_stop_during_the_check_ends_the_job(tmp_path: Path) -> None:
+    done = script(tmp_path, "n1 n2", 0, during=f"touch {tmp_path / STOP_FILE}")
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "mmscale launch stop ended this run" in done.stdout
+    assert not (tmp_path / "scontrol.log").exists()
+    assert len((tmp_path / "srun.log").read_text().splitlines()) == 1, "no rank was started"
+
+
+def test_signals_for_the_ranks_do_not_end_the_check(tmp_path: Path) -> None:
+    code = (
+        "import os\nfrom launchers import health\n"
+        "def check(node, folder, clock):\n"
+        f"    for number in ({signal.SIGUSR1:d}, {signal.SIGTERM:d}):\n        os.kill(os.getpid(), number)\n"
+        "    return health.NodeHealth(node, (), 1.0, (1,), 1.0, 0.0)\n"
+        "health.check_node = check\nhealth.main()"
+    )
+    words = [sys.executable, "-c", code, "node", str(tmp_path), "--clock", "0"]
+    subprocess.run(words, env={**os.environ, "SLURMD_NODENAME": "n1", "PYTHONPATH": str(REPO)}, check=True, timeout=60)
+    assert read_reports(tmp_path, ["n1"]).keys() == {"n1"}
 
 
 def test_spares_ask_for_more_nodes_and_need_the_check(tmp_path: Path) -> None:

@@ -16,7 +16,10 @@ from typing import NoReturn
 import pytest
 
 from launchers import restarts
-from launchers.restarts import FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS, RESTARTS_FILE
+from launchers.restarts import LONGEST_DELAY_SECONDS, RESTARTS_FILE, Limits
+
+DELAY = 50
+"""Seconds before the first restart without progress."""
 
 
 class FakeJob:
@@ -45,7 +48,8 @@ class FakeJob:
         self.monkeypatch.setenv("SLURM_JOB_NODELIST", ",".join(self.nodes))
         self.monkeypatch.setenv("SLURM_RESTART_COUNT", str(self.start))
         event, *options = words
-        arguments = [event, str(self.run_dir), "--checkpoint", self.checkpoint, "--max-restarts", "3", *options]
+        limits = ["--max-restarts", "3", "--delay", str(DELAY)]
+        arguments = [event, str(self.run_dir), "--checkpoint", self.checkpoint, *limits, *options]
         self.monkeypatch.setattr(sys, "argv", ["restarts", *arguments])
         restarts.main()
         (line,) = self.capsys.readouterr().out.splitlines()
@@ -92,14 +96,14 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_the_number_of_restarts_without_a_newer_checkpoint_is_bounded(job: FakeJob) -> None:
     decisions = [job.plays(1) for _ in range(3)]
     assert [decision[0] for decision in decisions] == ["requeue"] * 3
-    assert [decision[1] for decision in decisions] == [FIRST_DELAY_SECONDS * 2**n for n in range(3)], "back-off"
+    assert [decision[1] for decision in decisions] == [DELAY * 2**n for n in range(3)], "back-off"
     assert job.plays(1, saves="9.0 step-5")[:2] == ("requeue", 0), "a newer checkpoint"
     assert [job.plays(1)[0] for _ in range(4)] == ["requeue", "requeue", "requeue", "end"]
 
 
 def test_the_delay_stops_growing() -> None:
     history = restarts.History(failures=60)
-    assert restarts.decide_end(history, restarts.End(1), 100).delay == LONGEST_DELAY_SECONDS
+    assert restarts.decide_end(history, restarts.End(1), Limits(100, DELAY)).delay == LONGEST_DELAY_SECONDS
 
 
 def test_a_run_that_always_saves_restarts_without_end(job: FakeJob) -> None:
@@ -177,7 +181,7 @@ def test_a_node_that_went_down_is_found_at_the_next_start(job: FakeJob) -> None:
     assert job.begin()[:3] == ("requeue", 0, "n2"), "it failed twice, and the job has got it again"
     assert job.begin()[0] == "run", "the requeue did not exclude it; the job must not be requeued for ever"
     job.states = up
-    assert job.end(1)[:3] == ("requeue", 4 * FIRST_DELAY_SECONDS, "n2"), "the third failure"
+    assert job.end(1)[:3] == ("requeue", 4 * DELAY, "n2"), "the third failure"
 
 
 @pytest.mark.parametrize("state", ["IDLE*", "DOWN", "ALLOCATED+NOT_RESPONDING", "IDLE+FAIL"])
@@ -189,7 +193,7 @@ def test_states_of_a_node_that_failed(job: FakeJob, state: str) -> None:
 def test_a_preemption_is_no_failure(job: FakeJob) -> None:
     for _ in range(10):
         assert job.begin()[0] == "run"
-    assert job.end(1)[1] == FIRST_DELAY_SECONDS, "the first failure"
+    assert job.end(1)[1] == DELAY, "the first failure"
 
 
 def full_disk(path: Path) -> NoReturn:
@@ -207,7 +211,7 @@ def test_damaged_records_and_those_of_other_jobs_are_left_out(job: FakeJob) -> N
     lines = ["", "[1]", "{", '{"job": "7"}', '{"job": "7", "start": "x", "checkpoint": 3}', "null", '"7"']
     other = {"job": "6", "start": 0, "checkpoint": "", "event": "end", "counts": True, "failed": ["n2"]}
     (job.run_dir / RESTARTS_FILE).write_text("\n".join([*lines, *[json.dumps(other)] * 9, '{"torn"']))
-    assert job.plays(137, (1, "n2", 137))[:3] == ("requeue", FIRST_DELAY_SECONDS, "-")
+    assert job.plays(137, (1, "n2", 137))[:3] == ("requeue", DELAY, "-")
     records = (job.run_dir / RESTARTS_FILE).read_text().splitlines()
     assert [json.loads(line)["event"] for line in records[-2:]] == ["begin", "end"]
 
@@ -221,6 +225,6 @@ def test_every_sequence_of_ends_stays_within_the_bound() -> None:
             record = {"start": start, "checkpoint": checkpoint, "event": "end", "counts": not saves, "failed": []}
             history.add(record)
             in_row = 0 if saves else in_row + 1
-            decision = restarts.decide_end(history, restarts.End(1), 3)
+            decision = restarts.decide_end(history, restarts.End(1), Limits(3, DELAY))
             assert (decision.action == "requeue") == (in_row <= 3)
             assert re.search(r"requeued \(|max-restarts is 3", decision.reason)

@@ -47,7 +47,7 @@ def golden_job(folder: Path, **changes: object) -> Job:
 def test_script_is_the_golden_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """To update: run ``UPDATE_GOLDEN=1 pytest tests/launchers/test_slurm.py`` and read the difference."""
     monkeypatch.setattr(slurm.Path, "cwd", lambda: Path("/home/user/mmscale"))
-    script = render(golden_job(Path("/scratch")))
+    script = render(golden_job(Path("/scratch"), health_check=True))
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(script)
     assert script == GOLDEN.read_text()
