@@ -111,22 +111,22 @@ def measure() -> list[Case]:
     """Return losses in nats per token."""
     run = load(CONFIG, [PAGES.format(SAMPLES)], RunConfig).value
     calibration = Calibration(run, BATCHES)
-    model = cast(MultimodalModel, build_model(run.model, seed=run.seed))
+    model = cast(MultimodalModel, build_model(run.decoder_model(0), seed=run.seed))
     for _ in train(model, run, STEPS, 2e-3):
         pass
     scores, _ = calibration.scores(model)
     values = dict(model.named_parameters())
-    of_weights = scores_of_weights(run.model.decoder, lambda name: values[name].detach())
+    of_weights = scores_of_weights(run.decoder_model(0).decoder, lambda name: values[name].detach())
     whole = calibration.losses(model)["pages"]
     cases = []
     for axis, changes in AXES.items():
-        small = smaller(run.model, changes)
-        chosen = choose_units(run.model.decoder, small.decoder, scores)
+        small = smaller(run.decoder_model(0), changes)
+        chosen = choose_units(run.decoder_model(0).decoder, small.decoder, scores)
         choices = {
             "without factors": without_factors(chosen),
-            "weights": choose_units(run.model.decoder, small.decoder, of_weights),
+            "weights": choose_units(run.decoder_model(0).decoder, small.decoder, of_weights),
             **{
-                f"chance {seed}": choose_units(run.model.decoder, small.decoder, by_chance(scores, seed))
+                f"chance {seed}": choose_units(run.decoder_model(0).decoder, small.decoder, by_chance(scores, seed))
                 for seed in range(DRAWS)
             },
         }
@@ -138,8 +138,8 @@ def measure() -> list[Case]:
 
 def _tables(model: MultimodalModel, run: RunConfig, calibration: Calibration, scores: Scores) -> list[Case]:
     """Return losses of a model with one table for embedding and head: the head's table, or the embedding's."""
-    tied = smaller(run.model, {"tie_embeddings": True})
-    choice = choose_units(run.model.decoder, tied.decoder, scores)
+    tied = smaller(run.decoder_model(0), {"tie_embeddings": True})
+    choice = choose_units(run.decoder_model(0).decoder, tied.decoder, scores)
     losses: list[list[float]] = []
     for second in ({"decoder.embed_tokens.weight": "head.weight"}, {}):
         result = cut(model, tied, choice, second)

@@ -132,7 +132,7 @@ def check_run(config: RunConfig, *, ranks: int | None = None) -> CheckReport:
 
 def _num_blocks(config: RunConfig) -> int:
     """Return the largest number of blocks of the model of any stage."""
-    models = [config.stage_model(number) for number, _ in config.stages_from(0)]
+    models = [config.decoder_model(number) for number, _ in config.stages_from(0)]
     return max(model.decoder.num_layers + getattr(model.vision, "num_layers", 0) for model in models)
 
 
@@ -143,7 +143,7 @@ def _at_full_depth(program: RankProgram) -> RankProgram:
     for number in program.stages:
         stage = config.stages[number].model_dump_json(exclude=_EQUAL_FIELDS)
         distill = [each.model_dump_json() for each in program.distill[number]]
-        first.setdefault(f"{stage} {config.stage_model(number).model_dump_json()} {distill}", number)
+        first.setdefault(f"{stage} {config.decoder_model(number).model_dump_json()} {distill}", number)
     return replace(program, stages=tuple(first.values()), at_full_depth=True)
 
 

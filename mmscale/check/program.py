@@ -24,7 +24,7 @@ from mmscale.dist import World, init_distributed
 from mmscale.engine.engine import Engine
 from mmscale.engine.partition import own_range
 from mmscale.evaluate import EvaluationConfig, evaluate
-from mmscale.models.build import AnyModel
+from mmscale.models.build import AnyModel, TrainedModel
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.objectives.choice import choose_objective
 from mmscale.objectives.teacher import Teacher
@@ -126,13 +126,13 @@ class RankProgram:
             Teacher(cast(MultimodalModel, self._build(world, number)), source.weight, source.temperature)
             for source in self.distill[number]
         ]
-        objective = choose_objective(config.stage_model(number), stage, world, teachers)
+        objective = choose_objective(config.decoder_model(number), stage, world, teachers)
         with closing(Engine(cast(nn.Module, model), objective, stage, config.engine, world)) as engine:
             if latest is not None:
                 recorder.where = f"{where}, warm start"
                 checkpoint.warm_start(engine, latest, upcycle=stage.upcycles_previous)
             spec = config.stage_media(number)
-            batches = BatchMaker(spec, config.stage_model(number).decoder.vocab_size, config.seed)
+            batches = BatchMaker(spec, config.decoder_model(number).decoder.vocab_size, config.seed)
             make = make_few_steps if self.at_full_depth else make_steps
             for index, step in enumerate(make(batches.kinds, world.world_size)):
                 kinds = step.kinds[world.rank]
@@ -154,7 +154,7 @@ class RankProgram:
             recorder.where = f"{where}, checkpoint of step {steps}"
             return checkpoint.save(engine, state, self.folder / "checkpoints"), state
 
-    def _build(self, world: World, number: int) -> AnyModel:
+    def _build(self, world: World, number: int) -> TrainedModel:
         model = build(self.config, world, number)
         clear_padding(model, world)
         return model

@@ -6,6 +6,7 @@ axes a layout exchanges is the exception. Tied parameters are stored once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -197,7 +198,11 @@ def _as_family(
     if PREPROCESSOR in like:  # The processor's file is copied from ``like``.
         values.pop(PREPROCESSOR, None)
         _check_pixels(config, like, str(to.like))
-    shapes = {name: entry.shape for name, entry in entries.items()}
+    shapes = {
+        name: entry.shape
+        for name, entry in entries.items()
+        if not (entry.kind == "buffer" and layout.training_buffers and re.fullmatch(layout.training_buffers, name))
+    }
     return values, layout.hf_tensors(config, shapes, stacked=to.stacked_experts)
 
 

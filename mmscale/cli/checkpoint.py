@@ -346,21 +346,18 @@ def _import_target(config: Path, stage: str | None) -> ImportTarget:
     Raises:
         ConfigError: ``stage`` is None and the stages have different models. An unknown name is not checked here.
     """
-    import torch
 
     from mmscale.checkpoint.imports import ImportTarget
     from mmscale.config import load
     from mmscale.errors import ConfigError
-    from mmscale.models.build import build_model
+    from mmscale.models.build import build_weights
     from mmscale.run.config import RunConfig
 
     run = load(config, [], RunConfig).value
     models = [run.stage_model(number) for number, each in enumerate(run.stages) if stage in (None, each.name)]
     if any(model != models[0] for model in models):
         raise ConfigError(f"{config}: its stages have different models; choose the stage that resumes with --stage")
-    with torch.device("meta"):
-        model = build_model(models[0] if models else run.model, attention="sdpa")
-    return ImportTarget(model, run.stages)
+    return ImportTarget(build_weights(models[0] if models else run.model), run.stages)
 
 
 @app.command(

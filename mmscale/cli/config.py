@@ -144,9 +144,9 @@ def schema_of(name: str) -> dict[str, Any]:
 
         return json_schema(ComparisonFile)
     if name == "model":
-        from mmscale.models.config import ModelConfig
+        from mmscale.models.config import ModelFile
 
-        return json_schema(ModelConfig, is_complete=False)  # The file of a tower has no decoder.
+        return json_schema(ModelFile, is_complete=False)  # The file of a tower has no decoder.
     if name == "site":
         from mmscale.run.site import SiteConfig
 

@@ -11,7 +11,9 @@ from mmscale.cli.console import emit
 app = typer.Typer()
 
 _CONFIG = typer.Argument(
-    help="A YAML file of a model (decoder:, vision:, connector:), of a tower (vision:) or of a run.", metavar="CONFIG"
+    help="A YAML file of a model (decoder:, vision:, connector:), of a tower (vision:), of an image tokenizer "
+    "(image_tokenizer:) or of a run.",
+    metavar="CONFIG",
 )
 _OVERRIDES = typer.Argument(None, help="Values that override the file's.", metavar="[KEY=VALUE]...")
 
@@ -28,14 +30,10 @@ def params(
     from mmscale.config.layers import apply_overrides, read_layers
     from mmscale.config.validate import validate
     from mmscale.models.build import count_parameters
-    from mmscale.models.config import AnyModelConfig, ModelConfig, TowerConfig
+    from mmscale.models.config import kind_of_model
 
     root = apply_overrides(read_layers(config), overrides or [])
     block = root.child("model") or root  # A run's file has the model under the key "model".
-    is_tower = block.child("decoder") is None and block.child("vision") is not None
-    value: AnyModelConfig
-    if is_tower:
-        value, _ = validate(block, TowerConfig, str(config))
-    else:
-        value, _ = validate(block, ModelConfig, str(config))
+    keys = [key for key in ("decoder", "image_tokenizer", "vision") if block.child(key) is not None]
+    value, _ = validate(block, kind_of_model(keys or ["decoder"]), str(config))
     emit(asdict(count_parameters(value)), json=json)

@@ -254,7 +254,7 @@ def _stage_steps(config: RunConfig) -> Iterator[Iterator[StepLoad]]:
         spec = config.stage_media(number)
         if replay is None or not config.continues(number):
             replay = Replay(config.stage_data(number), spec, config.seed, give_up=True)
-        model = config.stage_model(number)
+        model = config.decoder_model(number)
         learning = (model, trained_components(model.components, stage))
         yield _steps(replay, [learning, *((each, ()) for each in teacher_models(config, number))], spec, stage)
 

@@ -5,6 +5,7 @@
     _global_means       loss, metrics and the components' gradient norms of the whole step
     _update             norm of the whole gradient --> a rank rejects: nothing changes | clip, optimizer's step
     _rebalance          updates the biases of the experts' routers, if the model has any
+    update_rows         writes the rows that the objective changes by a rule of its own (codes of a tokenizer)
 
 The objective returns sums, and the engine divides once by the global weight. DeepSpeed's reduction divides by the world
 size W, so the engine multiplies by W. The gradient is then that of the mean over all weighted tokens of the step, for
@@ -42,6 +43,7 @@ from mmscale.engine.loss_scaler import loss_scaler_state, set_loss_scaler_state
 from mmscale.engine.optimizers.build import ShardAwareOptimizer, build_optimizer
 from mmscale.engine.partition import Partition
 from mmscale.engine.precision import Precision, choose_precision
+from mmscale.engine.row_updates import update_rows
 from mmscale.engine.step_clock import BACKWARD, FORWARD, OPTIMIZER, StepClock, StepSpans, watch_deepspeed
 from mmscale.errors import EngineError
 from mmscale.nn.expert_parallel import full_shape
@@ -259,7 +261,7 @@ class Engine:
             if isinstance(objective, WholeStepObjective) and objective.needs_prepare(self.model, len(microbatches)):
                 with self.clock.phase(FORWARD), torch.no_grad():
                     microbatches = objective.prepare(self.model, microbatches)
-            sums, losses, routed = self._forward_backward(microbatches, self.world.world_size / weight)
+            sums, losses, routed, statistics = self._forward_backward(microbatches, self.world.world_size / weight)
             squares = self._square_sums() if component_norms or self._clips else {}
             loss, metrics, norms = self._global_means(sums, weight, squares)
             router = self._global_router_sums(routed)
@@ -272,6 +274,8 @@ class Engine:
         applied = finite and not rejected
         if applied and self._biased_blocks:
             self._rebalance(router)
+        if statistics:
+            metrics |= update_rows(self, objective, statistics, applied=applied)
         if applied and self.stage.ema and self.partition.optimizer_steps() % self.stage.ema.every_steps == 0:
             self.partition.update_average(self.stage.ema.decay)
         return StepReport(
@@ -375,7 +379,7 @@ class Engine:
 
     def _forward_backward(
         self, microbatches: Sequence[Any], scale: float
-    ) -> tuple[list[dict[str, Tensor]], list[Tensor], list[RouterSums]]:
+    ) -> tuple[list[dict[str, Tensor]], list[Tensor], list[RouterSums], list[Tensor]]:
         """Run forward and backward. The gradient is complete and reduced after the last microbatch.
 
         The loss is multiplied by ``scale``. A loss that is not finite is multiplied by NaN instead. The gradient norm
@@ -384,25 +388,29 @@ class Engine:
 
         Returns:
             For each microbatch the sums of loss and metrics, and the losses of its documents; for a model with experts
-            also the sums of its routers.
+            also the sums of its routers; and the objective's statistics, if any.
         """
         sums: list[dict[str, Tensor]] = []
         documents: list[Tensor] = []
         routed: list[RouterSums] = []
+        statistics: list[Tensor] = []
         for index, microbatch in enumerate(microbatches):
             self._deepspeed.set_gradient_accumulation_boundary(index == len(microbatches) - 1)
             with self.clock.phase(FORWARD), self._saving():
-                loss_sum, metrics, losses, router = self._deepspeed(microbatch.to(self.world.device, non_blocking=True))
+                outputs = self._deepspeed(microbatch.to(self.world.device, non_blocking=True))
+            loss_sum, metrics, losses, router, counted = outputs
             sums.append({"loss": loss_sum.detach(), **metrics})
             documents.append(losses)
             if router is not None:
                 routed.append(router)
+            if counted is not None:
+                statistics.append(counted)
             with self.clock.phase(BACKWARD):
                 factor = torch.where(torch.isfinite(loss_sum.detach()), scale, math.nan).to(loss_sum.dtype)
                 self._deepspeed.backward(loss_sum * factor, scale_wrt_gas=False)
             if index < len(microbatches) - 1:
                 self._deepspeed.step()  # Before the accumulation boundary DeepSpeed only counts the call.
-        return sums, documents, routed
+        return sums, documents, routed, statistics
 
     def _square_sums(self) -> dict[str, float]:
         """Return this rank's part of the components' squared gradient norms."""

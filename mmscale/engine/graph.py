@@ -77,6 +77,21 @@ class WholeStepObjective(Protocol):
         ...
 
 
+@runtime_checkable
+class UpdatingObjective(Protocol):
+    """An objective that changes rows of a parameter by a rule of its own, after the optimizer's step."""
+
+    def after_step(self, model: Any, statistics: Tensor, *, applied: bool) -> Any:
+        """Return ``metrics`` of the whole step, and the rows to write: ``parameter``, ``values`` and ``chosen``.
+
+        Args:
+            model: Its buffers may be changed, equally on all ranks. Its parameters may be sharded.
+            statistics: float64, the sum of ``ObjectiveOutput.statistics`` over all microbatches and ranks.
+            applied: Whether the optimizer changed weights. If not, the objective must change nothing.
+        """
+        ...
+
+
 class RouterSums(NamedTuple):
     """Statistics of the routers: sums over tokens, of a microbatch or of a whole step.
 
@@ -105,13 +120,13 @@ class LossGraph(nn.Module):
         self.objective = objective
         self.teachers = nn.ModuleList(objective.teachers)
 
-    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], Tensor, RouterSums | None]:
-        """Return the loss sum of the microbatch, its metric sums, the losses of its documents, and router sums."""
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], Tensor, RouterSums | None, Tensor | None]:
+        """Return the loss sum of the microbatch, metric sums, losses of its documents, router sums, and statistics."""
         output = self.objective(self.model, batch)
         metrics = {name: value.detach() for name, value in output.metrics.items()}
         found = output.router
         router = None if found is None else RouterSums(found.load, found.entropy, found.dropped)
-        return output.loss_sum, metrics, output.document_losses.detach(), router
+        return output.loss_sum, metrics, output.document_losses.detach(), router, output.statistics
 
 
 def recompute(units: list[nn.Module]) -> Undo:

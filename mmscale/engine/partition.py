@@ -232,6 +232,26 @@ class Partition:
                 if parameter.requires_grad:
                     parameter.data.copy_(self._replicas[id(parameter)].data)
 
+    def write_rows(self, name: str, values: Tensor, chosen: Tensor) -> None:
+        """Write rows of a parameter and of its average, set their moments to 0, and publish. All ranks must call.
+
+        Args:
+            name: Name of the parameter.
+            values: float32, shape of the whole parameter, equal on all ranks.
+            chosen: bool, one for each row: whether it is written.
+        """
+        mask = chosen.unsqueeze(1).expand_as(values).flatten()
+        for owned in self.owned(whole=True):
+            if owned.name != name:
+                continue
+            own, new = mask[owned.start : owned.stop], values.flatten()[owned.start : owned.stop]
+            own, new = own.to(owned.master.device), new.to(owned.master.device)
+            owned.master.copy_(torch.where(own, new, owned.master.float()))
+            for kind, kept in owned.moments.items():
+                kept.copy_(torch.where(own, new if kind == EMA else 0.0, kept.float()))
+        if self.model.get_parameter(name).requires_grad:
+            self.publish()
+
     def _publish_sharded(self) -> None:
         for owned in self.owned():
             if owned.trained:

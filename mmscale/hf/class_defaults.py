@@ -31,6 +31,8 @@ _IDEFICS3_TOWER = {
     "layer_norm_eps": 1e-6,
 }
 
+_IMAGE_TOKENIZER = {"in_channels": 3, "out_channels": 3, "double_latent": False, "num_res_blocks": 2}
+
 CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {
         **_LLAMA_LIKE,
@@ -341,6 +343,33 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "idefics3_vision": _IDEFICS3_TOWER,
     "smolvlm": _IDEFICS3,
     "smolvlm_vision": _IDEFICS3_TOWER,
+    "emu3_vqgan": {
+        **_IMAGE_TOKENIZER,
+        "codebook_size": 32_768,
+        "embed_dim": 4,
+        "latent_channels": 4,
+        "temporal_downsample_factor": 4,
+        "base_channels": 256,
+        "channel_multiplier": [1, 2, 2, 4],
+        "attn_resolutions": [3],
+        "hidden_size": 1024,
+        "num_attention_heads": 1,
+        "attention_dropout": 0.0,
+    },
+    "janus_vqgan": {
+        **_IMAGE_TOKENIZER,
+        "num_embeddings": 16_384,
+        "embed_dim": 8,
+        "latent_channels": 256,
+        "base_channels": 128,
+        "channel_multiplier": [1, 1, 2, 2, 4],
+        "dropout": 0.0,
+        "num_patches": 32,
+        "projection_dim": 2048,
+        "num_hidden_layers": 2,
+        "hidden_act": "gelu",
+        "image_token_embed_dim": 2048,
+    },
     "intern_vit_6b": {
         **_TOWER,
         "hidden_size": 3200,

@@ -1,6 +1,6 @@
 """Convert a family's configuration and tensor names to mmscale's and back.
 
-    config.json --to_model--> ModelConfig or TowerConfig --to_keys--> config.json
+    config.json --to_model--> AnyModelConfig --to_keys--> config.json
     decoder.layers.3.mlp.up_proj.weight  <--rules-->  model.layers.3.mlp.up_proj.weight
 
 A family is one ``FamilyLayout``. The first ``NameRule`` whose prefix matches rewrites a parameter's name. Several
@@ -31,7 +31,7 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.image_input import ImageInput, ImageSource
 from mmscale.hf.keys import Keys, raise_unknown
 from mmscale.hf.read import PREPROCESSOR
-from mmscale.models.config import AnyModelConfig, ModelConfig, TowerConfig
+from mmscale.models.config import AnyModelConfig, ModelConfig, TokenizerConfig, TowerConfig
 from mmscale.models.connector_config import MlpProjectorConfig
 from mmscale.models.connectors.connector import FeatureConnectorBase
 from mmscale.models.decoder import DecoderConfig
@@ -222,13 +222,17 @@ class FamilyLayout:
             processor's keys under ``preprocessor_config``.
         unused: Regular expressions of tensor names that an import may drop; each must match the whole name.
         aliases: (regular expression, replacement) from names in other versions of transformers to those in ``rules``.
-        kind: ``ModelConfig`` for whole models, ``TowerConfig`` for vision towers alone.
+        kind: ``ModelConfig`` for whole models, ``TowerConfig`` for vision towers alone, ``TokenizerConfig`` for image
+            tokenizers alone.
         modules: (regular expression, replacement) from names in ``rules`` to those of the modules of ``auto_class`` in
             version 5 of transformers, where they differ.
         auto_class: Class of transformers that opens an export; None if transformers has none for this family.
         images: Describes the images of a folder; None for a tower or a text model, see ``image_input``.
         stacked: As ``rules``, for the spelling that version 5 of transformers has in memory: one tensor for all
             experts of a layer. None for a family without experts or without such a spelling.
+        buffers: Whether the folder holds the model's persistent buffers, too (stored means and variances).
+        training_buffers: Regular expression of buffers that only training reads: an export leaves them out. It must
+            match the whole name.
     """
 
     model_type: str
@@ -238,11 +242,13 @@ class FamilyLayout:
     to_keys: Callable[[Any], dict[str, Any]]
     unused: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
-    kind: type[ModelConfig] | type[TowerConfig] = ModelConfig
+    kind: type[AnyModelConfig] = ModelConfig
     auto_class: str | None = "AutoModelForCausalLM"
     modules: tuple[tuple[str, str], ...] = ()
     images: Callable[[ImageSource], ImageInput] | None = None
     stacked: Callable[[Any], NameRules] | None = None
+    buffers: bool = False
+    training_buffers: str | None = None
 
     def model_config(self, values: Mapping[str, Any], where: str) -> AnyModelConfig:
         """Convert the values of a ``config.json`` to our config.
@@ -276,8 +282,7 @@ class FamilyLayout:
             CheckpointError: the family cannot express the config; the message names the first differences.
         """
         if not isinstance(config, self.kind):
-            held = "models" if self.kind is ModelConfig else "vision towers alone"
-            raise CheckpointError(f"{self.model_type} holds {held}")
+            raise CheckpointError(f"{self.model_type} holds {_HELD[self.kind]}")
         values = {"model_type": self.model_type, "architectures": [self.architecture], **self.to_keys(config)}
         again = self.model_config(values, f"{self.model_type} configuration")
         if different := list(_differences("model", forward_config(config), forward_config(again))):
@@ -366,6 +371,12 @@ class FamilyLayout:
         return any(re.fullmatch(pattern, name) for pattern in self.unused)
 
 
+_HELD = {
+    ModelConfig: "models",
+    TowerConfig: "vision towers alone",
+    TokenizerConfig: "image tokenizers alone",
+}
+"""Content of a family's folders, by ``FamilyLayout.kind``."""
 _NEVER_COPIED = {
     *("model_type", "architectures", "dtype", "torch_dtype", "name_or_path", PREPROCESSOR),
     # With two of them in a file, readers differ in the one that they use.
@@ -425,6 +436,10 @@ def forward_config(config: AnyModelConfig) -> dict[str, Any]:
         del values["vision"]["init_std"]
         for gate in ("gate_init", "global_gate_init"):
             (values["vision"]["tiles"] or {}).pop(gate, None)
+    if isinstance(config, TokenizerConfig):
+        for name in ("codebook_update", "idle_counts"):  # Used in training only.
+            del values["image_tokenizer"][name]
+        del values["image_size"]
     if not isinstance(config, ModelConfig):
         return values
     decoder, block = config.decoder, values["decoder"]

@@ -127,4 +127,4 @@ def _of_run(folder: Path) -> StartingModel:
     defaults = frozenset(name for name in ("template", "transforms") if getattr(run.data, name) is not None)
     name = folder.resolve().name
     trained = Trained(folder, run.data.tokenizer, prompts.template, prompts.transforms, defaults, bool(run.stages))
-    return StartingModel(run.model, name, trained=trained)
+    return StartingModel(run.decoder_model(0), name, trained=trained)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import overload
 
 import torch
 from torch import nn
 
 from data_pipeline.media_spec import MediaSpec
 from mmscale.models.adapters import attach_adapters
-from mmscale.models.config import AnyModelConfig, ModelConfig, TowerConfig
+from mmscale.models.config import AnyModelConfig, ModelConfig, TokenizerConfig, TowerConfig
 from mmscale.models.connectors.connector import Connector
 from mmscale.models.connectors.contrastive import ContrastiveConnector
 from mmscale.models.contrastive import ContrastiveModel
 from mmscale.models.decoder import Decoder
 from mmscale.models.flops import cost_per_patch
+from mmscale.models.image_tokenizer_model import ImageTokenizerModel
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.models.vocabulary import LanguageHead
 from mmscale.nn.attention_backends import AttentionChoice, Backend, resolve_backend
@@ -23,6 +25,8 @@ from mmscale.nn.experts import Experts
 from mmscale.nn.init import initialise_
 
 AnyModel = MultimodalModel | ContrastiveModel
+TrainedModel = AnyModel | ImageTokenizerModel
+"""A model that a run trains."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class ParameterCount:
     Attributes:
         total: All parameters; tied ones count once.
         active: Parameters that one token uses: A of the E routed experts count.
-        components: Number per component of the model: "vision", "connector", "decoder", "extra_tokens", "adapters".
+        components: Number per component of the model: "vision", "connector", "decoder", "extra_tokens", "adapters"; of
+            an image tokenizer "encoder", "codebook", "decoder".
     """
 
     total: int
@@ -96,10 +101,18 @@ class TowerAlone(nn.Module):
         return {"vision": list(self.vision.parameters())}
 
 
+@overload
+def build_unset(
+    config: ModelConfig | TokenizerConfig, *, attention: AttentionChoice = "auto", dtype: torch.dtype | None = None
+) -> TrainedModel: ...
+@overload
 def build_unset(
     config: AnyModelConfig, *, attention: AttentionChoice = "auto", dtype: torch.dtype | None = None
-) -> AnyModel | TowerAlone:
-    """Return a model or a tower on torch's current default device, without calling ``initialise_``.
+) -> TrainedModel | TowerAlone: ...
+def build_unset(
+    config: AnyModelConfig, *, attention: AttentionChoice = "auto", dtype: torch.dtype | None = None
+) -> TrainedModel | TowerAlone:
+    """Return a model, a tower or an image tokenizer on torch's current default device, without calling ``initialise_``.
 
     The caller must load weights into it: until then its values are meaningless.
 
@@ -111,19 +124,21 @@ def build_unset(
     Raises:
         UnsupportedError: this machine lacks the kernel named by ``attention``.
     """
+    if isinstance(config, TokenizerConfig):
+        return ImageTokenizerModel(config)
     if isinstance(config, TowerConfig):
         return TowerAlone(config, resolve_backend(attention, dtype))
     return build_model(config, attention=attention, seed=None, dtype=dtype)
 
 
-def build_weights(config: AnyModelConfig) -> AnyModel | TowerAlone:
-    """Return a model or a tower on the meta device: parameter names and shapes without values."""
+def build_weights(config: AnyModelConfig) -> TrainedModel | TowerAlone:
+    """Return a model, a tower or an image tokenizer on the meta device: parameter names and shapes without values."""
     with torch.device("meta"):
         return build_unset(config, attention="sdpa")
 
 
 @lru_cache(maxsize=64)
-def check_adapters(config: ModelConfig) -> None:
+def check_adapters(config: ModelConfig | TokenizerConfig) -> None:
     """Check that each target of ``adapters`` matches a layer. Builds the model on the meta device if it has adapters.
 
     Raises:
@@ -133,8 +148,10 @@ def check_adapters(config: ModelConfig) -> None:
         build_weights(config)
 
 
-def media_spec(config: ModelConfig) -> MediaSpec:
+def media_spec(config: ModelConfig | TokenizerConfig) -> MediaSpec:
     """Return the properties of a model that the data pipeline needs."""
+    if isinstance(config, TokenizerConfig):
+        return MediaSpec(**config.media_needs())
     if config.vision is None or config.connector is None:
         return MediaSpec(**config.decoder.media_needs())
     return MediaSpec(
@@ -146,7 +163,10 @@ def media_spec(config: ModelConfig) -> MediaSpec:
 
 
 def count_parameters(config: AnyModelConfig) -> ParameterCount:
-    """Count the parameters of a model or a tower. Builds it on the meta device, without memory for its values."""
+    """Count the parameters of a model, a tower or an image tokenizer.
+
+    Builds it on the meta device, without memory for its values.
+    """
     model = build_weights(config)
     total = _unique(model)
     idle = 0

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Container, Mapping
+from typing import Annotated, Any, ClassVar
 
-from pydantic import model_validator
+from pydantic import Discriminator, Tag, model_validator
 
 from data_pipeline.io.strict import StrictConfig
+from data_pipeline.media_spec import Placement
 from mmscale.models.adapters import COMPONENT, AdaptersConfig
 from mmscale.models.connector_config import ConnectorConfig
 from mmscale.models.decoder import DecoderConfig
+from mmscale.models.image_tokenizer import ImageTokenizerConfig
 from mmscale.models.vision_config import AnyVisionConfig, VisionConfig
+from mmscale.nn.sizes import Side
 
 
 class TowerConfig(StrictConfig):
@@ -19,6 +22,41 @@ class TowerConfig(StrictConfig):
 
     vision: VisionConfig
     """The tower."""
+
+
+class TokenizerConfig(StrictConfig):
+    """An image tokenizer without a decoder of text. A run trains it with ``stages.*.reconstruction``."""
+
+    vision: ClassVar[None] = None
+    connector: ClassVar[None] = None
+    adapters: ClassVar[None] = None
+    components: ClassVar[tuple[str, ...]] = ("encoder", "codebook", "decoder")
+    """Names of the components that a stage can train or freeze."""
+    predicts_tokens: ClassVar[bool] = False
+    image_tokenizer: ImageTokenizerConfig
+    """The tokenizer."""
+    image_size: Side = 256
+    """Pixels of a side of the square images that a run trains on; a multiple of the pixels of a token. A trained
+    tokenizer encodes images of any size."""
+
+    @model_validator(mode="after")
+    def _check_size(self) -> TokenizerConfig:
+        if self.image_size % self.image_tokenizer.stride:
+            raise ValueError(
+                f"image_size={self.image_size}: must be a multiple of the {self.image_tokenizer.stride} pixels of a "
+                "token (2 ** (number of multipliers - 1))"
+            )
+        return self
+
+    def media_needs(self) -> dict[str, Any]:
+        """Return the fields of ``MediaSpec`` of a run that trains the tokenizer: one image for each document."""
+        side = self.image_size // self.image_tokenizer.stride
+        return {
+            "placement": Placement.PAIR,
+            "patch_size": self.image_tokenizer.stride,
+            "channels": self.image_tokenizer.channels,
+            "fixed_grid": (side, side),
+        }
 
 
 class ModelConfig(StrictConfig):
@@ -61,13 +99,43 @@ class ModelConfig(StrictConfig):
         return self
 
 
-AnyModelConfig = ModelConfig | TowerConfig
+class ModelFile(ModelConfig):
+    """The keys of the files of models, towers and image tokenizers together, for the JSON schema."""
+
+    image_tokenizer: ImageTokenizerConfig | None = None
+    """The image tokenizer, in a file without ``decoder`` and ``vision``."""
+    image_size: Side = 256
+    """Pixels of a side of the square images that a run trains an image tokenizer on."""
+
+
+AnyModelConfig = ModelConfig | TowerConfig | TokenizerConfig
+
+
+def _trained_kind(value: Any) -> str:
+    """Return the tag of a ``model`` block: that of an image tokenizer if it has no decoder."""
+    if isinstance(value, Mapping):
+        return "tokenizer" if "image_tokenizer" in value and "decoder" not in value else "model"
+    return "tokenizer" if isinstance(value, TokenizerConfig) else "model"
+
+
+TrainedModelConfig = Annotated[
+    Annotated[ModelConfig, Tag("model")] | Annotated[TokenizerConfig, Tag("tokenizer")], Discriminator(_trained_kind)
+]
+"""The ``model`` block of a run."""
 
 
 def read_model_config(values: Mapping[str, Any]) -> AnyModelConfig:
-    """Return the model that JSON values describe, or the tower if they have no ``decoder``.
+    """Return the model that JSON values describe, or the tower or image tokenizer if they have no ``decoder``.
 
     Raises:
-        ValidationError: the values are not a valid model or tower.
+        ValidationError: the values are not a valid model, tower or image tokenizer.
     """
-    return (ModelConfig if "decoder" in values else TowerConfig).model_validate(values)
+    config: AnyModelConfig = kind_of_model(values).model_validate(values)
+    return config
+
+
+def kind_of_model(keys: Container[str]) -> type[AnyModelConfig]:
+    """Return the class of a model's configuration that has these keys."""
+    if "decoder" in keys:
+        return ModelConfig
+    return TokenizerConfig if "image_tokenizer" in keys else TowerConfig

@@ -13,7 +13,8 @@ from functools import lru_cache
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.media_spec import Placement
 from mmscale.models.adapters import COMPONENT, adapter_products
-from mmscale.models.config import ModelConfig
+from mmscale.models.config import ModelConfig, TokenizerConfig
+from mmscale.models.image_tokenizer_model import batch_flops
 from mmscale.nn.adapters import adapted_layers
 from mmscale.nn.flops import Product
 
@@ -77,7 +78,7 @@ def _forward_flops(config: ModelConfig, batch: MultimodalBatch, logit_rows: int)
 
 
 def training_flops(
-    config: ModelConfig,
+    config: ModelConfig | TokenizerConfig,
     batch: MultimodalBatch,
     trained: Collection[str],
     *,
@@ -93,6 +94,9 @@ def training_flops(
         recompute: Whether activation checkpointing recomputes the model's ``checkpoint_units()``.
         forward_twice: Whether the objective first runs the model without gradients and without logits.
     """
+    if isinstance(config, TokenizerConfig):
+        images = batch_flops(config, batch, trained)
+        return TrainingFlops(images.forward, images.backward, images.recomputed if recompute else 0)
     counts = batch_counts(config, batch, int(batch.loss_weights.count_nonzero()))
     forward = backward = recomputed = 0
     for product in model_products(config, frozenset(trained)):

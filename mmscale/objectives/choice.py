@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmscale.models.config import ModelConfig
+from mmscale.models.config import ModelConfig, TokenizerConfig
 from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.objectives.base import ObjectiveBase
 from mmscale.objectives.contrastive import Contrastive
 from mmscale.objectives.next_token import NextToken
 from mmscale.objectives.ranks import WorldInfo
+from mmscale.objectives.reconstruction import Reconstruct, ReconstructionConfig
 from mmscale.objectives.teacher import Teacher
 from mmscale.optim.stages import StageConfig
 
-Objective = NextToken | Contrastive | ObjectiveBase
+Objective = NextToken | Contrastive | Reconstruct | ObjectiveBase
 
 
 def choose_objective(
-    model: ModelConfig, stage: StageConfig, world: WorldInfo, teachers: Sequence[Teacher]
+    model: ModelConfig | TokenizerConfig, stage: StageConfig, world: WorldInfo, teachers: Sequence[Teacher]
 ) -> Objective:
     """Return the objective of a stage.
 
@@ -32,6 +33,8 @@ def choose_objective(
     """
     if stage.objective is not None:
         return stage.objective
+    if isinstance(model, TokenizerConfig):
+        return Reconstruct(stage.reconstruction or ReconstructionConfig(), model)
     if isinstance(model.connector, ContrastiveConnectorConfig):
         return Contrastive(model.connector, world)
     return NextToken(stage.z_loss, teachers, world)

@@ -21,9 +21,12 @@ class ObjectiveOutput:
             ``loss_sum``, at the pair's text segment.
         router: Sums of the model's routers (``ModelOutput.router``), which the engine reports and from which it moves
             the routers' biases. None for a model without experts.
+        statistics: int64, any shape: sums that the engine adds over all microbatches and ranks and passes to the
+            objective's ``after_step``. None for an objective without this method.
     """
 
     loss_sum: Tensor
     metrics: dict[str, Tensor]
     document_losses: Tensor
     router: RouterTensors | None = None
+    statistics: Tensor | None = None

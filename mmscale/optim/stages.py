@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from data_pipeline.io.strict import StrictConfig
 from mmscale.objectives.base import OwnObjective
+from mmscale.objectives.reconstruction import ReconstructionConfig
 from mmscale.optim.config import AdamWConfig, EmaConfig, OptimizerConfig
 
 ALL = "all"
@@ -93,8 +94,8 @@ class StageConfig(StrictConfig):
     steps: int = Field(ge=1)
     """Number of optimizer steps; the learning rate schedule ends with the last one."""
     train: tuple[str, ...] = Field(default=(ALL,), min_length=1)
-    """Components to train: any of ``vision``, ``connector``, ``decoder``, ``extra_tokens``, ``adapters``, or ``[all]``.
-    The others are frozen."""
+    """Components to train: any of ``vision``, ``connector``, ``decoder``, ``extra_tokens``, ``adapters``, or ``[all]``;
+    of an image tokenizer ``encoder``, ``codebook``, ``decoder``. The others are frozen."""
     learning_rate: Rates = Field(default={DEFAULT: 1e-3})
     """Peak learning rate: one number, or a number per trained component with ``default`` for components without a
     key."""
@@ -120,6 +121,8 @@ class StageConfig(StrictConfig):
     """An objective of another package: ``kind`` is the path of a class, ``my_package.my_module:MyClass``, or the name
     of an entry point. Its other keys are the fields of that class. Null for the loss of the model: next-token or
     contrastive."""
+    reconstruction: ReconstructionConfig | None = None
+    """Losses of an image tokenizer; null for the defaults, and for a model with a decoder of text."""
     data: dict[str, Any] | None = Field(default=None, json_schema_extra={"x-block": "data"})
     """Overrides of the ``data`` block during this stage, for example another mixture; null for none."""
     model: dict[str, Any] | None = Field(default=None, json_schema_extra={"x-block": "model"})

@@ -179,7 +179,7 @@ class Measurement:
     def __post_init__(self) -> None:
         self.precision = choose_precision(self.config.engine, self.world.device)
         self.dtype, self.device = self.precision.dtype, self.world.device
-        self.model = self.config.stage_model(0)
+        self.model = self.config.decoder_model(0)
         self.steps = self._steps(self.config)
 
     def measure(self) -> dict[str, Any]:
@@ -367,7 +367,7 @@ class Measurement:
     def _slower_in_steps(self, device: Accelerator) -> float:
         """Return the time of computation in steps of the model with few blocks, divided by the planned one."""
         config = _shallow(self.config)
-        model, steps = config.stage_model(0), self._steps(config)
+        model, steps = config.decoder_model(0), self._steps(config)
         measured = self._step_seconds(model, steps, {}, train=config.stages[0].train)
         counts, packs = Counter[str](), 0
         for batch in itertools.chain(*steps):
@@ -421,7 +421,7 @@ def _forward_backward(run: Callable[..., Tensor], *inputs: Tensor, **options: An
 
 def _shallow(config: RunConfig) -> RunConfig:
     """Return the run with the fewest blocks that still have every kind of block."""
-    for tries in _fewer_blocks(config.stage_model(0)):
+    for tries in _fewer_blocks(config.decoder_model(0)):
         try:
             model = ModelConfig.model_validate(tries)
             stage = config.stages[0].model_copy(update={"model": None})

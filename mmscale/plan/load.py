@@ -88,7 +88,7 @@ def stage_load(config: RunConfig, number: int, example: ExampleDocument | None =
     data, spec = config.stage_data(number), config.stage_media(number)
     manifests = _manifests(data)
     teachers, note = _teachers(config, number)
-    models = [config.stage_model(number), *teachers]
+    models = [config.decoder_model(number), *teachers]
     packs = replay_packs(data, spec, config.seed) if example is None else []
     if packs:
         documents = [document for pack in packs for document in pack.documents]

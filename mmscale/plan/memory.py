@@ -122,7 +122,7 @@ def memory_of_rank(
     kept = EngineConfig(micro_lanes=engine.micro_lanes, expert_parallel=engine.expert_parallel)
     relevant = config.model_copy(update={"engine": kept}).model_dump_json()
     # Only a contrastive loss computes with the rows of all ranks; other passes serve every number of ranks.
-    traced = engine.expert_parallel if config.stage_model(stage).predicts_tokens else ranks
+    traced = engine.expert_parallel if config.decoder_model(stage).predicts_tokens else ranks
     shapes, passes, batch_bytes = _passes(_Pass(relevant, stage, traced, device, width, example))
     shapes = replace(shapes, ranks={name: count * ranks // traced for name, count in shapes.ranks.items()})
     step = _Step(config, shapes, ranks, width, device)
@@ -178,7 +178,7 @@ def _passes(task: _Pass) -> tuple[_Shapes, dict[bool, list[Event]], int]:
     """Return sizes of the weights, events of a pass without and with checkpointing, and bytes of the microbatch."""
     config = RunConfig.model_validate_json(task.config)
     number, engine = task.stage, config.engine
-    stage, architecture = config.stages[number], config.stage_model(number)
+    stage, architecture = config.stages[number], config.decoder_model(number)
     data, media = config.stage_data(number), config.stage_media(number)
     batch = largest_batch(data, media, engine.micro_lanes, config.seed, task.example)
     dtype = {4: torch.float32, 2: torch.bfloat16}[task.width]

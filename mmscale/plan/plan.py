@@ -299,7 +299,7 @@ def _plan(config: RunConfig, cluster: Cluster, given: Assumptions, loads: dict[i
 
 
 def _sizes(config: RunConfig, number: int) -> ModelSizes:
-    model = config.stage_model(number)
+    model = config.decoder_model(number)
     return model_sizes(model, frozenset(trained_components(model.components, config.stages[number])))
 
 
@@ -430,8 +430,8 @@ def _changes(config: RunConfig, plan: Plan) -> Iterator[tuple[str, Any]]:
             yield "engine.micro_lanes", lanes
     for tokens in (config.data.packing.max_tokens * 2, config.data.packing.max_tokens // 2):
         yield "data.packing.max_tokens", tokens
-    if isinstance(config.model.decoder.mlp, MoeConfig):
-        sizes = {1, 2, 4, cluster.per_node, config.model.decoder.mlp.num_experts}
+    if isinstance(mlp := config.decoder_model(0).decoder.mlp, MoeConfig):
+        sizes = {1, 2, 4, cluster.per_node, mlp.num_experts}
         for size in sorted(sizes - {engine.expert_parallel}):
             yield "engine.expert_parallel", size
     if engine.precision == "fp32" and "bf16" in cluster.accelerator.peak_flops:

@@ -140,7 +140,7 @@ class _Step:
 
     @property
     def model(self) -> ModelConfig:
-        return self.config.stage_model(self.number)
+        return self.config.decoder_model(self.number)
 
     @property
     def trained(self) -> frozenset[str]:

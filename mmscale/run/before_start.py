@@ -28,7 +28,7 @@ from mmscale.engine.precision import choose_precision
 from mmscale.errors import CheckpointError, ConfigError, DamagedError, UnsupportedError
 from mmscale.io.lock import holder_of
 from mmscale.metrics.faults import quarantine_lists
-from mmscale.models.build import build_model
+from mmscale.models.build import build_weights
 from mmscale.nn.attention_backends import check_backend
 from mmscale.optim.config import MuonConfig
 from mmscale.optim.schedule import freeze
@@ -155,8 +155,7 @@ def check_run_folder(config: RunConfig) -> list[str]:
 def _check_model(config: RunConfig, state: TrainState, latest: Path) -> None:
     """Check that a checkpoint is of the stage's model and optimizer, as the engine does before it loads."""
     stage = config.stages[state.stage_index]
-    with torch.device("meta"):
-        model = build_model(config.stage_model(state.stage_index), attention="sdpa")
+    model = build_weights(config.stage_model(state.stage_index))
     freeze(model, model.components(), stage)
     if (problem := resume_problem(model, stage, latest, read_manifest(latest))) is not None:
         raise CheckpointError(problem)

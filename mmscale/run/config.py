@@ -36,8 +36,9 @@ from mmscale.metrics.config import MetricsConfig
 from mmscale.metrics.sample_log import SampleLogConfig
 from mmscale.metrics.trackers.config import check_trackers
 from mmscale.models.build import check_adapters, media_spec
-from mmscale.models.config import ModelConfig
+from mmscale.models.config import ModelConfig, TokenizerConfig, TrainedModelConfig
 from mmscale.nn.moe import MoeConfig
+from mmscale.objectives.reconstruction import ReconstructionConfig
 from mmscale.optim.stages import ALL, StageConfig
 
 
@@ -53,8 +54,8 @@ class RunConfig(StrictConfig):
     still follow ``stages.*.steps``."""
     data: DataConfig
     """Tokenizer, data sets, packing and loading."""
-    model: ModelConfig
-    """Decoder, vision tower and connector."""
+    model: TrainedModelConfig
+    """Decoder, vision tower and connector; or ``image_tokenizer`` and ``image_size``, to train an image tokenizer."""
     stages: tuple[StageConfig, ...]
     """The stages of the training, in order; each begins with the weights of the one before. Empty in a configuration
     that only describes a model, such as that of an imported one."""
@@ -99,7 +100,8 @@ class RunConfig(StrictConfig):
                 for key, value in (("z_loss", stage.z_loss), ("distill", stage.distill)):
                     if value:
                         place = f"stages.{number} ({stage.name}).{key}={value}"
-                        raise ValueError(f"{place}: a contrastive model has no logits of tokens; leave it out")
+                        raise ValueError(f"{place}: the model has no logits of tokens; leave it out")
+            self._check_reconstruction(number, model)
             components = model.components
             named = {
                 *stage.train,
@@ -115,19 +117,39 @@ class RunConfig(StrictConfig):
                 raise ValueError(f"stages.{number} ({stage.name}).upcycle=true: {problem}")
         return self
 
+    def _check_reconstruction(self, number: int, model: ModelConfig | TokenizerConfig) -> None:
+        stage, place = self.stages[number], self._place(number)
+        if not isinstance(model, TokenizerConfig):
+            if stage.reconstruction is not None:
+                raise ValueError(f"{place}.reconstruction: needs an image tokenizer as model; leave it out")
+            return
+        if stage.objective is not None:
+            raise ValueError(f"{place}.objective: an image tokenizer has the losses of `reconstruction`; leave it out")
+        problem = (stage.reconstruction or ReconstructionConfig()).problem(model, stage.train)
+        if problem is not None:
+            raise ValueError(f"{place}: {problem}")
+        for key, value in (("sets", self.evaluation.sets), ("captions", self.evaluation.captions)):
+            if value:
+                raise ValueError(
+                    f"evaluation.{key}: an image tokenizer answers nothing; set sets: [] and captions: null"
+                )
+
     def _upcycling_problem(self, number: int) -> str | None:
         """Return why stage ``number`` cannot start its experts from dense feed-forwards; None if nothing is wrong yet.
 
         A checkpoint in ``weights`` is checked when the run starts.
         """
-        stage, decoder = self.stages[number], self.stage_model(number).decoder
+        stage, model = self.stages[number], self.stage_model(number)
+        if isinstance(model, TokenizerConfig):
+            return "an image tokenizer has no experts; leave out upcycle"
+        decoder = model.decoder
         if not any(mlp.has_experts for mlp in decoder.block_mlps()):
             return "the decoder of this stage has no experts; set model.decoder.mlp.kind: moe, or leave out upcycle"
         if not stage.upcycles_previous:
             return None
         if number == 0:
             return "nothing is loaded; name the dense model: `weights: [{checkpoint: RUN}]`"
-        before = self.stage_model(number - 1).decoder
+        before = self.decoder_model(number - 1).decoder
         pairs = zip(before.block_mlps(), decoder.block_mlps(), strict=False)
         problems = (upcycling_problem(dense, mlp) for dense, mlp in pairs if isinstance(mlp, MoeConfig))
         return next((f"model.decoder.mlp.{problem}" for problem in problems if problem), None)
@@ -136,7 +158,8 @@ class RunConfig(StrictConfig):
     def _check_expert_parallel(self) -> RunConfig:
         size = self.engine.expert_parallel
         for number in range(len(self.stages)) if size > 1 else ():
-            mlp = self.stage_model(number).decoder.mlp
+            model = self.stage_model(number)
+            mlp = None if isinstance(model, TokenizerConfig) else model.decoder.mlp
             if not isinstance(mlp, MoeConfig):
                 raise ValueError(
                     f"engine.expert_parallel={size}: the model of {self._place(number)} has no experts; set "
@@ -195,7 +218,18 @@ class RunConfig(StrictConfig):
                 )
         return _overridden(self.data, [override], f"{self._place(number)}.data")
 
-    def stage_model(self, number: int) -> ModelConfig:
+    def decoder_model(self, number: int) -> ModelConfig:
+        """Return ``stage_model``, for a command that needs a decoder of text.
+
+        Raises:
+            ConfigError: the model is an image tokenizer.
+        """
+        model = self.stage_model(number)
+        if isinstance(model, TokenizerConfig):
+            raise ConfigError("model.image_tokenizer: this command needs a model with a decoder of text")
+        return model
+
+    def stage_model(self, number: int) -> ModelConfig | TokenizerConfig:
         """Return the model of stage ``number``: ``model`` with the overrides of all stages up to this one, in order.
 
         Without stages, return ``model``.
@@ -315,8 +349,8 @@ def check_files(config: RunConfig) -> list[str]:
         except DataConfigError as error:
             key = f"{place if 'tokenizer' in (stage.data or {}) else 'data'}.tokenizer.path"
             raise DataConfigError(f"{key}={data.tokenizer.path}: {error}") from error
-        tokens, rows = tokenizer.vocab_size, model.decoder.num_ids
-        if tokens > rows:
+        tokens, rows = tokenizer.vocab_size, 0 if isinstance(model, TokenizerConfig) else model.decoder.num_ids
+        if not isinstance(model, TokenizerConfig) and tokens > rows:
             extra = model.decoder.extra_tokens
             read = f"{rows}" if extra is None else f"{rows - extra.rows}, extra_tokens.rows={extra.rows}"
             raise ConfigError(
@@ -363,7 +397,11 @@ def _check_run_dir(run_dir: Path) -> None:
 
 
 def _look_at(
-    dataset: DatasetConfig, packing: PackingConfig, tokenizer: Tokenizer, model: ModelConfig, stage: StageConfig
+    dataset: DatasetConfig,
+    packing: PackingConfig,
+    tokenizer: Tokenizer,
+    model: ModelConfig | TokenizerConfig,
+    stage: StageConfig,
 ) -> FirstLook | None:
     """Inspect some samples of a data set. Return None for a streamed or remote one, which takes longer to read."""
     try:
@@ -380,6 +418,8 @@ def _look_at(
             f"stage {stage.name}, data set {dataset.name}: none of the {look.looked_at} inspected samples can be used; "
             f"the first: {look.reason}"
         )
+    if isinstance(model, TokenizerConfig):
+        return look
     logits = model.decoder.vocab_size + model.decoder.predicted_rows
     if model.predicts_tokens and look.highest_label >= logits:
         raise ConfigError(

@@ -74,7 +74,7 @@ def _problems(config: RunConfig, state: TrainState) -> Iterator[str]:
                 path = _find(source, _recorded(state) if number == state.stage_index else {})
                 manifest = read_manifest(path)
                 reason = missing_or_truncated(path, manifest) or _unfit(
-                    manifest, path, config.stage_model(number), source
+                    manifest, path, config.decoder_model(number), source
                 )
             except CheckpointError as error:
                 reason = str(error)

@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from mmscale.checkpoint import LoadReport, TrainState, warm_start
 from mmscale.checkpoint.manifest import (
     folder_name,
@@ -30,7 +28,7 @@ from mmscale.dist import World, all_reduce_sum_list, raise_on_any_rank
 from mmscale.engine.engine import Engine
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.models.adapters import COMPONENT as ADAPTERS
-from mmscale.models.build import build_model
+from mmscale.models.build import build_weights
 from mmscale.optim.stages import ALL, WeightsConfig
 from mmscale.run.config import RunConfig
 from mmscale.run.folder import CHECKPOINTS
@@ -76,8 +74,7 @@ def _problems(config: RunConfig, state: TrainState) -> Iterator[str]:
     for number, stage in config.stages_from(state.stage_index + (state.stage_step > 0)):
         if not stage.weights:
             continue
-        with torch.device("meta"):
-            model = build_model(config.stage_model(number), attention="sdpa")
+        model = build_weights(config.stage_model(number))
         for index, source in enumerate(stage.weights):
             place = f"stages.{number}.weights.{index}.checkpoint={source.checkpoint}"
             try:

@@ -52,7 +52,7 @@ from mmscale.metrics.sample_images import batch_images
 from mmscale.metrics.sample_log import RunSampleLog
 from mmscale.metrics.step_counts import count_step, document_stats, step_flops
 from mmscale.metrics.trackers.trackers import Trackers
-from mmscale.models.build import AnyModel, build_model, count_parameters
+from mmscale.models.build import TrainedModel, build_unset, count_parameters
 from mmscale.nn.init import initialise_
 from mmscale.objectives.choice import Objective, choose_objective
 from mmscale.run.before_start import check_before_start, check_resume, current_stage, open_loader
@@ -269,12 +269,12 @@ def _begin_stage(run: _Run, engine: Engine, latest: Path | None) -> None:
         run.log.print_line(f"stage {name}, weights of {path}: {report}")
 
 
-def build(config: RunConfig, world: World, stage: int) -> AnyModel:
+def build(config: RunConfig, world: World, stage: int) -> TrainedModel:
     """Build the model of a stage with initial values that do not depend on the world size. All ranks must call."""
     precision = choose_precision(config.engine, world.device)
     model = config.stage_model(stage)
     return construct(
-        functools.partial(build_model, model, attention=config.engine.attention, seed=None, dtype=precision.dtype),
+        functools.partial(build_unset, model, attention=config.engine.attention, dtype=precision.dtype),
         config.engine,
         world,
         functools.partial(initialise_, seed=config.seed),

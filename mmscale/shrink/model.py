@@ -19,14 +19,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel
 
-from mmscale.models.config import ModelConfig, TowerConfig
+from mmscale.models.config import AnyModelConfig, TokenizerConfig
 from mmscale.nn.sizes import ShrunkTo
 
-C = TypeVar("C", ModelConfig, TowerConfig)
+C = TypeVar("C", bound=AnyModelConfig)
 Block = dict[str, Any]
 
 _VOCABULARY = 2048
@@ -44,14 +44,18 @@ def shrink(config: C, *, keep_depth: bool = False) -> C:
     """Return the smoke-test configuration of ``config``. Its parameters have the same names, except block numbers.
 
     Args:
-        config: A model or a tower.
+        config: A model, a tower or an image tokenizer.
         keep_depth: Keep the number of blocks, and which of them have another part. All parameters then have the same
             names.
     """
     block = config.model_dump()
     merge = max(_values_named(block, "merge"), default=1)
     depth = None if keep_depth else 2 * min(2, max(_values_named(block, "every"), default=1))
-    return type(config).model_validate(_shrink_block(block, config, depth, merge))
+    small = _shrink_block(block, config, depth, merge)
+    if isinstance(config, TokenizerConfig):
+        stride = config.image_tokenizer.stride
+        small["image_size"] = stride * shrunk_side(config.image_size // stride, merge)
+    return cast(C, type(config).model_validate(small))
 
 
 def shrunk_side(side: int, merge: int) -> int:

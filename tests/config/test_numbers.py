@@ -89,10 +89,12 @@ LinearProjectorConfig.norm_eps
 MetricsConfig.smoothing MlpProjectorConfig.norm_eps MoeConfig.shared_dim MoeConfig.balance_coefficient
 MoeConfig.z_coefficient MoeConfig.bias_rate MoeConfig.dense_first MoeConfig.jitter MoeConfig.expert_dropout
 MuonConfig.weight_decay MuonConfig.momentum MuonConfig.betas
-NormConfig.eps PatchesConfig.mean PerplexitySet.seed Role.weight RunConfig.seed SamplingConfig.temperature
+NormConfig.eps PatchesConfig.mean PerplexitySet.seed Role.weight ReconstructionConfig.l1 ReconstructionConfig.l2
+ReconstructionConfig.commitment ReconstructionConfig.codebook RunConfig.seed SamplingConfig.temperature
 SamplingConfig.min_p SamplingConfig.seed StageConfig.warmup_steps StageConfig.min_learning_rate StageConfig.z_loss
 StageConfig.clip StorageConfig.retry_seconds StorageConfig.gap_bytes StorageConfig.read_ahead_bytes
-TilesConfig.global_layers TilesConfig.gate_init TilesConfig.global_gate_init VisionConfig.mean
+MovqganConfig.attention_levels TilesConfig.global_layers TilesConfig.gate_init TilesConfig.global_gate_init
+VisionConfig.mean
 VisionConfig.layer_scale VisionConfig.feature_layers VisionConfig.idle_layers WeightFrom.weight WeightFrom.from_step
 """
 _NEGATIVE = """
@@ -108,7 +110,9 @@ DistillConfig.temperature HybridConnectorConfig.gate_init LinearScaling.factor L
 Llama3Scaling.high_freq_factor MetricsConfig.peak_flops MoeConfig.balance_coefficient MoeConfig.z_coefficient
 MoeConfig.bias_rate MoeConfig.scale MoeConfig.capacity_factor MuonConfig.weight_decay MuonConfig.eps
 NativeTransform.max_aspect PackingConfig.max_cost
-PatchesConfig.mean PatchesConfig.std RopeConfig.theta Rotary2dConfig.theta SamplingConfig.temperature
+PatchesConfig.mean PatchesConfig.std ReconstructionConfig.l1 ReconstructionConfig.l2
+ReconstructionConfig.commitment ReconstructionConfig.codebook RopeConfig.theta Rotary2dConfig.theta
+SamplingConfig.temperature
 SamplingConfig.repetition_penalty StageConfig.learning_rate StageConfig.z_loss StageConfig.clip TilesConfig.gate_init
 TilesConfig.global_gate_init VisionConfig.mean VisionConfig.std VisionConfig.layer_scale VisionConfig.init_std
 WeightFrom.weight YarnScaling.factor YarnScaling.beta_fast YarnScaling.attention_factor
@@ -135,6 +139,23 @@ _MORE: dict[str, dict[str, Any]] = {
     "LinearScaling": {"kind": "linear", "factor": 2.0},
     "Idefics3Tiling": {"kind": "idefics3"},
     "Mm15Tiling": {},
+    "MovqganConfig": {
+        "base_dim": 32,
+        "multipliers": [1, 2],
+        "attention_levels": [1],
+        "latent_dim": 4,
+        "codebook_size": 8,
+        "code_dim": 4,
+    },
+    "ModelFile": {
+        "decoder": {
+            "vocab_size": 8,
+            "hidden_dim": 8,
+            "num_layers": 1,
+            "attention": {"num_heads": 1},
+            "mlp": {"kind": "dense", "hidden_dim": 8},
+        }
+    },
     "MostPixelsSplit": {"kind": "most_pixels"},
     "MoeConfig": {"num_experts": 4, "experts_per_token": 2, "expert_dim": 8, "shared_dim": 8},
     "SiteConfig": {

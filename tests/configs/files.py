@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmscale.config.layers import read_layers
 from mmscale.config.validate import validate
-from mmscale.models.config import AnyModelConfig, ModelConfig, TowerConfig
+from mmscale.models.config import AnyModelConfig, kind_of_model
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIGS = REPO / "configs"
@@ -35,6 +35,5 @@ def model_of(path: Path) -> AnyModelConfig:
     """Return the model of a file: the whole file, or the ``model`` block of a run."""
     root = read_layers(path)
     block = root.child("model") or root
-    if block.child("decoder") is None:
-        return validate(block, TowerConfig, str(path))[0]
-    return validate(block, ModelConfig, str(path))[0]
+    keys = [key for key in ("decoder", "image_tokenizer") if block.child(key) is not None]
+    return validate(block, kind_of_model(keys), str(path))[0]

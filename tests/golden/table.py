@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.layouts import LAYOUTS
-from mmscale.models.config import AnyModelConfig, ModelConfig
+from mmscale.models.config import AnyModelConfig, ModelConfig, TokenizerConfig
 from mmscale.models.connector_config import ContrastiveConnectorConfig, EmbeddingConnectorConfig
 from mmscale.models.decoder import DecoderConfig
 from mmscale.models.vision_config import VisionConfig
@@ -62,6 +62,10 @@ def row(path: Path) -> tuple[str, ...]:
 
 def _parts(config: AnyModelConfig) -> tuple[str, str, str]:
     vision, connector = config.vision, getattr(config, "connector", None)
+    if isinstance(config, TokenizerConfig):
+        tokenizer = config.image_tokenizer
+        sizes = f"{tokenizer.codebook_size:,} codes of {tokenizer.code_dim}, {tokenizer.stride} px a token"
+        return "", f"{tokenizer.kind}, {sizes}", ""
     if connector is None:
         kind = ""
     elif isinstance(connector, ContrastiveConnectorConfig):
@@ -102,7 +106,7 @@ def _errors(families: list[str]) -> str:
     """Return the worst error of outputs and of gradients."""
     rows = [each for each in json.loads((REPO / "tests/parity.json").read_text()) if each["family"] in families]
     gradients = [each["error"] for each in rows if each["quantity"] == "gradients"]
-    outputs = [each["error"] for each in rows if each["quantity"] in ("logits", "features", "hidden rows")]
+    outputs = [each["error"] for each in rows if each["quantity"] in ("logits", "features", "hidden rows", "images")]
     return " / ".join(f"{max(errors):.1e}" for errors in (outputs, gradients) if errors)
 
 

@@ -20,6 +20,8 @@ _OWN_CODE = {"intern_vit_6b"}
 _TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 _FULL = {"sliding_window": None}
 TINY: dict[str, dict[str, Any]] = {
+    "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 2], "attn_resolutions": [1], "hidden_size": 64},
+    "janus_vqgan": {"base_channels": 32, "channel_multiplier": [1, 2], "num_embeddings": 16, "num_patches": 4},
     "llama": {**_TEXT, "num_key_value_heads": 2, "rope_parameters": {"rope_theta": 3e4, "rope_type": "default"}},
     "qwen2": {**_TEXT, "num_key_value_heads": 2, "rms_norm_eps": 1e-4, "tie_word_embeddings": True},
     "mistral": {**_TEXT, **_FULL, "num_key_value_heads": 2, "head_dim": 32},

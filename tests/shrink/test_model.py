@@ -18,8 +18,9 @@ from data_pipeline.media_spec import Placement
 from mmscale.config import leaves
 from mmscale.dist import World
 from mmscale.models.build import build_unset, build_weights, count_parameters, media_spec
-from mmscale.models.config import AnyModelConfig, ModelConfig
+from mmscale.models.config import AnyModelConfig, ModelConfig, TokenizerConfig
 from mmscale.models.connector_config import ContrastiveConnectorConfig
+from mmscale.models.image_tokenizer import ImageTokenizer
 from mmscale.nn.init import initialise_
 from mmscale.objectives.contrastive import Contrastive
 from mmscale.objectives.next_token import NextToken
@@ -89,6 +90,8 @@ def loss_of(config: AnyModelConfig, model: Any) -> Tensor:
         pairs = isinstance(config.connector, ContrastiveConnectorConfig)
         objective = Contrastive(config.connector, one) if pairs else NextToken()
         return objective(model, text_and_pictures(config)).loss_sum
+    if isinstance(config, TokenizerConfig):
+        return loss_of_tokenizer(model.image_tokenizer, config.image_size)
     grid = config.vision.fixed_grid or (4, 6)
     items = Segments.from_lengths([grid[0] * grid[1]])
     patches = torch.randint(
@@ -97,6 +100,14 @@ def loss_of(config: AnyModelConfig, model: Any) -> Tensor:
     empty, none = torch.empty(0, dtype=torch.int64), Segments.from_lengths([])
     media = MediaBlock(patches, torch.tensor([(1, *grid)]), ((1, *grid),), items, empty, empty, empty, none, none)
     return model.vision(media).square().sum()
+
+
+def loss_of_tokenizer(tokenizer: ImageTokenizer, size: int) -> Tensor:
+    """Return a loss that is smooth in every parameter: of latents, and of the images of fixed tokens."""
+    side = size // tokenizer.stride
+    tokens = torch.arange(side**2).view(1, side, side) % tokenizer.codebook_size
+    images = tokenizer.images_of(tokenizer.codes_of(tokens))
+    return tokenizer.latents(torch.rand(1, 3, size, size)).square().sum() + images.square().sum()
 
 
 @SHIPPED

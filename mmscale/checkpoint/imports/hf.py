@@ -25,7 +25,7 @@ from mmscale.checkpoint.imports.write import (
     write_checkpoint,
 )
 from mmscale.checkpoint.save import tied_names
-from mmscale.checkpoint.share import LazyTensor, TensorPiece
+from mmscale.checkpoint.share import LazyTensor, TensorPiece, persistent_buffers
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
 from mmscale.hf.describe import FolderData, describe_folder
@@ -89,17 +89,22 @@ def import_folder(source: Path, directory: Path) -> HfImportReport:
     folder = HfFolder(source, layout.current_name)
     model = build_weights(config)
     table, tied = parameter_table(model), tied_names(model)
-    stored = _stored(layout, config, {name: entry["shape"] for name, entry in table.items()}, folder.names)
+    buffers = (
+        {name: tuple(values.shape) for name, values in persistent_buffers(model).items()} if layout.buffers else {}
+    )
+    shapes = {name: entry["shape"] for name, entry in table.items()} | buffers
+    stored = _stored(layout, config, shapes, folder.names)
     second = {layout.hf_name(config, name): layout.hf_name(config, owner) for name, owner in tied.items()}
     left_out = _check_names(folder, layout, stored, second)
-    pieces = list(_pieces(folder, stored))
-    manifest = manifest_of_weights(model, precision_of(pieces), IMPORTED, {"imported": str(folder.path)})
+    pieces = list(_pieces(folder, stored, buffers))
+    weights = [piece for piece in pieces if not piece.whole]
+    manifest = manifest_of_weights(model, precision_of(weights), IMPORTED, {"imported": str(folder.path)}, buffers)
     path = write_checkpoint(directory, manifest, iter([new_share(0, pieces, source)]))
     return HfImportReport(
         checkpoint=str(path),
         source=str(source),
         family=layout.model_type,
-        parameters=sum(piece.values.numel() for piece in pieces),
+        parameters=sum(piece.values.numel() for piece in weights),
         tensors=len(pieces),
         precision=manifest.precision,
         model=config.model_dump(mode="json"),
@@ -161,8 +166,10 @@ def _listed(names: list[str]) -> str:
     return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:_MOST_LISTED])}{more})"
 
 
-def _pieces(folder: HfFolder, stored: Mapping[str, HfTensor]) -> Iterator[TensorPiece]:
-    """Yield the parameters under mmscale's names: views of the mapped files.
+def _pieces(
+    folder: HfFolder, stored: Mapping[str, HfTensor], buffers: Mapping[str, tuple[int, ...]]
+) -> Iterator[TensorPiece]:
+    """Yield the parameters and ``buffers`` under mmscale's names: views of the mapped files.
 
     A parameter that the folder stores in several tensors is joined when it is written, one parameter at a time.
     """
@@ -179,7 +186,12 @@ def _pieces(folder: HfFolder, stored: Mapping[str, HfTensor]) -> Iterator[Tensor
             elif values.dim() > 1 and own.any():  # A nonzero vector is harmless: it scales zeros.
                 raise CheckpointError(f"{folder.path}: {name} has nonzero values where this family has zeros")
     for name, found in ranges.items():
-        yield TensorPiece(f"{name}|frozen", 0, _joined(found))
+        if name in buffers:
+            yield TensorPiece(
+                f"{name}|buffer", 0, torch.cat([each.flatten() for each in found]).view(buffers[name]), whole=True
+            )
+        else:
+            yield TensorPiece(f"{name}|frozen", 0, _joined(found))
 
 
 def _joined(ranges: list[Tensor]) -> Tensor | LazyTensor:

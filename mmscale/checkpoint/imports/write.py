@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -53,7 +54,13 @@ def precision_of(pieces: Iterable[TensorPiece]) -> str:
     return PRECISIONS.get(formats.pop(), "fp32") if len(formats) == 1 else "fp32"
 
 
-def manifest_of_weights(model: nn.Module, precision: str, stage: str, extra: dict[str, Any]) -> Manifest:
+def manifest_of_weights(
+    model: nn.Module,
+    precision: str,
+    stage: str,
+    extra: dict[str, Any],
+    buffers: Mapping[str, Sequence[int]] = MappingProxyType({}),
+) -> Manifest:
     """Return the manifest of a one-rank checkpoint at step 0 that has only frozen weights. ``files`` is empty.
 
     Args:
@@ -61,6 +68,7 @@ def manifest_of_weights(model: nn.Module, precision: str, stage: str, extra: dic
         precision: Precision of the weights.
         stage: Origin of the weights, stored as the name of the stage.
         extra: Further information as JSON values, stored as ``TrainState.extra``.
+        buffers: Shapes of the buffers that the checkpoint will hold, by name.
     """
     table = parameter_table(model)
     return Manifest.model_validate(
@@ -73,7 +81,7 @@ def manifest_of_weights(model: nn.Module, precision: str, stage: str, extra: dic
             "precision": precision,
             "optimizer_steps": 0,
             "parameters": {name: {**entry, "trained": False} for name, entry in table.items()},
-            "buffers": {},
+            "buffers": {name: tuple(shape) for name, shape in buffers.items()},
             "tied": tied_names(model),
             "model_config_values": model_config_values(model),
             "files": {},
