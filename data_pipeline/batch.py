@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from data_pipeline.document import IGNORE
 from data_pipeline.sample import Provenance
 
 _MAX_REPR_ITEMS = 3
@@ -206,6 +207,8 @@ class MultimodalBatch:
         provenance: Origin of each segment; None for dummy documents.
         weight: Sum of ``loss_weights``, on the host.
         num_tokens: Number of valid tokens, on the host.
+        drawn: bool ``(T,)``: whether each token is a code of an image (``images.drawn_images``) rather than text or a
+            mark around an image. None if no document of the microbatch has an image as tokens.
         dropout_key: Seed and step of the run, from which dropout masks are computed; the training loop sets it. None
             outside of training.
     """
@@ -224,6 +227,7 @@ class MultimodalBatch:
     weight: float = 0.0
     num_tokens: int = 0
     branched: BranchedSegments | None = None
+    drawn: Tensor | None = None
     dropout_key: tuple[int, int] | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MultimodalBatch:
@@ -244,6 +248,16 @@ class MultimodalBatch:
     def attended(self) -> AttentionSegments:
         """The segments for self-attention: ``branched`` if a document has branches, else ``segments``."""
         return self.segments if self.branched is None else self.branched
+
+    @property
+    def drawn_labels(self) -> Tensor | None:
+        """bool ``(T,)``: whether each label is a code of an image; None if ``drawn`` is None.
+
+        A document never ends inside an image, so the label of a code is at the position before it.
+        """
+        if self.drawn is None:
+            return None
+        return torch.cat([self.drawn[1:], self.drawn.new_zeros(1)]) & (self.labels != IGNORE)
 
     @property
     def num_samples(self) -> int:

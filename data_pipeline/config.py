@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from data_pipeline.errors import DataConfigError
+from data_pipeline.images.drawn_images import ImageTokensConfig
 from data_pipeline.images.transforms import FixedTransform, TransformConfig
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.order.config import OrderConfig
@@ -67,6 +68,9 @@ class DatasetConfig(StrictConfig):
     ``data.template`` applies."""
     transforms: TransformConfig = FixedTransform()
     """How an image is resized, cropped and split into patches. If the key is missing, ``data.transforms`` applies."""
+    image_tokens: ImageTokensConfig | None = None
+    """How an image becomes tokens of the decoder: for template ``drawing``, and for models that read images as tokens
+    instead of through a tower. null: it does not. If the key is missing, ``data.image_tokens`` applies."""
 
     @model_validator(mode="after")
     def _check_source(self) -> DatasetConfig:
@@ -127,6 +131,8 @@ class DataConfig(StrictConfig):
     """Template of data sets that set none, and of prompts if there is no data set. null: ``caption``."""
     transforms: TransformConfig | None = None
     """Transforms of data sets that set none, and of images if there is no data set. null: ``fixed``."""
+    image_tokens: ImageTokensConfig | None = None
+    """Image tokens of data sets that set none, and of prompts if there is no data set. null: none."""
     datasets: tuple[DatasetConfig, ...]
     """The data sets of the mixture. May be empty in a configuration that only describes a model."""
     lanes: int = Field(ge=1, le=1 << 20)
@@ -164,8 +170,9 @@ class DataConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _fill_datasets(self) -> DataConfig:
-        """Apply ``template`` and ``transforms`` to the data sets that do not set them."""
-        defaults = {name: getattr(self, name) for name in ("template", "transforms") if getattr(self, name) is not None}
+        """Apply ``template``, ``transforms`` and ``image_tokens`` to the data sets that do not set them."""
+        names = ("template", "transforms", "image_tokens")
+        defaults = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         filled = tuple(
             dataset.model_copy(update={name: defaults[name] for name in defaults.keys() - dataset.model_fields_set})
             for dataset in self.datasets
@@ -185,4 +192,5 @@ class DataConfig(StrictConfig):
             name="prompts",
             template=self.template or CaptionTemplate(),
             transforms=self.transforms or FixedTransform(),
+            image_tokens=self.image_tokens,
         )

@@ -53,7 +53,8 @@ class ImageExtent(NamedTuple):
 
     Attributes:
         start: Its first token: a placeholder, an anchor, or a layout token (such as a tile tag or a row end).
-        first_item: Index of its first crop in ``Document.items``; its crops end where the next image's begin.
+        first_item: Index of its first crop in ``Document.items``; its crops end where the next image's begin. An image
+            as tokens of the decoder (``Document.drawn``) has no crops.
         stop: End of its tokens, exclusive. Equal to ``start`` with ``Placement.PAIR``, where images have no tokens.
     """
 
@@ -142,6 +143,7 @@ class Document:
         branches: First token of each branch, ascending; none, or at least two. A branch attends itself and the tokens
             before the first branch. The positions of every branch start where those before the first branch end.
         is_cut: Whether this is a part of a sample that does not fit into a pack.
+        drawn: bool ``(T,)``: whether each token is a code of an image, see ``MultimodalBatch.drawn``; None if none is.
         num_tokens, num_patches, num_images: T, the rows of all ``items.values``, and the length of ``images``.
         is_dummy: Whether it is a dummy document, which is made without a sample.
     """
@@ -157,6 +159,7 @@ class Document:
     images: tuple[ImageExtent, ...] = ()
     is_cut: bool = False
     branches: tuple[int, ...] = ()
+    drawn: npt.NDArray[np.bool_] | None = None
     num_tokens: int = field(init=False, repr=False)
     num_patches: int = field(init=False, repr=False)
     num_images: int = field(init=False, repr=False)

@@ -43,11 +43,14 @@ class ImagePart:
         data: The encoded bytes; empty if the sample was read without images, for a dry run.
         name: Extension part of the member's name, ``jpg`` or ``0.png``.
         size: Height and width after the EXIF rotation, from the shard's index; None if no index gives it.
+        grid: The image as token ids, as ``shards.token_grid`` stores it; None if the sample has none. ``data`` is empty
+            if the shards hold only the token ids.
     """
 
     data: bytes
     name: str
     size: tuple[int, int] | None = None
+    grid: bytes | None = None
 
     def __repr__(self) -> str:
         return f"ImagePart(data=<{len(self.data)} bytes>, name={self.name!r}, size={self.size})"

@@ -83,7 +83,7 @@ def _images(document: Document, spec: MediaSpec) -> Iterator[str]:
     firsts = [*(image.first_item for image in document.images), len(document.items)]
     for number, (first, stop) in enumerate(itertools.pairwise(firsts), start=1):
         crops = [_describe_crop(item, spec) for item in document.items[first:stop]]
-        counts = [(crop, len(list(group))) for crop, group in itertools.groupby(crops)]
+        counts = [(crop, len(list(group))) for crop, group in itertools.groupby(crops or ["tokens"])]
         yield f"image {number}: " + "; ".join(f"{count} x {crop}" if count > 1 else crop for crop, count in counts)
 
 

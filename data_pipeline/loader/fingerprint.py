@@ -66,7 +66,7 @@ def fingerprint(
 
 _LATER_KEYS = frozenset(
     {
-        *("max_text_bytes", "pipeline", "stages"),
+        *("max_text_bytes", "pipeline", "stages", "image_tokens"),
         *(
             f"{template}.{key}"
             for template in ("template", "template.each")

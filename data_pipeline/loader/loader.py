@@ -23,6 +23,7 @@ from data_pipeline.errors import DataConfigError, DataPipelineError
 from data_pipeline.loader.fingerprint import fingerprint, schedule_of
 from data_pipeline.loader.front_to_back import any_remote, expand_shards
 from data_pipeline.loader.lane_packs import LanePacks
+from data_pipeline.loader.sample_source import with_image_tokenizer
 from data_pipeline.loader.shared_buffers import BatchMessage, BatchReceiver, BatchSender
 from data_pipeline.loader.user_code import load as load_code
 from data_pipeline.loader.workers import Workers
@@ -194,7 +195,7 @@ class Loader:
         lane_states = self._lane_states(state)
         # Raise errors of templates, transforms, user code and shard names here, before any worker starts.
         for dataset in config.datasets:
-            DocumentBuilder(dataset, tokenizer, spec)
+            DocumentBuilder(with_image_tokenizer(dataset, manifests.get(dataset.name)), tokenizer, spec)
             for path in dataset.code:
                 load_code(path, dataset.name)
         streamed = [source for dataset in config.datasets for source in expand_shards(dataset.shards)]

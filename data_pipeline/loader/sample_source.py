@@ -23,6 +23,7 @@ from data_pipeline.errors import (
     ShardError,
     TooManyFaultsError,
 )
+from data_pipeline.images.drawn_images import other_tokenizer
 from data_pipeline.loader.front_to_back import StreamedSet, expand_shards
 from data_pipeline.loader.user_pipeline import PipelineSet
 from data_pipeline.media_spec import MediaSpec
@@ -296,16 +297,16 @@ class OpenDataset:
                 work with this model.
             PipelineError: the user's factory of a pipeline failed.
         """
-        builder, order = DocumentBuilder(dataset, tokenizer, spec), config.order
-        own_seed = dataset_seed(seed, dataset.name)
+        order, own_seed = config.order, dataset_seed(seed, dataset.name)
         if dataset.manifest is not None:
             manifest = Manifest.open(dataset.manifest, storage)
             if manifest.num_samples == 0:
                 raise DataConfigError(f"data set {dataset.name}: {dataset.manifest} holds no samples")
+            builder = DocumentBuilder(with_image_tokenizer(dataset, manifest), tokenizer, spec)
             reader = SampleReader(manifest, dataset.name, max_text_bytes=dataset.max_text_bytes)
             indexed = IndexedSet(reader, own_seed, order, IndexedFaults(faults, reader))
             return cls(dataset, own_seed, indexed, builder)
-        streamed = None
+        builder, streamed = DocumentBuilder(dataset, tokenizer, spec), None
         if dataset.shards:
             size = order.block_size * order.window_blocks
             sources = expand_shards(dataset.shards)
@@ -322,6 +323,20 @@ class OpenDataset:
         """
         sample = lane.read(drawn.sample, drawn.epoch)
         return self.builder.plan(sample, SampleRng(self.seed, drawn.sample, drawn.epoch))
+
+
+def with_image_tokenizer(dataset: DatasetConfig, manifest: Manifest | None) -> DatasetConfig:
+    """Return the data set's configuration with the image tokenizer of its manifest, if it names none itself.
+
+    Raises:
+        DataConfigError: the manifest names another image tokenizer than the configuration.
+    """
+    tokens, found = dataset.image_tokens, None if manifest is None else manifest.image_tokenizer
+    if tokens is None or found is None or found == tokens.tokenizer:
+        return dataset
+    if tokens.tokenizer is not None:
+        raise DataConfigError(f"data set {dataset.name}: {other_tokenizer(found, tokens.tokenizer)}")
+    return dataset.model_copy(update={"image_tokens": tokens.model_copy(update={"tokenizer": found})})
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from PIL import Image
 from data_pipeline.errors import DataConfigError, FaultKind, PipelineError, SampleError, out_of_memory
 from data_pipeline.io.trusted_code import import_attribute
 from data_pipeline.shards.image_header import is_image
+from data_pipeline.shards.token_grid import is_grid
 
 _TEXT_EXTENSIONS = ("txt", "json")
 
@@ -216,8 +217,8 @@ def key_and_shard(sample: Any, number: int) -> tuple[str, str]:
 def members_of(sample: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the members of a sample as a tar would contain them: encoded bytes by extension.
 
-    Decoded images are encoded as PNG, which is lossless; text and JSON are encoded too. Keeps images, ``txt``, ``json``
-    and compressed members; other members are dropped.
+    Decoded images are encoded as PNG, which is lossless; text and JSON are encoded too. Keeps images, token grids,
+    ``txt``, ``json`` and compressed members; other members are dropped.
 
     Raises:
         SampleError: a value has a type that does not fit its extension.
@@ -226,7 +227,9 @@ def members_of(sample: Mapping[str, Any]) -> dict[str, bytes]:
     for name, value in sample.items():
         ext = str(name).lower()
         last = ext.rpartition(".")[2]
-        if ext.startswith("__") or not (is_image(ext) or ext in _TEXT_EXTENSIONS or last in ("gz", "zst")):
+        if ext.startswith("__") or not (
+            is_image(ext) or is_grid(ext) or ext in _TEXT_EXTENSIONS or last in ("gz", "zst")
+        ):
             continue
         if isinstance(value, bytes | bytearray | memoryview):
             members[ext] = bytes(value)

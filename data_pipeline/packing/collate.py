@@ -49,13 +49,17 @@ def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) ->
     loss_weights = np.concatenate([document.loss_weights for document in documents])
     lengths = [document.num_tokens for document in documents]
     valid = np.repeat([not document.is_dummy for document in documents], lengths)
-    branched = None
+    branched = drawn = None
+    if any(document.drawn is not None for document in documents):
+        nothing = (np.zeros(length, np.bool_) for length in lengths)
+        parts = [none if each.drawn is None else each.drawn for each, none in zip(documents, nothing, strict=True)]
+        drawn = torch.from_numpy(np.concatenate(parts))
     if any(document.branches for document in documents):
         branched = BranchedSegments.from_branches((document.num_tokens, document.branches) for document in documents)
     # A document with exactly one image gives a pair: its overview (or its first crop), and its segment.
     pairs, first_item = list[tuple[int, int]](), 0
     for segment, document in enumerate(documents):
-        if document.num_images == 1 and not document.is_dummy:
+        if document.num_images == 1 and document.items and not document.is_dummy:
             whole = [number for number, item in enumerate(document.items) if item.cell is None]
             pairs.append((first_item + (whole[0] if whole else 0), segment))
         first_item += len(document.items)
@@ -77,6 +81,7 @@ def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) ->
         weight=float(loss_weights.sum(dtype=np.float64)),
         num_tokens=int(valid.sum()),
         branched=branched,
+        drawn=drawn,
     )
 
 
@@ -167,7 +172,13 @@ def concatenate(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> Multimod
         weight=sum(batch.weight for batch in batches),
         num_tokens=sum(batch.num_tokens for batch in batches),
         branched=_concatenate_branched(batches) if any(batch.branched for batch in batches) else None,
+        drawn=_concatenate_drawn(batches) if any(batch.drawn is not None for batch in batches) else None,
     )
+
+
+def _concatenate_drawn(batches: Sequence[MultimodalBatch]) -> Tensor:
+    parts = [torch.zeros_like(batch.valid) if batch.drawn is None else batch.drawn for batch in batches]
+    return torch.cat(parts)
 
 
 def _concatenate_media(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> MediaBlock:

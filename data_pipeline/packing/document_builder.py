@@ -10,153 +10,33 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
+from data_pipeline.document import Document, MediaItem
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
-from data_pipeline.images.image_tokens import ImageLayout, LayoutAnchor, LayoutElement, LayoutFeatures, LayoutTokens
+from data_pipeline.images.drawn_images import DrawnImages, ImageTokensConfig
+from data_pipeline.images.image_tokens import ImageLayout
 from data_pipeline.images.transforms import DecodeTask, ImageTransform, TransformConfig
 from data_pipeline.media_spec import Grid, MediaSpec, Placement
 from data_pipeline.order.randomness import Rng
+from data_pipeline.packing.draft import Draft
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.shards.image_header import image_size
-from data_pipeline.text.templates import BranchPiece, EndPiece, Piece, TemplateConfig, TextPiece, TokenPiece
+from data_pipeline.text.templates import (
+    BranchPiece,
+    DrawnPiece,
+    EndPiece,
+    Piece,
+    TemplateConfig,
+    TextPiece,
+    TokenPiece,
+)
 from data_pipeline.text.templates.base import images_of, share_weights
 from data_pipeline.text.tokenizer import Tokenizer, check_unicode
-
-_NO_SLOTS = np.empty(0, dtype=np.int32)
-
-
-@dataclass
-class _Draft:
-    """A document under construction.
-
-    The columns are Python lists until the end: for the few tokens of a caption they are faster than numpy.
-    """
-
-    spec: MediaSpec
-    ids: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    """Each token's own id or ``IGNORE``; not yet shifted by one as in ``Document.labels``."""
-    weights: list[float] = field(default_factory=list)
-    positions: list[npt.NDArray[np.int32]] = field(default_factory=list)
-    next_position: int = 0
-    items: list[MediaItem] = field(default_factory=list)
-    images: list[ImageExtent] = field(default_factory=list)
-    scatter_index: list[npt.NDArray[np.int32]] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
-    attended: tuple[int, ...] = ()
-    """Attended items of the last image and of the images directly before it, without text between them."""
-    branches: list[int] = field(default_factory=list)
-    fork: int = 0
-    """Position at which every branch starts."""
-
-    def add_tokens(self, ids: Sequence[int], weight: float) -> None:
-        """Append tokens with the same loss weight; tokens of weight 0 get no label."""
-        if self.spec.position_axes == 3:
-            steps = np.arange(self.next_position, self.next_position + len(ids), dtype=np.int32)
-            self.positions.append(np.repeat(steps[:, None], 3, axis=1))
-        self.ids.extend(ids)
-        self.labels.extend(ids if weight else [IGNORE] * len(ids))
-        self.weights.extend([weight] * len(ids))
-        self.next_position += len(ids)
-
-    def begin_branch(self) -> None:
-        """Begin a branch. Its positions start where those of the first branch start."""
-        if not self.branches:
-            self.fork = self.next_position
-        self.branches.append(len(self.ids))
-        self.next_position = self.fork
-
-    def add_image(self, crops: tuple[MediaItem, ...], image_id: int, layout: ImageLayout | None) -> None:
-        """Append an image: its crops, and its tokens according to the layout. No token of an image is learned.
-
-        Without a layout, the tokens are one placeholder per feature, or one anchor if no crop is embedded. An image of
-        a pair has no tokens.
-
-        Raises:
-            SampleError: a crop does not fit the model.
-        """
-        assert not self.branches, "an image in a branch would be attended by the branches after it"
-        start, first_item, number = len(self.ids), len(self.items), len(self.images)
-        counts = [crop.num_features(self.spec) for crop in crops]  # Raises for attended crops too.
-        if self.spec.placement is Placement.PAIR:
-            self.items.extend(crops)
-            self.images.append(ImageExtent(start, first_item, start))
-            return
-        tagged = crops if layout is None else layout.tagged(crops, number)
-        self.items.extend(replace(crop, image=number) for crop in tagged)
-        if self.images and self.images[-1].stop < start:  # There is text between the last image and this one.
-            self.attended = ()
-        self.attended += tuple(first_item + i for i, crop in enumerate(crops) if not crop.embedded)
-        slots = {i: np.empty(counts[i], dtype=np.int32) for i, crop in enumerate(crops) if crop.embedded}
-        elements: Iterable[LayoutElement]
-        if layout is None:
-            elements = [LayoutFeatures(i, 0, counts[i]) for i in slots] or [LayoutAnchor()]
-        else:
-            elements = layout.elements(crops, number, self.spec)
-        for element in elements:
-            at = len(self.ids)
-            # The tag of an attended crop attends that crop alone.
-            tag_of = element.crop if isinstance(element, LayoutTokens) else None
-            attended = self.attended if tag_of is None else (first_item + tag_of,)
-            if attended and (not self.spans or self.spans[-1].items != attended):
-                self.spans.append(Span(at, attended))
-            if isinstance(element, LayoutFeatures):
-                stop = element.first + element.count
-                slots[element.crop][element.first : stop] = np.arange(at, at + element.count)
-            if isinstance(element, LayoutFeatures) and self.spec.position_axes == 3:
-                self._add_features_on_three_axes(crops[element.crop], element.count, image_id)
-            elif isinstance(element, LayoutFeatures):
-                self.add_tokens((image_id,) * element.count, 0.0)
-            else:
-                self.add_tokens(element.ids if isinstance(element, LayoutTokens) else (image_id,), 0.0)
-        self.scatter_index.extend(slots.values())
-        self.images.append(ImageExtent(start, first_item, len(self.ids)))
-
-    def _add_features_on_three_axes(self, crop: MediaItem, count: int, image_id: int) -> None:
-        # The position of a feature is its (time, row, column); the next token follows the largest coordinate. Layouts
-        # do not separate the rows of a crop on three axes, so ``count`` is the number of all kept features of the crop.
-        # Source: Qwen2-VL (arXiv 2409.12191), section 2.1, multimodal rotary position embedding.
-        kept = crop.kept_region
-        sides = self.spec.feature_grid(crop.grid) if kept is None else (crop.grid[0], kept.height, kept.width)
-        coordinates = np.indices(sides).reshape(3, -1).T.astype(np.int32)
-        self.positions.append(coordinates + np.int32(self.next_position))
-        self.next_position += max(sides)
-        self.ids.extend([image_id] * count)
-        self.labels.extend([IGNORE] * count)
-        self.weights.extend([0.0] * count)
-
-    def finish(self, origin: Provenance | None) -> Document:
-        """Return the document. Position i gets the label and the weight of token i + 1, which it predicts."""
-        length = len(self.ids)
-        weights = [*self.weights[1:], 0.0]
-        counted: Iterable[int] = ()
-        if self.spec.position_axes == 1:  # Positions are consecutive, in every branch from ``fork`` on.
-            starts = [*self.branches, length]
-            counts = [range(self.fork, self.fork + end - start) for start, end in itertools.pairwise(starts)]
-            counted = itertools.chain(range(starts[0]), *counts)
-        columns = np.fromiter([*self.ids, *self.labels[1:], IGNORE, *counted], np.int32)
-        spans = self.spans if self.spans and self.spans[0].start == 0 else [Span(0, ()), *self.spans]
-        return Document(
-            token_ids=columns[:length],
-            labels=columns[length : 2 * length],
-            loss_weights=np.fromiter(weights, np.float32, length),
-            position_ids=columns[2 * length :] if self.spec.position_axes == 1 else np.concatenate(self.positions),
-            items=tuple(self.items),
-            scatter_index=np.concatenate(self.scatter_index)
-            if len(self.scatter_index) > 1
-            else (*self.scatter_index, _NO_SLOTS)[0],
-            spans=tuple(spans),
-            provenance=origin,
-            images=tuple(self.images),
-            branches=tuple(self.branches),
-        )
 
 
 @dataclass(frozen=True)
@@ -197,6 +77,10 @@ class DocumentConfig(Protocol):
     def transforms(self) -> TransformConfig:
         """How an image becomes crops."""
 
+    @property
+    def image_tokens(self) -> ImageTokensConfig | None:
+        """How an image becomes tokens of the decoder; None: it does not."""
+
 
 class DocumentBuilder:
     """Builds documents from the samples of one data set.
@@ -233,8 +117,14 @@ class DocumentBuilder:
                 "data.tokenizer.image_token is null, but the model reads images: name a token for them"
             )
         self._transform = ImageTransform(transforms, spec) if takes_images else None
+        if dataset.template.draws and dataset.image_tokens is None:
+            raise DataConfigError(
+                f"template.kind={dataset.template.kind}: needs data.image_tokens, the ids of images in the decoder"
+            )
+        self._drawn = None if dataset.image_tokens is None else DrawnImages(dataset.image_tokens, tokenizer)
+        uses_images = takes_images or (self._drawn is not None and dataset.template.takes_images)
         self._requires_images = (
-            takes_images and spec.placement is not Placement.PAIR and dataset.template.requires_images
+            uses_images and spec.placement is not Placement.PAIR and dataset.template.requires_images
         )
         grids = () if self._transform is None else self._transform.grids
         layout = transforms.layout if takes_images else None
@@ -245,6 +135,7 @@ class DocumentBuilder:
             raise DataConfigError("template.special_tokens: the image token marks images; a template cannot use it")
         laid_out = layout.tokens(grids) if layout is not None else []
         self._reserved = self._special | {name: tokenizer.special_id(name, "transforms.layout") for name in laid_out}
+        self._reserved |= {} if self._drawn is None else self._drawn.marks
 
     def __call__(self, sample: Sample, rng: Rng | None = None) -> Document:
         """Build a document with its pixels.
@@ -313,7 +204,7 @@ class DocumentBuilder:
             raise error.located(sample.provenance.shard, sample.provenance.key) from error
 
     def _assemble(self, pieces: list[Piece], sample: Sample, rng: Rng | None, pixels: bool) -> DocumentPlan:
-        spec, tokenizer, draft = self.spec, self.tokenizer, _Draft(self.spec)
+        spec, tokenizer, draft = self.spec, self.tokenizer, Draft(self.spec)
         decode_tasks = list[DecodeTask]()
         if tokenizer.bos_id is not None:
             draft.add_tokens((tokenizer.bos_id,), 0.0)
@@ -324,9 +215,14 @@ class DocumentBuilder:
                 kind=FaultKind.DOCUMENT if num_images else FaultKind.NO_IMAGE,
             )
         for piece in pieces:
-            if isinstance(piece, ImagePart):
-                if self._transform is None:
-                    raise SampleError(f"image {piece.name}, but the model has no image tower")
+            if isinstance(piece, DrawnPiece) or (isinstance(piece, ImagePart) and self._transform is None):
+                # Without a vision tower, the model reads an image as tokens.
+                drawn = DrawnPiece(piece, 0.0, 0.0) if isinstance(piece, ImagePart) else piece
+                if self._drawn is None:
+                    raise SampleError(f"image {drawn.image.name}, but the model has no image tower")
+                draft.add_drawn(self._drawn.tokens(drawn.image), drawn.weight, drawn.mark_weight)
+            elif isinstance(piece, ImagePart):
+                assert self._transform is not None, "handled above"
                 if pixels:
                     decode_tasks.append(self._transform.decode_task(piece.data, rng, piece.size, num_images))
                     crops = decode_tasks[-1].crops
@@ -340,7 +236,8 @@ class DocumentBuilder:
             elif isinstance(piece, TokenPiece):
                 draft.add_tokens((self._special[piece.name],), piece.weight)
             else:
-                draft.add_tokens(self._encode(piece.text), piece.weight)
+                ids = self._encode(piece.text)
+                draft.add_tokens([tokenizer.pad_id] * len(ids) if piece.is_padding else ids, piece.weight)
         self._check(draft)
         rule = self.dataset.template.loss_weight
         if rule != "token":
@@ -358,6 +255,8 @@ class DocumentBuilder:
         check_unicode(text)
         ids = self.tokenizer.encode(text)
         forged = [name for name, token_id in self._reserved.items() if token_id in ids]
+        if not forged and self._drawn is not None and self._drawn.spelled_by(ids):
+            forged = ["a code of an image"]
         if forged:
             raise SampleError(
                 f"the text spells {forged[0]}, which this tokenizer encodes as that token; make it a special token of "
@@ -366,7 +265,7 @@ class DocumentBuilder:
             )
         return ids
 
-    def _check(self, draft: _Draft) -> None:
+    def _check(self, draft: Draft) -> None:
         """Check that the model can use the document.
 
         Raises:
@@ -378,11 +277,11 @@ class DocumentBuilder:
         # The image of a pair has no token.
         if self.spec.placement is not Placement.PAIR:
             # Each embedded feature has its token; an image without embedded crops has one anchor.
-            expected = sum(map(len, draft.scatter_index)) or len(draft.images)
+            expected = sum(map(len, draft.scatter_index)) or len(draft.images) - len(draft.drawn)
             found = draft.ids.count(self.tokenizer.image_id)
             if found != expected:
                 raise SampleError(
-                    f"{found} image tokens, but its {len(draft.images)} images give {expected}: "
+                    f"{found} image tokens, but its {len(draft.images) - len(draft.drawn)} images give {expected}: "
                     "does the text contain the image token?"
                 )
         for start, end in itertools.pairwise([*draft.branches, len(draft.ids)]):
@@ -417,7 +316,7 @@ def example_document(
         DataConfigError: the transforms do not fit the model.
         SampleError: an image is too large, too small or too elongated.
     """
-    draft = _Draft(spec)
+    draft = Draft(spec)
     if image_sizes:
         transform = ImageTransform(transforms, spec)
         for size in image_sizes:
@@ -431,7 +330,7 @@ def dummy_document(spec: MediaSpec, pad_id: int) -> Document:
 
     ZeRO-3 gathers the parameters of a module on all ranks together, so a rank without images must still run its tower.
     """
-    draft = _Draft(spec)
+    draft = Draft(spec)
     if crops := _crops(spec, spec.minimal_grid):
         draft.add_image(crops, pad_id, None)
     if not draft.ids:
@@ -455,7 +354,7 @@ def plain_document(
     Raises:
         SampleError: a grid does not fit the model.
     """
-    draft = _Draft(spec)
+    draft = Draft(spec)
     for grid in grids:
         draft.add_image(_crops(spec, grid), image_id, None)
     draft.add_tokens(token_ids[:1], 0.0)

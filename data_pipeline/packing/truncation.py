@@ -52,7 +52,8 @@ class Cutter:
         kept = {item for span in spans for item in span.items}
         if images:
             kept.update(range(images[0].first_item, self._item_ends[last - 1]))
-        new_index = {item: i for i, item in enumerate(sorted(kept))}
+        indices = sorted(kept)
+        new_index = {item: i for i, item in enumerate(indices)}
         positions = document.position_ids[start:stop]
         slots = slice(*np.searchsorted(self._slots, (start, stop)))
         return replace(
@@ -61,13 +62,15 @@ class Cutter:
             labels=document.labels[start:stop],
             loss_weights=document.loss_weights[start:stop],
             position_ids=positions - positions.min(axis=0) if start and len(positions) else positions,
-            items=tuple(document.items[item] for item in sorted(kept)),
+            items=tuple(document.items[item] for item in indices),
             scatter_index=document.scatter_index[slots] - np.int32(start),
             spans=tuple(Span(span.start, tuple(new_index[item] for item in span.items)) for span in spans),
             images=tuple(
-                ImageExtent(image.start - start, new_index[image.first_item], image.stop - start) for image in images
+                ImageExtent(image.start - start, bisect.bisect_left(indices, image.first_item), image.stop - start)
+                for image in images
             ),
             is_cut=True,
+            drawn=None if document.drawn is None else document.drawn[start:stop],
         )
 
     def _spans(self, start: int, stop: int) -> list[Span]:
@@ -125,6 +128,7 @@ def some_branches(document: Document, first: int, stop: int) -> Document:
         position_ids=document.position_ids[rows],
         branches=starts if len(starts) > 1 else (),
         is_cut=True,
+        drawn=None if document.drawn is None else document.drawn[rows],
     )
 
 

@@ -21,6 +21,7 @@ from data_pipeline.shards.index import is_compressed
 from data_pipeline.shards.page_images import image_member
 from data_pipeline.shards.pages import pop_page_parts, weight_of
 from data_pipeline.shards.sample_reader import MAX_TEXT_BYTES, assemble
+from data_pipeline.shards.token_grid import decode_grid, is_grid, with_encoded_images
 from data_pipeline.text.templates import CaptionTemplate, DialogueTemplate, Role
 from data_pipeline.text.templates.caption import check_answer
 
@@ -46,6 +47,8 @@ def check_member(
     """
     if is_image(ext):
         yield from _check_image(ext, content, max_pixels)
+    elif is_grid(ext):
+        yield from _check_grid(ext, content)
     elif ext == "txt":
         yield from _check_text(ext, content)
     elif ext == "json":
@@ -132,6 +135,13 @@ def _check_image(ext: str, content: memoryview, max_pixels: int) -> Iterator[Fin
         yield Problem.IMAGE, f".{ext}: {error.reason}"
 
 
+def _check_grid(ext: str, content: memoryview) -> Iterator[Finding]:
+    try:
+        decode_grid(bytes(content), ext)
+    except SampleError as error:
+        yield Problem.IMAGE, error.reason
+
+
 def _check_text(ext: str, content: memoryview) -> Iterator[Finding]:
     if len(content) > MAX_TEXT_BYTES:
         yield Problem.BOMB, f".{ext} has {len(content)} bytes, the limit is {MAX_TEXT_BYTES}"
@@ -157,7 +167,7 @@ def _check_json(ext: str, content: memoryview, siblings: Collection[str], key: s
     except UnicodeEncodeError as error:  # A lone UTF-16 surrogate, written \\ud800.
         yield Problem.TEXT, f".{ext}: {error}"
         return
-    members = dict.fromkeys(siblings, b"")
+    members = with_encoded_images(dict.fromkeys(siblings, b""))
     for part in fields.get("parts") or ():
         name = part.get("image")
         if name is not None and (not isinstance(name, str) or image_member(name, members, key) is None):

@@ -72,6 +72,7 @@ def ingest(
     max_side: int | None = None,
     workers: int = 0,
     on_error: OnError = OnError.FAIL,
+    image_tokenizer: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> IngestReport:
     """Store a source as shards ``output/NAME-*.tar`` and write ``output/NAME.manifest``.
@@ -85,6 +86,7 @@ def ingest(
         max_side: Largest side of an image, pixels; larger images are scaled down and encoded again. None changes none.
         workers: Number of processes that read, check and encode; 0 works in this one. The result does not depend on it.
         on_error: Whether an unusable row ends the ingest or is skipped.
+        image_tokenizer: SHA-256 of the image tokenizer of the rows' token grids, for the manifest; None without grids.
         progress: Called with the number of rows done since the last call.
 
     Raises:
@@ -129,7 +131,7 @@ def ingest(
         first = next(read_skipped(skipped.publish()), None)
         example = f", row {first.row} because: {first.reason}" if first else ""
         raise DataConfigError(f"{rows.description}: not one usable row; {skipped.count} were skipped{example}")
-    manifest = write_manifest(report.manifest, shards)
+    manifest = write_manifest(report.manifest, shards, image_tokenizer)
     for shard in shards:
         report.orphans = report.orphans.plus(orphans_of(ShardIndex.open(shard)))
     report.skipped, report.num_skipped = skipped.publish(), skipped.count

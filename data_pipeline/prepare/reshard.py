@@ -62,13 +62,15 @@ class Selection:
 class ReshardSource:
     """Samples of data sets as rows of an ingest.
 
+    ``image_tokenizer`` is the SHA-256 of the image tokenizer of their token grids, None without grids.
+
     Args:
         sets: The data sets, in the order in which they are joined.
         selection: The samples to store, their order and their keys.
 
     Raises:
-        DataConfigError: no sample is selected, two data sets have one name, a list names none of them or was made for
-            other data, or a manifest is remote.
+        DataConfigError: no sample is selected, two data sets have one name or different image tokenizers, a list names
+            none of them or was made for other data, or a manifest is remote.
         ManifestError: a manifest cannot be opened.
     """
 
@@ -80,6 +82,14 @@ class ReshardSource:
                 f"two data sets have the same name ({', '.join(names)}): give them names, NAME=MANIFEST"
             )
         self._manifests = [Manifest.open(each.path) for each in sets]
+        tokenizers = dict.fromkeys(m.image_tokenizer for m in self._manifests if m.image_tokenizer is not None)
+        if len(tokenizers) > 1:
+            raise DataConfigError(
+                f"{', '.join(names)}: their token grids are of different image tokenizers "
+                f"({', '.join(each[:12] for each in tokenizers)}), so one run cannot read them together; encode them "
+                "with one tokenizer: mmscale data encode"
+            )
+        self.image_tokenizer = next(iter(tokenizers), None)
         self._folders = [manifest.file.parent for manifest in self._manifests]  # Raises for a remote manifest.
         sizes = [manifest.num_samples for manifest in self._manifests]
         self._starts = np.cumsum([0, *sizes])

@@ -49,11 +49,13 @@ class Manifest:
         path: Path or URL of the manifest.
         fingerprint: SHA-256 of the columns, hexadecimal. Equal data with equal shard names give equal fingerprints.
         cu_samples: int64 (num_shards + 1,): number of samples before each shard, then the total.
+        image_tokenizer: SHA-256 of the image tokenizer of the samples' token grids; None if the data set has no grids.
     """
 
     path: Path | Url
     fingerprint: str
     cu_samples: Column
+    image_tokenizer: str | None
     _columns: Columns = field(repr=False)
     _storage: Storage | None = field(repr=False, default=None)
 
@@ -88,7 +90,10 @@ class Manifest:
         check_offsets(arrays["cu_samples"], int(arrays["cu_samples"][-1]), f"{path}: cu_samples")
         check_offsets(arrays["cu_path_bytes"], len(arrays["path_bytes"]), f"{path}: cu_path_bytes")
         columns.release_pages()
-        return cls(path, str(record.get("fingerprint")), arrays["cu_samples"], columns, storage)
+        tokenizer = record.get("image_tokenizer")
+        if not isinstance(tokenizer, str | None):
+            raise ManifestError(f"{path}: damaged manifest: the image tokenizer is {tokenizer!r:.80}")
+        return cls(path, str(record.get("fingerprint")), arrays["cu_samples"], tokenizer, columns, storage)
 
     @property
     def num_shards(self) -> int:
@@ -257,18 +262,19 @@ class Manifest:
 
     def computed_fingerprint(self) -> str:
         """Return the fingerprint recomputed from the columns. In a damaged file it differs from ``fingerprint``."""
-        return _fingerprint(self._columns.arrays)
+        return _fingerprint(self._columns.arrays, self.image_tokenizer)
 
 
-def _fingerprint(arrays: dict[str, Column]) -> str:
+def _fingerprint(arrays: dict[str, Column], image_tokenizer: str | None) -> str:
     digest = hashlib.sha256(MANIFEST_FORMAT.encode())
+    digest.update(b"" if image_tokenizer is None else f"image_tokenizer:{image_tokenizer};".encode())
     for name in sorted(_COLUMNS):
         digest.update(f"{name}:{arrays[name].shape};".encode())
         digest.update(np.ascontiguousarray(arrays[name]).data if arrays[name].size else b"")
     return digest.hexdigest()
 
 
-def write_manifest(path: str | Path, shards: Iterable[str | Path]) -> Manifest:
+def write_manifest(path: str | Path, shards: Iterable[str | Path], image_tokenizer: str | None = None) -> Manifest:
     """Write a manifest of indexed shards atomically. Equal shards with equal names give byte-identical manifests.
 
     Memory use is a few hundred bytes a shard, because only one index is open at a time.
@@ -276,13 +282,14 @@ def write_manifest(path: str | Path, shards: Iterable[str | Path]) -> Manifest:
     Args:
         path: Path of the manifest.
         shards: Tars in the manifest's folder or below it. Samples are numbered in this order.
+        image_tokenizer: SHA-256 of the image tokenizer of the samples' token grids; None without grids.
 
     Raises:
         DataConfigError: a shard is outside the manifest's folder, or is listed twice.
         ManifestError: a shard or its index is missing, or the index is damaged or stale.
     """
     path = Path(path)
-    write_entries(path, (_entry(Path(shard), path) for shard in shards))
+    write_entries(path, (_entry(Path(shard), path) for shard in shards), image_tokenizer)
     return Manifest.open(path)
 
 
@@ -300,8 +307,8 @@ def _entry(shard: Path, manifest: Path) -> ShardEntry:
     return ShardEntry(name, len(index), index.tar_bytes, index.tar_sha256)
 
 
-def write_entries(path: Path, entries: Iterable[ShardEntry]) -> None:
-    """Write a manifest atomically from entries, without reading the shards.
+def write_entries(path: Path, entries: Iterable[ShardEntry], image_tokenizer: str | None = None) -> None:
+    """Write a manifest atomically from entries, without reading the shards; as ``write_manifest``.
 
     Raises:
         DataConfigError: a shard is listed twice.
@@ -323,7 +330,8 @@ def write_entries(path: Path, entries: Iterable[ShardEntry]) -> None:
         "tar_bytes": np.array(tar_bytes, np.int64),
         "tar_sha256": np.frombuffer(digests, np.uint8).reshape(-1, _SHA256_BYTES),
     }
-    write_columns(path, arrays, {"format": MANIFEST_FORMAT, "fingerprint": _fingerprint(arrays)})
+    record = {"format": MANIFEST_FORMAT, "fingerprint": _fingerprint(arrays, image_tokenizer)}
+    write_columns(path, arrays, record | ({} if image_tokenizer is None else {"image_tokenizer": image_tokenizer}))
 
 
 def _relative(shard: Path, manifest: Path) -> str:

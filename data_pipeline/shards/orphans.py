@@ -14,6 +14,7 @@ import numpy as np
 
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.index import ShardIndex
+from data_pipeline.shards.token_grid import is_grid
 
 
 class Orphans(NamedTuple):
@@ -66,7 +67,7 @@ def orphans_of(index: ShardIndex) -> Orphans:
     """
     if not len(index):
         return Orphans()
-    member_is_image = np.array([is_image(ext) for ext in index.extensions], bool)[index.column("ext")]
+    member_is_image = np.array([is_image(ext) or is_grid(ext) for ext in index.extensions], bool)[index.column("ext")]
     has_image = np.logical_or.reduceat(member_is_image, index.column("cu_members")[:-1])
     has_text = index.column("text_bytes") > 0
     return Orphans(len(index), int((has_text & ~has_image).sum()), int((has_image & ~has_text).sum()))

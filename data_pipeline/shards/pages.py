@@ -18,6 +18,7 @@ from data_pipeline.sample import ImagePart, Part, TextPart
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.interleaved import interleaved
 from data_pipeline.shards.page_images import image_member, image_order, page_images
+from data_pipeline.shards.token_grid import grid_extension
 
 Sizes = Mapping[str, tuple[int, int]]
 """(height, width) by extension of image members. A member of unknown size is absent, or (0, 0) in a dry run."""
@@ -93,7 +94,7 @@ def _part(item: Any, members: Mapping[str, bytes], sizes: Sizes, key: str) -> Pa
             if ext is None:
                 reason = f"parts name the image {name!r}; its members are {', '.join(members)}"
                 raise SampleError(reason, kind=FaultKind.TEXT)
-            return _image(ext, members, sizes)
+            return image_part(ext, members, sizes)
         case _:
             reason = f'a part is {item!r}, expected {{"text": ...}} or {{"image": ...}}'
             raise SampleError(reason, kind=FaultKind.TEXT)
@@ -104,7 +105,7 @@ def _converted_parts(listed: list[dict[str, Any]], members: Mapping[str, bytes],
     positions = [position for position, item in enumerate(listed) if "image" in item]
     found = page_images([listed[position]["image"] for position in positions], positions, members, key)
     images = {
-        position: ImagePart(image, "image_base64") if isinstance(image, bytes) else _image(image, members, sizes)
+        position: ImagePart(image, "image_base64") if isinstance(image, bytes) else image_part(image, members, sizes)
         for position, image in zip(positions, found, strict=True)
     }
     parts: list[Part] = []
@@ -118,5 +119,6 @@ def _converted_parts(listed: list[dict[str, Any]], members: Mapping[str, bytes],
     return parts
 
 
-def _image(ext: str, members: Mapping[str, bytes], sizes: Sizes) -> ImagePart:
-    return ImagePart(members[ext], ext, sizes.get(ext))
+def image_part(ext: str, members: Mapping[str, bytes], sizes: Sizes) -> ImagePart:
+    """Return the image of the member ``ext``, with its token grid if the sample has one."""
+    return ImagePart(members[ext], ext, sizes.get(ext), members.get(grid_extension(ext)))

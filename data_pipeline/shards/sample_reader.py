@@ -24,11 +24,12 @@ from data_pipeline.errors import AbsentError, FaultKind, ReplacedError, SampleEr
 from data_pipeline.io.json_member import parse_member
 from data_pipeline.io.retry import retry_io
 from data_pipeline.io.untrusted import regular_descriptor
-from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart
+from data_pipeline.sample import Provenance, Sample, TextPart
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.index import Member, ShardIndex, extent, is_compressed
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.pages import PAGE_FIELDS, image_extensions, pop_page_parts
+from data_pipeline.shards.pages import PAGE_FIELDS, image_extensions, image_part, pop_page_parts
+from data_pipeline.shards.token_grid import is_grid, with_encoded_images
 from data_pipeline.storage.background import Background
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.objects import RemoteObject
@@ -221,7 +222,7 @@ class SampleReader:
             payload = b""
             if is_image(member.ext):
                 sizes[member.ext] = (member.height, member.width)
-            elif member.ext in _TEXT_EXTENSIONS:
+            elif member.ext in _TEXT_EXTENSIONS or is_grid(member.ext):
                 payload = shard.read([member])[member.ext]
                 _check(member, payload, origin)
             members[member.ext] = payload
@@ -279,7 +280,8 @@ def assemble(
     The JSON member of a page determines the parts (``pages``). Without a page, the parts are the images in the order of
     ``image_order``, then the caption. The caption is the JSON field ``caption``, else the ``txt`` member, else the
     first of ``captions``. A caption that is empty or not a string gives no part. A ``txt`` member also sets the field
-    ``caption`` if the JSON has none.
+    ``caption`` if the JSON has none. A member ``jpg.tokens`` holds the token ids of the image ``jpg``, which may be
+    missing.
 
     Args:
         members: Content of each member, by extension.
@@ -300,6 +302,7 @@ def assemble(
         )
         raise SampleError(reason, kind=FaultKind.TEXT, shard=origin.shard, key=origin.key)
     sizes = sizes or {}
+    members = with_encoded_images(members)
     try:
         fields: Any = parse_member(members["json"]) if "json" in members else {}
         if not isinstance(fields, dict):
@@ -316,7 +319,7 @@ def assemble(
     except SampleError as error:
         raise error.located(origin.shard, origin.key) from error
     if parts is None:
-        parts = [ImagePart(members[ext], ext, sizes.get(ext)) for ext in image_extensions(tuple(members))]
+        parts = [image_part(ext, members, sizes) for ext in image_extensions(tuple(members))]
         caption = fields.get("caption")
         if caption is None:
             captions = fields.get("captions")

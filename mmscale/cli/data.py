@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mmscale.cli import data_crops, data_dedup, data_shards, data_show, data_stats, data_text, data_trace
+from mmscale.cli import data_crops, data_dedup, data_encode, data_shards, data_show, data_stats, data_text, data_trace
 from mmscale.cli.console import console, emit, progress, track, warn
 
 if TYPE_CHECKING:
@@ -60,9 +60,20 @@ def index(
     warn(orphans.warnings())
     results: dict[str, object] = {"shards": len(paths), "samples": orphans.samples, **orphans.counts()}
     if target is not None:
-        written = write_manifest(target, paths)
+        written = write_manifest(target, paths, _image_tokenizer_of(target))
         results |= {"manifest": str(target), "fingerprint": written.fingerprint}
     emit(results, json=json)
+
+
+def _image_tokenizer_of(manifest: str | Path) -> str | None:
+    """Return the image tokenizer that a manifest names, before it is written again; None if it cannot be read."""
+    from data_pipeline.errors import ManifestError
+    from data_pipeline.shards.manifest import Manifest
+
+    try:
+        return Manifest.open(manifest).image_tokenizer
+    except ManifestError:
+        return None
 
 
 def _index_remote(urls: list[Url], manifest: Url | None) -> dict[str, object]:
@@ -180,6 +191,7 @@ def parse_range(text: str, option: str) -> range:
 
 app.registered_commands += data_text.app.registered_commands
 app.registered_commands += data_shards.app.registered_commands
+app.registered_commands += data_encode.app.registered_commands
 app.registered_commands += data_dedup.app.registered_commands
 app.registered_commands += data_show.app.registered_commands
 app.registered_commands += data_stats.app.registered_commands

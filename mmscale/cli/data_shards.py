@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-_JSON = typer.Option(False, "--json", help="Print one JSON object instead of lines.")
+JSON = typer.Option(False, "--json", help="Print one JSON object instead of lines.")
 _MAX_PRINTED_ROWS = 20
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMG]?)(?:i?B)?", re.IGNORECASE)
@@ -31,11 +31,11 @@ def _bytes_of(text: str) -> int:
 
 
 _DEFAULT_BYTES, _DEFAULT_SAMPLES, _UNLIMITED = 256 << 20, 10_000, 1 << 62
-_JOBS = typer.Option(1, "--jobs", "-j", min=1, help="Number of processes. The result does not depend on it.")
-_SHARD_SIZE = typer.Option(
+JOBS = typer.Option(1, "--jobs", "-j", min=1, help="Number of processes. The result does not depend on it.")
+SHARD_SIZE = typer.Option(
     "256M", "--shard-size", parser=_bytes_of, metavar="SIZE", help="Largest size of a shard: 256M, 1G, or bytes."
 )
-_SHARD_SAMPLES = typer.Option(_DEFAULT_SAMPLES, "--shard-samples", min=1, help="Largest number of samples in a shard.")
+SHARD_SAMPLES = typer.Option(_DEFAULT_SAMPLES, "--shard-samples", min=1, help="Largest number of samples in a shard.")
 
 
 @app.command(epilog="Example: mmscale data ingest pairs.csv --output shards --name pairs --jobs 8")
@@ -61,19 +61,19 @@ def ingest(
         False, "--drop-images", help="Leave unreadable images out of documents and store their number in the document."
     ),
     split: str = typer.Option("train", "--split", help="Split of an Energon folder to read."),
-    shard_size: int = _SHARD_SIZE,
-    shard_samples: int = _SHARD_SAMPLES,
+    shard_size: int = SHARD_SIZE,
+    shard_samples: int = SHARD_SAMPLES,
     max_side: int | None = typer.Option(
         None,
         "--max-side",
         min=1,
         help="Scale larger images down to this side, pixels; by default images are unchanged.",
     ),
-    jobs: int = _JOBS,
+    jobs: int = JOBS,
     on_error: OnError = typer.Option(
         "fail", "--on-error", help="Whether an unusable row ends the ingest, or is skipped and recorded."
     ),
-    json: bool = _JSON,
+    json: bool = JSON,
 ) -> None:
     """Store a folder, a list, Parquet or other tars as shards.
 
@@ -99,7 +99,7 @@ def ingest(
             on_error=on_error,
             progress=meter.advance,
         )
-    _show(opened.description, report, json)
+    show(opened.description, report, json)
 
 
 @app.command(epilog="Example: mmscale data reshard a.manifest b.manifest --output shards --shard-size 1G --shuffle 1")
@@ -134,11 +134,11 @@ def reshard(
     keys: SampleKeys = typer.Option(
         "keep", "--keys", help="Keys of the new samples: unchanged, prefixed by their shard, or numbers."
     ),
-    jobs: int = _JOBS,
+    jobs: int = JOBS,
     on_error: OnError = typer.Option(
         "fail", "--on-error", help="Whether a damaged sample ends the command, or is skipped and recorded."
     ),
-    json: bool = _JSON,
+    json: bool = JSON,
 ) -> None:
     """Resize, join, filter or shuffle data sets into new shards.
 
@@ -163,9 +163,10 @@ def reshard(
             max_samples=shard_samples or (_DEFAULT_SAMPLES if shards is None else -(-source.count() // shards)),
             workers=jobs if jobs > 1 else 0,
             on_error=on_error,
+            image_tokenizer=source.image_tokenizer,
             progress=meter.advance,
         )
-    _show(source.description, report, json)
+    show(source.description, report, json)
 
 
 @app.command(epilog="Example: mmscale data export shards/data.manifest --output tars --for energon")
@@ -179,8 +180,8 @@ def export(
         "keep", "--naming", help="Unchanged names, or 00012.tar with 000120345.jpg, .txt and .json."
     ),
     split: Split = typer.Option("train", "--split", help="Energon's split for the data set; for --for energon."),
-    jobs: int = _JOBS,
-    json: bool = _JSON,
+    jobs: int = JOBS,
+    json: bool = JSON,
 ) -> None:
     """Write a data set as plain tars, without index and manifest.
 
@@ -208,7 +209,8 @@ def export(
     emit(results | ({"sample_type": report.sample_type} if report.sample_type else {}), json=json)
 
 
-def _show(description: str, report: IngestReport, json: bool) -> None:
+def show(description: str, report: IngestReport, json: bool, **more: object) -> None:
+    """Print the result of an ingest, ``more`` results, and the first skipped rows."""
     from data_pipeline.prepare.skipped import read_skipped
 
     for row in itertools.islice(read_skipped(report.skipped), _MAX_PRINTED_ROWS):
@@ -224,6 +226,7 @@ def _show(description: str, report: IngestReport, json: bool) -> None:
         "resumed_samples": report.num_resumed,
         "skipped": report.num_skipped,
         **report.orphans.counts(),
+        **more,
     }
     emit(results | ({"skipped_rows": str(report.skipped)} if report.skipped else {}), json=json)
 

@@ -183,7 +183,13 @@ def document_builder(
     """
     transforms = held.transforms or data.prompts.transforms
     template = template or data.prompts.template
-    dataset = DatasetConfig(name=held.name, manifest=held.manifest, template=template, transforms=transforms)
+    dataset = DatasetConfig(
+        name=held.name,
+        manifest=held.manifest,
+        template=template,
+        transforms=transforms,
+        image_tokens=data.prompts.image_tokens,
+    )
     return DocumentBuilder(dataset, tokenizer, spec)
 
 

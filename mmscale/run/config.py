@@ -19,10 +19,12 @@ from data_pipeline.io.missing import no_such_file
 from data_pipeline.io.strict import StrictConfig, faults_of
 from data_pipeline.loader.first_look import FirstLook, look_at
 from data_pipeline.loader.front_to_back import expand_shards
+from data_pipeline.loader.sample_source import with_image_tokenizer
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing.config import PackingConfig
 from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.packing.packer import Budget
+from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.manifest_check import reject_non_manifest
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from mmscale.bad_steps.detector import BadStepsConfig, Policy
@@ -406,6 +408,8 @@ def _look_at(
     """Inspect some samples of a data set. Return None for a streamed or remote one, which takes longer to read."""
     try:
         spec = media_spec(model)
+        if isinstance(dataset.manifest, Path):
+            dataset = with_image_tokenizer(dataset, Manifest.open(dataset.manifest))
         builder = DocumentBuilder(dataset, tokenizer, spec)
         budget = Budget(packing, spec, dummy_document(spec, tokenizer.pad_id))
         if not isinstance(dataset.manifest, Path):
@@ -420,6 +424,12 @@ def _look_at(
         )
     if isinstance(model, TokenizerConfig):
         return look
+    tokens = dataset.image_tokens
+    if tokens is not None and tokens.num_ids > model.decoder.num_ids:
+        raise ConfigError(
+            f"model.decoder.vocab_size={model.decoder.num_ids}: stage {stage.name}, data set {dataset.name} uses the "
+            f"ids up to {tokens.num_ids - 1} for the codes of images (image_tokens); set at least {tokens.num_ids} rows"
+        )
     logits = model.decoder.vocab_size + model.decoder.predicted_rows
     if model.predicts_tokens and look.highest_label >= logits:
         raise ConfigError(

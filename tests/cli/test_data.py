@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.manifest import Manifest, write_manifest
 from mmscale.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,3 +194,15 @@ def test_crops_of_an_image_size(capsys: pytest.CaptureFixture[str]) -> None:
     assert "has emoji" in complaint(capsys, "crops", config, "--size", "9x9", "--dataset", "x", code=2)
     text = ("model.vision=null", "model.connector=null", "stages.0.train=[decoder]")
     assert "no image tower" in complaint(capsys, "crops", config, *text, "--size", "9x9", code=2)
+
+
+def test_index_keeps_the_image_tokenizer_of_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    figures(capsys, "ingest", str(pairs(tmp_path)), "--output", str(out), "--name", "p")
+    manifest = out / "p.manifest"
+    write_manifest(manifest, [out / "p-00000.tar"], image_tokenizer="ab" * 32)
+    figures(capsys, "index", "--manifest", str(manifest))
+    assert Manifest.open(manifest).image_tokenizer == "ab" * 32
+    manifest.write_bytes(b"damaged")
+    figures(capsys, "index", str(out / "p-00000.tar"), "--manifest", str(manifest))
+    assert Manifest.open(manifest).image_tokenizer is None

@@ -82,9 +82,12 @@ AdafactorConfig.weight_decay AdafactorConfig.beta2_decay AdafactorConfig.min_sca
 AdamWConfig.betas AdaptersConfig.dropout AugmentConfig.shift AugmentConfig.flip AugmentConfig.brightness
 AugmentConfig.contrast
 AugmentConfig.saturation BestConfig.min_delta CaptionTemplate.text_dropout ChoiceSet.seed CompareConfig.seeds
-CrossAttentionConnectorConfig.gate_init DataConfig.workers DecoderConfig.dropout EngineConfig.zero_stage
+CrossAttentionConnectorConfig.gate_init DataConfig.workers DecoderConfig.dropout DrawingTemplate.text_weight
+DrawingTemplate.image_weight DrawingTemplate.mark_weight DrawingTemplate.caption_last DrawingTemplate.text_dropout
+EngineConfig.zero_stage
 EngineConfig.gather_bucket_elements EngineConfig.persistent_parameter_elements EngineConfig.live_parameter_elements
-GenerationSet.seed HeldOutSet.seed HybridConnectorConfig.gate_init InterleavedTemplate.text_dropout
+GenerationSet.seed HeldOutSet.seed HybridConnectorConfig.gate_init ImageTokensConfig.first_id ImageTokensConfig.ids
+InterleavedTemplate.text_dropout
 LinearProjectorConfig.norm_eps
 MetricsConfig.smoothing MlpProjectorConfig.norm_eps MoeConfig.shared_dim MoeConfig.balance_coefficient
 MoeConfig.z_coefficient MoeConfig.bias_rate MoeConfig.dense_first MoeConfig.jitter MoeConfig.expert_dropout
@@ -135,6 +138,8 @@ _MORE: dict[str, dict[str, Any]] = {
     "BestConfig": {"metric": "a/score", "stop_after": 2},
     "CompareConfig": {"seeds": [1], "variants": [{"name": "a"}, {"name": "b"}]},
     "DatasetConfig": {"name": "a", "manifest": "a"},  # Without weight, which excludes repeats.
+    "DrawingTemplate": {"kind": "drawing", "caption_last": 0.5, "text_dropout": 0.1},
+    "ImageTokensConfig": {"codebook_size": 1, "first_id": 7, "grid": [2, 3]},
     "GenerationSet": {"kind": "generation", "name": "a", "manifest": "a", "limit": 2},
     "LinearScaling": {"kind": "linear", "factor": 2.0},
     "Idefics3Tiling": {"kind": "idefics3"},

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from data_pipeline.sample import Provenance
+from data_pipeline.config import DatasetConfig
+from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.shards.sample_reader import assemble
 from data_pipeline.text.templates import EndPiece, TemplateConfig, TextPiece
 
@@ -49,3 +50,11 @@ def test_a_template_reads_the_samples_above_it(row: str, block: str) -> None:
     pieces = template.pieces(sample, None)
     assert any(isinstance(piece, TextPiece | EndPiece) and piece.weight for piece in pieces)
     assert sum(type(piece).__name__ == "ImagePart" for piece in pieces) == count
+
+
+def test_the_drawings_of_the_page_are_valid() -> None:
+    blocks = [block for _, block in _BLOCK.findall((DOCS / "data.md").read_text()) if block.startswith("image_tokens:")]
+    read = [DatasetConfig.model_validate({"name": "a", "manifest": "a", **yaml.safe_load(block)}) for block in blocks]
+    assert [dataset.template.kind for dataset in read] == ["drawing", "drawing"]
+    sample = Sample((ImagePart(b"", "png"),), {"caption": "a fox"})
+    assert read[1].template.pieces(sample, None)[0] == TextPiece("User: a fox\n\nAssistant:", 0.0)

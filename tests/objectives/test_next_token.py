@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from data_pipeline.document import IGNORE
+from data_pipeline.packing.collate import collate
+from data_pipeline.packing.document_builder import plain_document
+from data_pipeline.packing.packer import Pack
+from data_pipeline.sample import Provenance
 from mmscale.engine.graph import LossGraph
 from mmscale.models.build import build_model, media_spec
 from mmscale.objectives.next_token import NextToken
@@ -143,3 +150,26 @@ def test_a_pack_of_dummy_documents_has_no_weight() -> None:
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
+
+
+def test_weights_of_images_and_text_give_one_loss_for_any_division() -> None:
+    """Emu3 (arXiv 2409.18869), section 2.4: the labels of image tokens count half."""
+    net = build_model(config(None)).double()
+    spec = media_spec(net.config)
+    docs = []
+    for number in range(6):
+        tokens = text_document(number, 5 + 2 * number, VOCAB).tokens
+        document = plain_document(spec, tokens, 0, (), Provenance("d", "s", "k", number))
+        drawn = np.arange(document.num_tokens) % 4 > 1
+        weights = document.loss_weights * np.where(np.append(drawn[1:], False), 0.5, 1).astype(np.float32)
+        docs.append(replace(document, loss_weights=weights, drawn=drawn))
+    whole = collate([Pack(tuple(docs), 0)], spec)
+    assert whole.drawn_labels is not None
+    images, text = whole.drawn_labels, ~whole.drawn_labels & (whole.labels != IGNORE)
+    losses = F.cross_entropy(net.head(net(whole).hidden), whole.labels, reduction="none", ignore_index=IGNORE)
+    expected = (0.5 * losses[images].sum() + losses[text].sum()) / (0.5 * images.sum() + text.sum())
+    for ranks in ([[0, 1, 2, 3, 4, 5]], [[0], [1, 2], [3], [4, 5]], [[5, 0, 3], [4, 2, 1]]):
+        batches = [collate([Pack(tuple(docs[number] for number in rank), 0)], spec) for rank in ranks]
+        weight = sum(NextToken().weight(batch) for batch in batches)
+        found = sum(NextToken()(net, batch).loss_sum / weight for batch in batches)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)

@@ -5,6 +5,7 @@
     text          text only, all of it learned
     dialogue      turns of roles, the answers learned
     annotations   images once, then a branch of prompt and answer for each annotation
+    drawing       text and one image as tokens, both learned, in either order
 
 ``packing/document_builder.py`` converts pieces to token ids.
 """
@@ -17,9 +18,18 @@ from pydantic import Field
 
 from data_pipeline.io.own_code import OwnKinds
 from data_pipeline.text.templates.annotations import AnnotationsTemplate
-from data_pipeline.text.templates.base import BranchPiece, EndPiece, LearnedText, Piece, TextPiece, TokenPiece
+from data_pipeline.text.templates.base import (
+    BranchPiece,
+    DrawnPiece,
+    EndPiece,
+    LearnedText,
+    Piece,
+    TextPiece,
+    TokenPiece,
+)
 from data_pipeline.text.templates.caption import CaptionTemplate
 from data_pipeline.text.templates.dialogue import LITERAL, DialogueTemplate, Role
+from data_pipeline.text.templates.drawing import DrawingTemplate
 from data_pipeline.text.templates.stored import InterleavedTemplate, TextTemplate
 
 __all__ = [
@@ -28,6 +38,8 @@ __all__ = [
     "BranchPiece",
     "CaptionTemplate",
     "DialogueTemplate",
+    "DrawingTemplate",
+    "DrawnPiece",
     "EndPiece",
     "InterleavedTemplate",
     "Piece",
@@ -39,7 +51,7 @@ __all__ = [
 ]
 
 TemplateConfig = Annotated[
-    CaptionTemplate | InterleavedTemplate | TextTemplate | DialogueTemplate | AnnotationsTemplate,
+    CaptionTemplate | InterleavedTemplate | TextTemplate | DialogueTemplate | AnnotationsTemplate | DrawingTemplate,
     Field(discriminator="kind"),
     OwnKinds(LearnedText, "mmscale.templates"),
 ]

@@ -29,10 +29,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Text of a document. ``weight`` is the loss weight of each of its tokens; weight 0 is read, not learned."""
+    """Text of a document. ``weight`` is the loss weight of each of its tokens; weight 0 is read, not learned.
+
+    ``is_padding`` replaces each of its tokens by the padding token.
+    """
 
     text: str
     weight: float
+    is_padding: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,16 @@ class BranchPiece:
     """
 
 
-Piece = TextPiece | TokenPiece | EndPiece | BranchPiece | ImagePart
+@dataclass(frozen=True)
+class DrawnPiece:
+    """An image as tokens of the decoder. ``weight`` is the loss weight of its codes, ``mark_weight`` of its marks."""
+
+    image: ImagePart
+    weight: float
+    mark_weight: float
+
+
+Piece = TextPiece | TokenPiece | EndPiece | BranchPiece | ImagePart | DrawnPiece
 
 
 def images_of(sample: Sample) -> list[ImagePart]:
@@ -101,6 +114,8 @@ class TemplateBase(StrictConfig, ABC):
     """Whether documents can hold images."""
     no_pair: ClassVar[str | None] = None
     """Reason why documents cannot be pairs of one image and one text (``no image``); None if they can."""
+    draws: ClassVar[bool] = False
+    """Whether documents hold images as tokens, which needs ``data.image_tokens``."""
 
     @abstractmethod
     def pieces(self, sample: Sample, rng: Rng | None) -> list[Piece]:

@@ -1,0 +1,195 @@
+"""Images as token ids of the decoder: codes of an image tokenizer, and the marks around them.
+
+    start | size | content | codes of row 1, row_end | codes of row 2, row_end | ... | frame_end | end
+
+``shards/token_grid`` stores the codes, and a template decides whether the model learns them. Not for: images that a
+vision tower encodes (``transforms``).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, model_validator
+
+from data_pipeline.errors import DataConfigError, SampleError
+from data_pipeline.io.strict import StrictConfig
+from data_pipeline.sample import ImagePart
+from data_pipeline.shards.token_grid import decode_grid
+from data_pipeline.text.tokenizer import Tokenizer
+
+_MAX_ID = 2**31 - 1
+_MARKS = ("start", "content", "row_end", "frame_end", "end")
+"""Fields that name one token."""
+
+TokenId = Annotated[int, Field(ge=0, le=_MAX_ID)]
+Side = Annotated[int, Field(ge=1, le=1 << 16)]
+
+
+class ImageTokensConfig(StrictConfig):
+    """The image tokenizer of a data set, the ids of its codes in the decoder, and the marks around an image.
+
+    Source: Emu3 (arXiv 2409.18869), section 2.2, with all marks; Janus (arXiv 2410.13848), section 3.2, with ``start``
+    and ``end`` alone.
+    """
+
+    tokenizer: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """SHA-256 of the image tokenizer, as ``mmscale data encode`` prints it. Data of another tokenizer are refused. null
+    takes the tokenizer that the manifest names; without a manifest, that of each sample."""
+    codebook_size: int = Field(ge=1, le=1 << 24)
+    """Number of codes of the tokenizer: 32768 (Emu3), 16384 (Janus). A larger code makes a bad sample."""
+    first_id: TokenId | None = None
+    """Id of code 0 in the decoder; code k has the id ``first_id + k``. 151854 in Emu3, whose vocabulary has the codes.
+    A model with a separate head for codes takes the first id after its text vocabulary. Give this or ``ids``."""
+    ids: tuple[TokenId, ...] | None = None
+    """Id of each code in the decoder, if they are not consecutive; ``codebook_size`` different ids."""
+    grid: tuple[Side, Side] | None = None
+    """Rows and columns of every image, for models that draw one size: [24, 24] (Janus). null accepts any size."""
+    start: str | None = None
+    """Token before each image: ``<|image start|>`` (Emu3), ``<begin_of_image>`` (Janus). null for none."""
+    size: str | None = None
+    """Text after ``start`` with the size in codes: ``{height}*{width}`` (Emu3). null for none."""
+    content: str | None = None
+    """Token between size and codes: ``<|image token|>`` (Emu3). null for none."""
+    row_end: str | None = None
+    """Token after each row of codes: ``<|extra_200|>`` (Emu3). null for none."""
+    frame_end: str | None = None
+    """Token after all rows: ``<|extra_201|>`` (Emu3). null for none."""
+    end: str | None = None
+    """Last token of an image: ``<|image end|>`` (Emu3), ``<end_of_image>`` (Janus). null for none."""
+
+    @model_validator(mode="after")
+    def _check_ids(self) -> ImageTokensConfig:
+        if (self.first_id is None) == (self.ids is None):
+            raise ValueError("give either first_id or ids, the decoder's ids of the codes")
+        if self.ids is not None and len(set(self.ids)) != self.codebook_size:
+            raise ValueError(f"ids: {len(set(self.ids))} different ids for codebook_size={self.codebook_size} codes")
+        if self.num_ids - 1 > _MAX_ID:
+            raise ValueError(f"first_id={self.first_id}: the last code has the id {self.num_ids - 1}, above {_MAX_ID}")
+        if self.size is not None and set(re.findall("{[^}]*}?", self.size)) != {"{height}", "{width}"}:
+            raise ValueError(f"size={self.size!r}: expected {{height}} and {{width}}, and nothing else in braces")
+        return self
+
+    @property
+    def num_ids(self) -> int:
+        """Smallest vocabulary that contains the ids of all codes."""
+        return 1 + (max(self.ids) if self.ids is not None else (self.first_id or 0) + self.codebook_size - 1)
+
+
+@dataclass(frozen=True)
+class DrawnTokens:
+    """The tokens of one image.
+
+    Attributes:
+        ids: int32 ``(T,)``, marks included.
+        is_code: bool ``(T,)``: whether each token is a code of the image; False for marks.
+    """
+
+    ids: npt.NDArray[np.int32]
+    is_code: npt.NDArray[np.bool_]
+
+
+class DrawnImages:
+    """Converts token grids to ids of the decoder.
+
+    Args:
+        config: Tokenizer, ids and marks.
+        tokenizer: The text tokenizer, which has the marks.
+
+    Attributes:
+        code_ids: int32 ``(codebook_size,)``: the decoder's id of each code.
+        marks: Id of each mark by its field; a mark that is null is absent.
+
+    Raises:
+        DataConfigError: a mark is no token of the text tokenizer; or a mark, the image token or the end token has the
+            id of a code.
+    """
+
+    def __init__(self, config: ImageTokensConfig, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self._tokenizer = tokenizer
+        first = config.first_id or 0
+        listed = range(first, first + config.codebook_size) if config.ids is None else config.ids
+        self.code_ids = np.array(listed, dtype=np.int32)
+        self._reserved = frozenset(listed)
+        named = {field: getattr(config, field) for field in _MARKS}
+        self.marks = {
+            field: tokenizer.special_id(name, f"image_tokens.{field}")
+            for field, name in named.items()
+            if name is not None
+        }
+        special = {"the image token": tokenizer.image_id, "the end token": tokenizer.eos_id} | self.marks
+        for name, token_id in special.items():
+            if token_id in self._reserved:
+                raise DataConfigError(
+                    f"image_tokens: the id {token_id} of {named.get(name, name)} is also the id of a code; "
+                    "correct first_id or ids"
+                )
+
+    def spelled_by(self, ids: list[int]) -> bool:
+        """Return whether the ids of a text contain a code of an image, which text must not produce."""
+        return not self._reserved.isdisjoint(ids)
+
+    def opening(self, height: int, width: int) -> list[int]:
+        """Return the ids before the codes of an image of ``height`` rows and ``width`` columns."""
+        size = self.config.size
+        text = [] if size is None else self._tokenizer.encode(size.format(height=height, width=width))
+        return [*self._mark("start"), *text, *self._mark("content")]
+
+    @property
+    def row_end(self) -> list[int]:
+        """The ids after each row of codes: one or none."""
+        return self._mark("row_end")
+
+    @property
+    def closing(self) -> list[int]:
+        """The ids after the last row."""
+        return [*self._mark("frame_end"), *self._mark("end")]
+
+    def tokens(self, image: ImagePart) -> DrawnTokens:
+        """Return the tokens of an image.
+
+        Raises:
+            SampleError: the sample has no token grid of the image, or a damaged one; the grid is of another tokenizer
+                or does not have the size ``grid``; or a code is outside the codebook.
+        """
+        config = self.config
+        if image.grid is None:
+            raise SampleError(f"image {image.name} has no token grid; write token grids with: mmscale data encode")
+        codes, made_by = decode_grid(image.grid, image.name)
+        height, width = codes.shape
+        if config.tokenizer is not None and made_by != config.tokenizer:
+            raise SampleError(f"image {image.name}: {other_tokenizer(made_by, config.tokenizer)}")
+        if config.grid is not None and config.grid != (height, width):
+            rows, columns = config.grid
+            raise SampleError(
+                f"image {image.name} is a grid of {height}x{width} codes, but the model draws {rows}x{columns} "
+                "(image_tokens.grid); encode the image at that size"
+            )
+        if codes.max() >= config.codebook_size:
+            raise SampleError(
+                f"image {image.name} has the code {codes.max()}, but codes end at {config.codebook_size - 1} "
+                f"(image_tokens.codebook_size={config.codebook_size})"
+            )
+        end = np.tile(np.array(self.row_end, np.int32), (height, 1))
+        rows_of_ids = np.concatenate([self.code_ids[codes], end], axis=1)
+        is_code = np.tile(np.arange(rows_of_ids.shape[1]) < width, height)
+        opening, closing = self.opening(height, width), self.closing
+        ids = [np.array(opening, np.int32), rows_of_ids.reshape(-1), np.array(closing, np.int32)]
+        return DrawnTokens(np.concatenate(ids), np.pad(is_code, (len(opening), len(closing))))
+
+    def _mark(self, field: str) -> list[int]:
+        return [self.marks[field]] if field in self.marks else []
+
+
+def other_tokenizer(found: str, expected: str) -> str:
+    """Return the reason why data of the image tokenizer ``found`` are refused where ``expected`` is named."""
+    return (
+        f"its token grids are of the image tokenizer {found[:12]}..., but image_tokens.tokenizer names "
+        f"{expected[:12]}...; codes of different tokenizers mean different images, so encode the data again with: "
+        "mmscale data encode"
+    )

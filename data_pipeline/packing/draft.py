@@ -1,0 +1,168 @@
+"""A document under construction: token ids, labels, positions, token slots of features, and attention spans.
+
+``document_builder`` appends the pieces of a sample to it in order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
+from data_pipeline.images.drawn_images import DrawnTokens
+from data_pipeline.images.image_tokens import ImageLayout, LayoutAnchor, LayoutElement, LayoutFeatures, LayoutTokens
+from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.sample import Provenance
+
+_NO_SLOTS = np.empty(0, dtype=np.int32)
+
+
+@dataclass
+class Draft:
+    """A document under construction.
+
+    The columns are Python lists until the end: for the few tokens of a caption they are faster than numpy.
+    """
+
+    spec: MediaSpec
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    """Each token's own id or ``IGNORE``; not yet shifted by one as in ``Document.labels``."""
+    weights: list[float] = field(default_factory=list)
+    positions: list[npt.NDArray[np.int32]] = field(default_factory=list)
+    next_position: int = 0
+    items: list[MediaItem] = field(default_factory=list)
+    images: list[ImageExtent] = field(default_factory=list)
+    scatter_index: list[npt.NDArray[np.int32]] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    attended: tuple[int, ...] = ()
+    """Attended items of the last image and of the images directly before it, without text between them."""
+    drawn: list[tuple[int, npt.NDArray[np.bool_]]] = field(default_factory=list)
+    """First token of each image as tokens, and which of its tokens are codes."""
+    branches: list[int] = field(default_factory=list)
+    fork: int = 0
+    """Position at which every branch starts."""
+
+    def add_tokens(self, ids: Sequence[int], weight: float) -> None:
+        """Append tokens with the same loss weight; tokens of weight 0 get no label."""
+        if self.spec.position_axes == 3:
+            steps = np.arange(self.next_position, self.next_position + len(ids), dtype=np.int32)
+            self.positions.append(np.repeat(steps[:, None], 3, axis=1))
+        self.ids.extend(ids)
+        self.labels.extend(ids if weight else [IGNORE] * len(ids))
+        self.weights.extend([weight] * len(ids))
+        self.next_position += len(ids)
+
+    def begin_branch(self) -> None:
+        """Begin a branch. Its positions start where those of the first branch start."""
+        if not self.branches:
+            self.fork = self.next_position
+        self.branches.append(len(self.ids))
+        self.next_position = self.fork
+
+    def add_image(self, crops: tuple[MediaItem, ...], image_id: int, layout: ImageLayout | None) -> None:
+        """Append an image: its crops, and its tokens according to the layout. No token of an image is learned.
+
+        Without a layout, the tokens are one placeholder per feature, or one anchor if no crop is embedded. An image of
+        a pair has no tokens.
+
+        Raises:
+            SampleError: a crop does not fit the model.
+        """
+        assert not self.branches, "an image in a branch would be attended by the branches after it"
+        start, first_item, number = len(self.ids), len(self.items), len(self.images)
+        counts = [crop.num_features(self.spec) for crop in crops]  # Raises for attended crops too.
+        if self.spec.placement is Placement.PAIR:
+            self.items.extend(crops)
+            self.images.append(ImageExtent(start, first_item, start))
+            return
+        tagged = crops if layout is None else layout.tagged(crops, number)
+        self.items.extend(replace(crop, image=number) for crop in tagged)
+        if self.images and self.images[-1].stop < start:  # There is text between the last image and this one.
+            self.attended = ()
+        self.attended += tuple(first_item + i for i, crop in enumerate(crops) if not crop.embedded)
+        slots = {i: np.empty(counts[i], dtype=np.int32) for i, crop in enumerate(crops) if crop.embedded}
+        elements: Iterable[LayoutElement]
+        if layout is None:
+            elements = [LayoutFeatures(i, 0, counts[i]) for i in slots] or [LayoutAnchor()]
+        else:
+            elements = layout.elements(crops, number, self.spec)
+        for element in elements:
+            at = len(self.ids)
+            # The tag of an attended crop attends that crop alone.
+            tag_of = element.crop if isinstance(element, LayoutTokens) else None
+            attended = self.attended if tag_of is None else (first_item + tag_of,)
+            if attended and (not self.spans or self.spans[-1].items != attended):
+                self.spans.append(Span(at, attended))
+            if isinstance(element, LayoutFeatures):
+                stop = element.first + element.count
+                slots[element.crop][element.first : stop] = np.arange(at, at + element.count)
+            if isinstance(element, LayoutFeatures) and self.spec.position_axes == 3:
+                self._add_features_on_three_axes(crops[element.crop], element.count, image_id)
+            elif isinstance(element, LayoutFeatures):
+                self.add_tokens((image_id,) * element.count, 0.0)
+            else:
+                self.add_tokens(element.ids if isinstance(element, LayoutTokens) else (image_id,), 0.0)
+        self.scatter_index.extend(slots.values())
+        self.images.append(ImageExtent(start, first_item, len(self.ids)))
+
+    def add_drawn(self, image: DrawnTokens, weight: float, mark_weight: float) -> None:
+        """Append an image as tokens, with the loss weights of its codes and of its marks."""
+        assert not self.branches, "an image in a branch would be cut with the branch"
+        start, at = len(self.ids), 0
+        for is_code, run in itertools.groupby(image.is_code.tolist()):
+            stop = at + len(list(run))
+            self.add_tokens(image.ids[at:stop].tolist(), weight if is_code else mark_weight)
+            at = stop
+        self.drawn.append((start, image.is_code))
+        self.images.append(ImageExtent(start, len(self.items), len(self.ids)))
+        self.attended = ()
+
+    def _add_features_on_three_axes(self, crop: MediaItem, count: int, image_id: int) -> None:
+        # The position of a feature is its (time, row, column); the next token follows the largest coordinate. Layouts
+        # do not separate the rows of a crop on three axes, so ``count`` is the number of all kept features of the crop.
+        # Source: Qwen2-VL (arXiv 2409.12191), section 2.1, multimodal rotary position embedding.
+        kept = crop.kept_region
+        sides = self.spec.feature_grid(crop.grid) if kept is None else (crop.grid[0], kept.height, kept.width)
+        coordinates = np.indices(sides).reshape(3, -1).T.astype(np.int32)
+        self.positions.append(coordinates + np.int32(self.next_position))
+        self.next_position += max(sides)
+        self.ids.extend([image_id] * count)
+        self.labels.extend([IGNORE] * count)
+        self.weights.extend([0.0] * count)
+
+    def finish(self, origin: Provenance | None) -> Document:
+        """Return the document. Position i gets the label and the weight of token i + 1, which it predicts."""
+        length = len(self.ids)
+        weights = [*self.weights[1:], 0.0]
+        counted: Iterable[int] = ()
+        if self.spec.position_axes == 1:  # Positions are consecutive, in every branch from ``fork`` on.
+            starts = [*self.branches, length]
+            counts = [range(self.fork, self.fork + end - start) for start, end in itertools.pairwise(starts)]
+            counted = itertools.chain(range(starts[0]), *counts)
+        columns = np.fromiter([*self.ids, *self.labels[1:], IGNORE, *counted], np.int32)
+        spans = self.spans if self.spans and self.spans[0].start == 0 else [Span(0, ()), *self.spans]
+        drawn = None
+        if self.drawn:
+            drawn = np.zeros(length, np.bool_)
+            for start, is_code in self.drawn:
+                drawn[start : start + len(is_code)] = is_code
+        return Document(
+            token_ids=columns[:length],
+            labels=columns[length : 2 * length],
+            loss_weights=np.fromiter(weights, np.float32, length),
+            position_ids=columns[2 * length :] if self.spec.position_axes == 1 else np.concatenate(self.positions),
+            items=tuple(self.items),
+            scatter_index=np.concatenate(self.scatter_index)
+            if len(self.scatter_index) > 1
+            else (*self.scatter_index, _NO_SLOTS)[0],
+            spans=tuple(spans),
+            provenance=origin,
+            images=tuple(self.images),
+            branches=tuple(self.branches),
+            drawn=drawn,
+        )

@@ -1,0 +1,115 @@
+"""The image tokenizer of a checkpoint, for the commands that encode and decode images as tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from data_pipeline.images.transforms import FixedTransform, TransformConfig
+from data_pipeline.io.strict import StrictConfig
+from mmscale.checkpoint.load import load_weights
+from mmscale.checkpoint.manifest import model_config_of, newest_of, read_manifest
+from mmscale.config.layers import apply_overrides, read_layers
+from mmscale.config.tree import DEFAULT, ConfigNode
+from mmscale.config.validate import validate
+from mmscale.errors import ConfigError
+from mmscale.models.build import build_unset
+from mmscale.models.image_tokenizer import ImageTokenizer, image_tokenizer_digest
+from mmscale.models.image_tokenizer_model import ImageTokenizerModel
+from mmscale.run.folder import CONFIG
+
+
+def load_image_tokenizer(path: Path, device: str = "cpu") -> ImageTokenizerModel:
+    """Return the image tokenizer of a checkpoint, frozen, with averaged weights (EMA) if the checkpoint has them.
+
+    Args:
+        path: A run folder, whose newest checkpoint is taken, or one checkpoint.
+        device: Where its weights are placed.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+        ConfigError: the checkpoint is of another kind of model.
+    """
+    checkpoint = newest_of(path)
+    manifest = read_manifest(checkpoint)
+    model = build_unset(model_config_of(manifest, checkpoint))
+    if not isinstance(model, ImageTokenizerModel):
+        raise ConfigError(f"{path}: its model is no image tokenizer (model.image_tokenizer); name the run of one")
+    load_weights(model, checkpoint, ema=manifest.ema)
+    return model.to(device).eval().requires_grad_(False)
+
+
+@dataclass
+class CheckpointEncoder:
+    """Encodes images with the image tokenizer of a checkpoint: a ``GridEncoder``. Created by ``open``.
+
+    A process loads the weights in its first call, and then computes with one thread: the sums of a convolution depend
+    on the number of threads, and the codes must not depend on the number of processes.
+    """
+
+    checkpoint: Path
+    device: str
+    image_size: int
+    """Side of the square images that the tokenizer was trained on, pixels."""
+    stride: int
+    codebook_size: int
+    digest: str
+    _tokenizer: ImageTokenizer | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: Path, device: str = "cpu") -> CheckpointEncoder:
+        """Read the properties of the tokenizer.
+
+        Raises:
+            CheckpointError, ConfigError: as ``load_image_tokenizer``; or this machine has no such device.
+        """
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # An AssertionError: torch was built without CUDA.
+            raise ConfigError(f"device {device}: {str(error).partition(chr(10))[0]}") from error
+        model = load_image_tokenizer(path)
+        tokenizer, size = model.image_tokenizer, model.config.image_size
+        digest = image_tokenizer_digest(tokenizer)
+        return cls(newest_of(path), device, size, tokenizer.stride, tokenizer.codebook_size, digest)
+
+    def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.integer[Any]]:
+        if self._tokenizer is None:
+            torch.set_num_threads(1)
+            torch.backends.cudnn.deterministic = True
+            self._tokenizer = load_image_tokenizer(self.checkpoint, self.device).image_tokenizer
+        pixels = torch.from_numpy(images).to(self.device)
+        codes: npt.NDArray[np.int64] = self._tokenizer.encode(pixels.float() / 127.5 - 1).cpu().numpy()
+        return codes
+
+
+class _Chosen(StrictConfig):
+    transforms: TransformConfig = FixedTransform()
+
+
+def encoding_transforms(run: Path | None, given: str | None, image_size: int) -> TransformConfig:
+    """Return the transforms of images before they are encoded, without augmentation.
+
+    Args:
+        run: Folder of the tokenizer's run, whose ``data.transforms`` are the default; None without one.
+        given: Transforms as YAML, instead of the default.
+        image_size: Size of ``kind: fixed`` where neither gives one.
+
+    Raises:
+        ConfigError: the transforms are invalid.
+    """
+    root = ConfigNode({}, DEFAULT)
+    if given is not None:
+        root = apply_overrides(root, [f"transforms={given}"])
+    elif run is not None and (data := read_layers(run / CONFIG).child("data")) is not None:
+        stored = data.child("transforms")
+        root = root if stored is None or stored.value is None else ConfigNode({"transforms": stored}, DEFAULT)
+    chosen, _ = validate(root, _Chosen, str(run) if given is None else "--transforms")
+    transforms = chosen.transforms.model_copy(update={"augment": None})
+    if isinstance(transforms, FixedTransform) and transforms.size is None:
+        transforms = transforms.model_copy(update={"size": image_size})
+    return transforms
