@@ -70,13 +70,34 @@ def label_likelihoods(
     found, best = [], []
     for call in range(head_calls):
         part = rows[call * rows_per_head : (call + 1) * rows_per_head]
-        logits = model.head(hidden[part if len(part) else slice(0, 1)]).float()
+        values, is_best = _scores(model.head, hidden[part if len(part) else slice(0, 1)], batch.labels[part])
         if len(part):
-            chosen = logits.gather(1, batch.labels[part, None]).squeeze(1)
-            # Subtract the maximum before logsumexp: near a loss of zero the difference would otherwise lose precision.
-            peak = logits.amax(1, keepdim=True)
-            found.append(((chosen - peak.squeeze(1)) - (logits - peak).logsumexp(1)).double())
-            best.append(chosen == peak.squeeze(1))
+            found.append(values.double())
+            best.append(is_best)
     if not found:
         return LabelLikelihoods(rows.cpu().numpy(), np.empty(0), np.empty(0, dtype=np.bool_))
     return LabelLikelihoods(rows.cpu().numpy(), torch.cat(found).cpu().numpy(), torch.cat(best).cpu().numpy())
+
+
+def _scores(head: torch.nn.Module, rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log P(label) of each row and whether no other token is likelier. Without labels, only call the head.
+
+    A separate head of image tokens gives the scores of its own labels. It runs for every batch, as the other head does.
+    """
+    logits = head(rows).float()
+    image: torch.nn.Module | None = getattr(head, "image", None)
+    if image is None:
+        return _label_scores(logits, labels)
+    drawn = labels >= head.first_image_id  # type: ignore[operator]
+    codes = (labels - head.first_image_id).masked_fill(~drawn, 0)  # type: ignore[operator]
+    of_codes = _label_scores(image(rows).float(), codes)
+    of_text = _label_scores(logits, labels.masked_fill(drawn, 0))
+    return torch.where(drawn, of_codes[0], of_text[0]), torch.where(drawn, of_codes[1], of_text[1])
+
+
+def _label_scores(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = logits[: len(labels)]
+    chosen = logits.gather(1, labels[:, None]).squeeze(1)
+    # Subtract the maximum before logsumexp: near a loss of zero the difference would otherwise lose precision.
+    peak = logits.amax(1, keepdim=True)
+    return (chosen - peak.squeeze(1)) - (logits - peak).logsumexp(1), chosen == peak.squeeze(1)

@@ -384,6 +384,8 @@ _NEVER_COPIED = {
     "vision_use_head",  # SigLIP's pooling head is not exported.
 }
 """Keys that ``with_keys_of`` does not copy."""
+_COPIED_WHOLE = {"vocabulary_map"}
+"""Objects that ``with_keys_of`` copies as one value: they have an entry for each token."""
 
 
 def _renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:
@@ -406,7 +408,7 @@ def _copy_neutral_keys(
 
     for key in [key for key in other if key not in _NEVER_COPIED and not key.startswith("_")]:
         mine, theirs = found.get(key), other[key]
-        if isinstance(mine, dict) and isinstance(theirs, Mapping):
+        if isinstance(mine, dict) and isinstance(theirs, Mapping) and key not in _COPIED_WHOLE:
             found[key] = _copy_neutral_keys(mine, theirs, partial(fits, key))
         elif (key not in found or (theirs is not None and mine != theirs)) and fits(key, theirs):
             found[key] = theirs
@@ -436,10 +438,10 @@ def forward_config(config: AnyModelConfig) -> dict[str, Any]:
         del values["vision"]["init_std"]
         for gate in ("gate_init", "global_gate_init"):
             (values["vision"]["tiles"] or {}).pop(gate, None)
-    if isinstance(config, TokenizerConfig):
+    if isinstance(config, ModelConfig | TokenizerConfig) and config.image_tokenizer is not None:
         for name in ("codebook_update", "idle_counts"):  # Used in training only.
             del values["image_tokenizer"][name]
-        del values["image_size"]
+    values.pop("image_size", None)  # Of the images that a run trains an image tokenizer on.
     if not isinstance(config, ModelConfig):
         return values
     decoder, block = config.decoder, values["decoder"]
@@ -449,6 +451,8 @@ def forward_config(config: AnyModelConfig) -> dict[str, Any]:
     if not config.predicts_tokens or decoder.predicted_rows == decoder.num_ids - decoder.vocab_size:
         del block["extra_tokens"]
     del block["dropout"], block["dropout_rows"], block["init_std"]  # Used in training or for initial values only.
+    if decoder.separate_image_tokens is None:
+        del block["image_tokens"]  # Names rows of the vocabulary, which the computation does not need.
     for name in decoder.mlp.training_fields:
         del block["mlp"][name]
     if config.connector is not None:

@@ -43,6 +43,7 @@ from mmscale.init.text import CommentedYaml, compact
 from mmscale.models.adapters import COMPONENT, AdaptersConfig
 from mmscale.models.build import media_spec
 from mmscale.models.config import ModelConfig
+from mmscale.models.image_tokens import TOKENIZER
 from mmscale.run.config import RunConfig, check_files
 from mmscale.run.stage_weights import check_initial_weights
 
@@ -275,7 +276,7 @@ def _trained_components(
         return ("decoder",)
     if start.trained is None or model.vision is None or not model.predicts_tokens:
         return ("all",)
-    return tuple(name for name in model.components if name != "vision")
+    return tuple(name for name in model.components if name not in ("vision", TOKENIZER))
 
 
 def _shown(path: Path) -> Path:

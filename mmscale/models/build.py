@@ -15,11 +15,13 @@ from mmscale.models.config import AnyModelConfig, ModelConfig, TokenizerConfig, 
 from mmscale.models.connectors.connector import Connector
 from mmscale.models.connectors.contrastive import ContrastiveConnector
 from mmscale.models.contrastive import ContrastiveModel
-from mmscale.models.decoder import Decoder
+from mmscale.models.decoder import Decoder, DecoderConfig
 from mmscale.models.flops import cost_per_patch
+from mmscale.models.image_tokenizer import build_image_tokenizer
 from mmscale.models.image_tokenizer_model import ImageTokenizerModel
+from mmscale.models.image_tokens import ImageHead
 from mmscale.models.multimodal import MultimodalModel
-from mmscale.models.vocabulary import LanguageHead
+from mmscale.models.vocabulary import LanguageHead, TokenEmbedding
 from mmscale.nn.attention_backends import AttentionChoice, Backend, resolve_backend
 from mmscale.nn.experts import Experts
 from mmscale.nn.init import initialise_
@@ -36,8 +38,8 @@ class ParameterCount:
     Attributes:
         total: All parameters; tied ones count once.
         active: Parameters that one token uses: A of the E routed experts count.
-        components: Number per component of the model: "vision", "connector", "decoder", "extra_tokens", "adapters"; of
-            an image tokenizer "encoder", "codebook", "decoder".
+        components: Number per component of the model: "vision", "connector", "decoder", "extra_tokens", "image_tokens",
+            "image_tokenizer", "adapters"; of an image tokenizer alone "encoder", "codebook", "decoder".
     """
 
     total: int
@@ -78,14 +80,23 @@ def build_model(
     else:
         assert connector is None or isinstance(connector, Connector)
         tied = decoder.embed_tokens if config.decoder.tie_embeddings else None
-        head = LanguageHead(config.decoder.vocab_size, config.decoder.hidden_dim, tied, config.decoder.predicted_rows)
-        head.init_std = config.decoder.init_std  # type: ignore[assignment]
-        model = MultimodalModel(config, decoder, head, vision, connector)
+        head = _head(config.decoder, tied)
+        tokenizer = None if config.image_tokenizer is None else build_image_tokenizer(config.image_tokenizer)
+        model = MultimodalModel(config, decoder, head, vision, connector, tokenizer)
     if config.adapters is not None:
         attach_adapters(model, config.adapters)
     if seed is not None and not any(parameter.is_meta for parameter in model.parameters()):
         initialise_(model, seed)
     return model
+
+
+def _head(config: DecoderConfig, tied: TokenEmbedding | None) -> LanguageHead:
+    tokens = config.separate_image_tokens
+    image = None if tokens is None else ImageHead(tokens, config.hidden_dim)
+    head = LanguageHead(config.vocab_size, config.hidden_dim, tied, config.predicted_rows, image, config.num_ids)
+    for module in head.modules():
+        module.init_std = config.init_std  # type: ignore[assignment]
+    return head
 
 
 class TowerAlone(nn.Module):

@@ -13,6 +13,8 @@ from mmscale.models.adapters import COMPONENT, AdaptersConfig
 from mmscale.models.connector_config import ConnectorConfig
 from mmscale.models.decoder import DecoderConfig
 from mmscale.models.image_tokenizer import ImageTokenizerConfig
+from mmscale.models.image_tokens import COMPONENT as IMAGE_TOKENS
+from mmscale.models.image_tokens import TOKENIZER
 from mmscale.models.vision_config import AnyVisionConfig, VisionConfig
 from mmscale.nn.sizes import Side
 
@@ -69,6 +71,9 @@ class ModelConfig(StrictConfig):
     patch to the connector. Null for a text model."""
     connector: ConnectorConfig | None = None
     """How image features reach the decoder. Null for a text model: set ``vision`` and ``connector`` together."""
+    image_tokenizer: ImageTokenizerConfig | None = None
+    """The image tokenizer whose codes are ``decoder.image_tokens``. Checkpoints and exports contain its weights, and no
+    stage trains them. Null if it has a checkpoint of its own."""
     adapters: AdaptersConfig | None = None
     """Low-rank adapters on linear layers (LoRA, DoRA); null for none."""
 
@@ -78,7 +83,9 @@ class ModelConfig(StrictConfig):
         tower = ("vision",) if self.vision is not None and self.vision.learns else ()
         towers = (*tower, "connector") if self.vision is not None else ()
         extra_tokens = ("extra_tokens",) if self.decoder.extra_tokens else ()
-        return (*towers, "decoder", *extra_tokens, *((COMPONENT,) if self.adapters else ()))
+        image_tokens = (IMAGE_TOKENS,) if self.decoder.separate_image_tokens else ()
+        tokenizer = (TOKENIZER,) if self.image_tokenizer else ()
+        return (*towers, "decoder", *extra_tokens, *image_tokens, *tokenizer, *((COMPONENT,) if self.adapters else ()))
 
     @property
     def predicts_tokens(self) -> bool:
@@ -91,6 +98,12 @@ class ModelConfig(StrictConfig):
             raise ValueError("vision and connector: set both, or neither for a text model")
         if self.vision is not None and self.connector is not None:
             self.connector.check(self.vision, self.decoder)
+        codes, tokenizer = len(self.decoder.image_ids), self.image_tokenizer
+        if tokenizer is not None and tokenizer.codebook_size != codes:
+            raise ValueError(
+                f"image_tokenizer.codebook_size={tokenizer.codebook_size}: must be the number of codes of "
+                f"decoder.image_tokens, which is {codes}"
+            )
         if self.adapters is not None and self.adapters.dropout and not self.predicts_tokens:
             raise ValueError(
                 f"adapters.dropout={self.adapters.dropout:g}: a contrastive step may compute its vectors twice, and "

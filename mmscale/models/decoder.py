@@ -14,6 +14,12 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import AttentionSegments, BranchedSegments, MultimodalBatch
 from data_pipeline.io.strict import StrictConfig
+from mmscale.models.image_tokens import (
+    AnyImageTokensConfig,
+    ImageTokenEmbedding,
+    SeparateImageTokensConfig,
+    VocabularyImageTokensConfig,
+)
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.vocabulary import TokenEmbedding
 from mmscale.nn.attention_backends import Backend, num_pairs
@@ -56,6 +62,9 @@ class DecoderConfig(StrictConfig):
     vocabulary."""
     extra_tokens: ExtraTokensConfig | None = None
     """Tokens with separate embedding parameters, which can be trained while the table is frozen; null for none."""
+    image_tokens: AnyImageTokensConfig | None = None
+    """Tokens that stand for the codes of an image tokenizer, so that the decoder reads and draws images: ids of the
+    ``vocabulary``, or ids with a ``separate`` embedding and head. Null for a decoder that draws no images."""
     hidden_dim: Width
     """D, width of the residual stream."""
     num_layers: Layers
@@ -85,13 +94,27 @@ class DecoderConfig(StrictConfig):
 
     @property
     def num_ids(self) -> int:
-        """Number of ids with an embedding."""
+        """Number of ids with an embedding in the vocabulary. Separate image tokens have the ids after them."""
         return self.vocab_size + (self.extra_tokens.rows if self.extra_tokens else 0)
 
     @property
     def predicted_rows(self) -> int:
         """Number of extra ids with a logit."""
         return self.extra_tokens.rows if self.extra_tokens and self.extra_tokens.predicted else 0
+
+    @property
+    def separate_image_tokens(self) -> SeparateImageTokensConfig | None:
+        """The image tokens, if they have an embedding and a head of their own."""
+        return self.image_tokens if isinstance(self.image_tokens, SeparateImageTokensConfig) else None
+
+    @property
+    def image_ids(self) -> range:
+        """Token ids of the codes 0, 1, ...; empty without image tokens."""
+        if self.image_tokens is None:
+            return range(0)
+        separate = self.separate_image_tokens is not None
+        first = self.num_ids if separate else self.image_tokens.first_id  # type: ignore[union-attr]
+        return range(first, first + self.image_tokens.codes)
 
     def block_mlps(self) -> list[DenseMlpConfig | MoeConfig]:
         """Return the feed-forward of each block."""
@@ -130,8 +153,36 @@ class DecoderConfig(StrictConfig):
             linear_product("new_logit_rows", extra, weights=extra_learns, inputs=flows),
         ]
 
+    def image_products(self, *, learns: bool, flows: bool) -> list[Product]:
+        """Return the operations of separate image tokens: of their embedding, which every row passes, and their head.
+
+        The head's first layer runs on every row of a training step (``image_head_rows``), its second on the rows whose
+        label is an image token (``image_logit_rows``).
+        """
+        tokens, dim = self.separate_image_tokens, self.hidden_dim
+        if tokens is None:
+            return []
+        return [
+            linear_product("token_rows", 2 * tokens.code_dim * dim, weights=learns, inputs=learns),
+            linear_product("token_rows", 2 * dim * dim, weights=learns, inputs=learns),
+            linear_product("image_head_rows", 2 * dim * dim, weights=learns, inputs=flows),
+            linear_product("image_logit_rows", 2 * dim * tokens.codes, weights=learns, inputs=learns or flows),
+        ]
+
     @model_validator(mode="after")
     def _consistent(self) -> DecoderConfig:
+        drawn = self.image_tokens
+        if isinstance(drawn, VocabularyImageTokensConfig) and self.image_ids.stop > self.num_ids:
+            raise ValueError(
+                f"image_tokens.first_id={drawn.first_id}: {drawn.codes} codes need the ids below "
+                f"{self.image_ids.stop}, and the decoder has {self.num_ids} (vocab_size, extra_tokens); set a smaller "
+                "first_id or more rows"
+            )
+        if (
+            isinstance(drawn, VocabularyImageTokensConfig)
+            and self.image_ids.stop > self.vocab_size + self.predicted_rows
+        ):
+            raise ValueError("extra_tokens.predicted=false: image_tokens of the vocabulary need logits; set it to true")
         head_dim = self.attention.resolved_head_dim(self.hidden_dim)
         if self.rope is not None and self.learned_positions is not None:
             raise ValueError(
@@ -174,7 +225,9 @@ class Decoder(nn.Module):
         self.config = config
         self.head_dim = config.attention.resolved_head_dim(config.hidden_dim)
         extra = 0 if config.extra_tokens is None else config.extra_tokens.rows
-        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_dim, extra)
+        tokens = config.separate_image_tokens
+        image = None if tokens is None else ImageTokenEmbedding(tokens, config.hidden_dim)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_dim, extra, image)
         self.embed_positions: nn.Module | None = None
         if config.learned_positions is not None:
             self.embed_positions = nn.Embedding(config.learned_positions, config.hidden_dim)

@@ -15,6 +15,7 @@ from data_pipeline.media_spec import Placement
 from mmscale.models.adapters import COMPONENT, adapter_products
 from mmscale.models.config import ModelConfig, TokenizerConfig
 from mmscale.models.image_tokenizer_model import batch_flops
+from mmscale.models.image_tokens import COMPONENT as IMAGE_TOKENS
 from mmscale.nn.adapters import adapted_layers
 from mmscale.nn.flops import Product
 
@@ -97,7 +98,7 @@ def training_flops(
     if isinstance(config, TokenizerConfig):
         images = batch_flops(config, batch, trained)
         return TrainingFlops(images.forward, images.backward, images.recomputed if recompute else 0)
-    counts = batch_counts(config, batch, int(batch.loss_weights.count_nonzero()))
+    counts = learned_counts(config, batch)
     forward = backward = recomputed = 0
     for product in model_products(config, frozenset(trained)):
         count = counts[product.per]
@@ -108,12 +109,21 @@ def training_flops(
     return TrainingFlops(forward, backward, (recomputed if recompute else 0) + first)
 
 
+def learned_counts(config: ModelConfig, batch: MultimodalBatch) -> dict[str, int]:
+    """Return the counts of a training step: logits only of rows that carry loss, each from the head of its label."""
+    learned = batch.loss_weights != 0
+    drawn = learned & (batch.labels >= config.decoder.num_ids)  # Empty without separate image tokens.
+    counts = batch_counts(config, batch, int((learned & ~drawn).count_nonzero()))
+    return {**counts, "image_logit_rows": int(drawn.count_nonzero()), "image_head_rows": batch.segments.total}
+
+
 def batch_counts(config: ModelConfig, batch: MultimodalBatch, logit_rows: int) -> dict[str, int]:
     """Return the counts that the model's operations over ``batch`` are proportional to.
 
-    ``logit_rows`` is the number of rows with logits.
+    ``logit_rows`` is the number of rows with logits of text. The head of separate image tokens is left out.
     """
     counts = {**config.decoder.counts(batch), "logit_rows": logit_rows, "new_logit_rows": logit_rows, "passes": 1}
+    counts |= {"image_logit_rows": 0, "image_head_rows": 0}
     if config.vision is not None and config.connector is not None:
         counts |= config.vision.counts(batch.media["image"]) | config.connector.counts(config.vision, batch)
     return counts
@@ -162,7 +172,7 @@ def _base_products(config: ModelConfig, trained: frozenset[str], reached: frozen
     embeds = connector is not None and connector.placement in (Placement.EMBEDDING, Placement.HYBRID)
     # The backward pass reaches down to where trained values enter the decoder: at its input, or at the first
     # cross-attention block.
-    flows = not {"decoder", "extra_tokens"}.isdisjoint(reached) or (learned_features and embeds)
+    flows = not {"decoder", "extra_tokens", IMAGE_TOKENS}.isdisjoint(reached) or (learned_features and embeds)
     cross_attention_blocks = [] if connector is None else connector.block_layers(decoder)
     for number, mlp in enumerate(decoder.block_mlps()):
         if connector is not None and number in cross_attention_blocks:
@@ -172,4 +182,5 @@ def _base_products(config: ModelConfig, trained: frozenset[str], reached: frozen
     if config.predicts_tokens:
         learns, extra_learns = "decoder" in trained, "extra_tokens" in trained
         found += decoder.head_products(learns=learns, extra_learns=extra_learns, flows=flows)
+        found += kept(IMAGE_TOKENS, decoder.image_products(learns=IMAGE_TOKENS in reached, flows=flows))
     return tuple(found)

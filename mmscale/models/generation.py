@@ -1,20 +1,23 @@
 """Generation: continues packed prompts by one token per sequence and step, with cached keys and values.
 
 prompts --one forward--> last rows --logits, ``choose_tokens``--> new tokens --one forward--> their rows --> ...
+
+``generate`` writes text. ``draw`` draws images: it chooses among codes only, and writes the ends of rows itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from data_pipeline.batch import MultimodalBatch, Segments
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.multimodal import MultimodalModel
-from mmscale.models.sampling import SamplingConfig, choose_tokens
+from mmscale.models.sampling import SamplingConfig, choose_tokens, guided_logits
 
 TokenCallback = Callable[[int, list[int]], bool]
 """Called with the index of a document in the batch and its new tokens so far; returning True ends the sequence."""
@@ -75,6 +78,127 @@ def generate(
         step = _with_tokens(step, chosen)
         hidden = model(step, cache=cache).hidden
     return [row for row, keep in zip(rows, is_real, strict=True) if keep]
+
+
+@dataclass(frozen=True)
+class ImageGrid:
+    """The tokens of an image to draw: its codes row by row, each row with its end.
+
+    Attributes:
+        rows: Rows of codes, at least 1.
+        columns: Columns of codes, at least 1.
+        row_end: Token id after each row (Emu3); None if rows follow each other directly (Janus).
+    """
+
+    rows: int
+    columns: int
+    row_end: int | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Number of tokens up to the last code. The end of the last row is not among them."""
+        return self.code_steps[-1] + 1
+
+    @property
+    def code_steps(self) -> list[int]:
+        """The 0-based steps whose token is a code, in reading order."""
+        width = self.columns + (self.row_end is not None)
+        return [row * width + column for row in range(self.rows) for column in range(self.columns)]
+
+    def forced_token(self, step: int) -> int | None:
+        """Return the token of a step without a choice: the end of a row, or 0 after the last code; None for a code."""
+        if step >= self.num_steps:
+            return 0
+        return None if self.row_end is None or (step + 1) % (self.columns + 1) else self.row_end
+
+
+@torch.no_grad()
+def draw(
+    model: MultimodalModel,
+    batch: MultimodalBatch,
+    grids: Sequence[ImageGrid],
+    sampling: SamplingConfig = SamplingConfig(temperature=1.0),
+    *,
+    guidance: float = 1.0,
+) -> list[Int[Tensor, "rows columns"]]:
+    """Draw one image for each prompt.
+
+    Each image has a random generator of its own, seeded with ``sampling.seed`` plus its number. An image therefore does
+    not depend on how many others are drawn with it, except for rounding.
+
+    Args:
+        model: A model in evaluation mode whose ``decoder.image_tokens`` is set. If ZeRO-3 shards it, all ranks must
+            call with the same largest ``num_steps`` of their grids.
+        batch: Packed prompts on the model's device; a code follows the last token of each. With ``guidance``, the N
+            prompts come first, and then N documents with the same end but without the text to draw, in the same order.
+        grids: Rows and columns of each of the N images.
+        sampling: Settings for choosing codes. ``repetition_penalty`` must be 1: images repeat codes.
+        guidance: Scale s of classifier-free guidance: codes are chosen from ``u + s (c - u)`` with the logits c of the
+            prompt and u of the document without text. 1 for no guidance.
+
+    Returns:
+        The codes of each image, from 0, int64.
+
+    Raises:
+        ValueError: the model draws no images, a grid is empty, the batch has another number of documents, a document
+            has branches, or a setting is out of range.
+
+    Source: Ho and Salimans 2022, "Classifier-free diffusion guidance"; Janus (arXiv 2410.13848), section 3.3.
+    """
+    device, copies = batch.token_ids.device, 1 if guidance == 1 else 2
+    prompts = torch.tensor(_real_documents(batch), device=device).nonzero().squeeze(1)
+    _check_drawing(model, grids, sampling, guidance, len(prompts))
+    ids, num_steps = model.config.decoder.image_ids, max(grid.num_steps for grid in grids)
+    cache = KVCache(capacity=batch.segments.longest + num_steps)
+    generators = [sampling.for_sequence(number).generator(device) for number in range(len(grids))]
+    last = batch.segments.cu[1:].long() - 1
+    hidden = model(batch, cache=cache).hidden.index_select(0, last)
+    step = _first_step(batch, last)
+    drawn: list[Tensor] = []
+    for number in range(num_steps):
+        logits = guided_logits(_code_logits(model, hidden).index_select(0, prompts), guidance)
+        forced = [grid.forced_token(number) for grid in grids]
+        chosen = [
+            choose_tokens(row, sampling, own) + ids.start if token is None else torch.full((1,), token, device=device)
+            for row, own, token in zip(logits.split(1), generators, forced, strict=True)
+        ]
+        drawn.append(torch.cat(chosen))
+        if number + 1 == num_steps:
+            break
+        step = _with_tokens(step, step.token_ids.index_copy(0, prompts, drawn[-1].repeat(copies)))
+        hidden = model(step, cache=cache).hidden
+    codes = torch.stack(drawn) - ids.start
+    return [codes[grid.code_steps, number].view(grid.rows, grid.columns) for number, grid in enumerate(grids)]
+
+
+def _check_drawing(
+    model: MultimodalModel,
+    grids: Sequence[ImageGrid],
+    sampling: SamplingConfig,
+    guidance: float,
+    documents: int,
+) -> None:
+    """Raise ``ValueError`` if ``draw`` cannot use its arguments."""
+    if not model.config.decoder.image_ids:
+        raise ValueError("the model draws no images: its decoder.image_tokens is null")
+    if not grids or min(min(grid.rows, grid.columns) for grid in grids) < 1:
+        raise ValueError(f"grids={list(grids)}: at least one image, and at least one row and one column")
+    if guidance < 1:
+        raise ValueError(f"guidance={guidance:g}: must be at least 1, which is no guidance")
+    if sampling.repetition_penalty != 1:
+        raise ValueError(f"repetition_penalty={sampling.repetition_penalty:g}: images repeat codes; set it to 1")
+    if documents != len(grids) * (1 if guidance == 1 else 2):
+        without = " and as many without text, for guidance" if guidance != 1 else ""
+        raise ValueError(f"the batch has {documents} documents; {len(grids)} images need {len(grids)} prompts{without}")
+
+
+def _code_logits(model: MultimodalModel, hidden: Float[Tensor, "S D"]) -> Float[Tensor, "S C"]:
+    """Return the logits of codes only."""
+    if model.head.image is not None:
+        logits: Tensor = model.head.image(hidden)
+        return logits
+    ids = model.config.decoder.image_ids
+    return model.head(hidden)[:, ids.start : ids.stop]
 
 
 def _append_tokens(

@@ -14,6 +14,8 @@ from mmscale.models.config import ModelConfig
 from mmscale.models.connectors.connector import Connector
 from mmscale.models.decoder import CrossAttentionHooks, Decoder
 from mmscale.models.flops import TrainingFlops, forward_flops, training_flops
+from mmscale.models.image_tokens import COMPONENT as IMAGE_TOKENS
+from mmscale.models.image_tokens import TOKENIZER
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.outputs import ModelOutput
 from mmscale.models.parameter_counts import describe_parameters
@@ -29,7 +31,7 @@ class MultimodalModel(nn.Module):
     """Computes hidden rows from text and, with a tower, from images.
 
     Every batch runs every module, because sharded ranks must run the same modules: packs without an image carry a dummy
-    document.
+    document. The image tokenizer is the exception: the data hold its codes, so ``forward`` does not run it.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class MultimodalModel(nn.Module):
         head: LanguageHead,
         vision: Tower | None,
         connector: Connector | None,
+        image_tokenizer: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -46,6 +49,15 @@ class MultimodalModel(nn.Module):
         self.connector = connector
         self.decoder = decoder
         self.head = head
+        self.image_tokenizer = image_tokenizer
+        self.train()
+
+    def train(self, mode: bool = True) -> MultimodalModel:
+        """Set training or evaluation mode. The image tokenizer, which no stage trains, keeps evaluation mode."""
+        super().train(mode)
+        if self.image_tokenizer is not None:
+            self.image_tokenizer.eval()
+        return self
 
     def forward(self, batch: MultimodalBatch, cache: KVCache | None = None) -> ModelOutput:
         """Return the hidden rows of a batch, with the sums of the routers.
@@ -128,11 +140,18 @@ class MultimodalModel(nn.Module):
             parts["vision"] = learned
         if self.connector is not None:
             parts["connector"] = list(self.connector.parameters())
-        text = list(dict.fromkeys([*self.decoder.parameters(), *self.head.parameters()]))
+        image = [p for each in (self.decoder.embed_tokens.image, self.head.image) if each for p in each.parameters()]
+        drawn = {id(parameter) for parameter in image}
+        both = dict.fromkeys([*self.decoder.parameters(), *self.head.parameters()])
+        text = [parameter for parameter in both if id(parameter) not in drawn]
         extra = {id(module.extra_weight) for module in (self.decoder.embed_tokens, self.head)}
         parts["decoder"] = [parameter for parameter in text if id(parameter) not in extra]
         if self.config.decoder.extra_tokens is not None:
             parts["extra_tokens"] = [parameter for parameter in text if id(parameter) in extra]
+        if image:
+            parts[IMAGE_TOKENS] = image
+        if self.image_tokenizer is not None:
+            parts[TOKENIZER] = list(self.image_tokenizer.parameters())
         return with_adapters(self, parts)
 
     def checkpoint_units(self) -> list[nn.Module]:

@@ -57,9 +57,25 @@ class SamplingConfig(StrictConfig):
         """Whether tokens are drawn at random rather than the most likely one taken."""
         return self.temperature > 0
 
+    def for_sequence(self, number: int) -> SamplingConfig:
+        """Return the settings with a seed of their own for the 0-based sequence ``number``."""
+        return self.model_copy(update={"seed": self.seed + number})
+
     def generator(self, device: torch.device) -> torch.Generator | None:
         """Return a generator seeded with ``seed``, or None if the choice is not random."""
         return torch.Generator(device).manual_seed(self.seed) if self.is_random else None
+
+
+def guided_logits(logits: Float[Tensor, "R V"], guidance: float) -> Float[Tensor, "S V"]:
+    """Return ``u + guidance * (c - u)`` in float32: c is the first half of the rows, u the second.
+
+    Logits and their log-softmax give the same distribution, because they differ by a constant in each row. With
+    ``guidance == 1``, all rows are returned.
+    """
+    if guidance == 1:
+        return logits.float()
+    with_text, without = logits.float().chunk(2)
+    return without + guidance * (with_text - without)
 
 
 def choose_tokens(

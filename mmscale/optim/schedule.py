@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmscale.errors import ConfigError
+from mmscale.models.image_tokens import TOKENIZER, ImageHead
 from mmscale.models.vocabulary import LanguageHead
 from mmscale.nn.expert_parallel import full_shape
 from mmscale.optim.config import AdafactorConfig, AdamWConfig, MuonConfig
@@ -50,11 +51,13 @@ def component_of_parameters(model: nn.Module, components: Components) -> dict[st
 def trained_components(components: Iterable[str], stage: StageConfig) -> tuple[str, ...]:
     """Return the components that ``stage`` trains.
 
+    ``all`` leaves out the image tokenizer of a model that draws.
+
     Raises:
         ConfigError: the stage names a component that the model lacks.
     """
     present = sorted(components)
-    wanted = present if stage.train == (ALL,) else stage.train
+    wanted = [name for name in present if name != TOKENIZER] if stage.train == (ALL,) else stage.train
     missing = (set(wanted) | stage.named_components) - set(present)
     if missing:
         raise ConfigError(f"stage {stage.name}: the model has no component {sorted(missing)}; it has {present}")
@@ -85,10 +88,10 @@ def decays(name: str, shape: Sequence[int]) -> bool:
 def token_tables(model: nn.Module) -> set[int]:
     """Return the ``id()`` of each parameter with one row per token or per position.
 
-    They are the parameters of ``nn.Embedding`` and of ``LanguageHead``.
+    They are the parameters of ``nn.Embedding`` and of the heads, without those of layers in them.
     """
-    owners = (module for module in model.modules() if isinstance(module, nn.Embedding | LanguageHead))
-    return {id(parameter) for module in owners for parameter in module.parameters()}
+    owners = (module for module in model.modules() if isinstance(module, nn.Embedding | LanguageHead | ImageHead))
+    return {id(parameter) for module in owners for parameter in module.parameters(recurse=False)}
 
 
 def tables(model: nn.Module) -> set[int]:

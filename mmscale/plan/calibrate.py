@@ -59,7 +59,7 @@ from mmscale.init.machine import free_host_memory
 from mmscale.metrics.peaks import peak_of
 from mmscale.models.build import build_model, build_weights
 from mmscale.models.config import ModelConfig
-from mmscale.models.flops import batch_counts
+from mmscale.models.flops import learned_counts
 from mmscale.nn.attention_backends import num_pairs, resolve_backend, varlen_attention
 from mmscale.nn.experts import Experts
 from mmscale.nn.init import initialise_
@@ -371,7 +371,7 @@ class Measurement:
         measured = self._step_seconds(model, steps, {}, train=config.stages[0].train)
         counts, packs = Counter[str](), 0
         for batch in itertools.chain(*steps):
-            counts.update(batch_counts(model, batch, int(batch.loss_weights.count_nonzero())))
+            counts.update(learned_counts(model, batch))
             packs += config.engine.micro_lanes
         mean = {name: count / packs for name, count in counts.items() if name != "passes"}
         load = StageLoad((mean,), 0.0, 0.0, None, None, None, True, "measured")

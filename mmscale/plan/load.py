@@ -24,7 +24,7 @@ from data_pipeline.packing.packer import Pack
 from data_pipeline.shards.manifest import Manifest
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.models.config import ModelConfig
-from mmscale.models.flops import batch_counts
+from mmscale.models.flops import learned_counts
 from mmscale.run.config import RunConfig
 from mmscale.run.stage_teachers import teacher_models
 
@@ -52,7 +52,7 @@ class StageLoad:
     """The mean pack of a stage.
 
     Attributes:
-        counts: For the model and then for each teacher, its counts (``batch_counts``). ``passes`` is not included.
+        counts: For the model and then for each teacher, its counts (``learned_counts``). ``passes`` is not included.
         tokens: Tokens without those of dummy documents.
         samples: Documents without dummy documents.
         sample_bytes: Mean bytes of a sample in its shard; None if the manifests do not exist here.
@@ -190,9 +190,8 @@ def _mean_counts(
     tokens = samples = 0.0
     for documents, share in zip(groups, shares, strict=True):
         batch = collate([Pack(tuple(documents), 0)], spec, join_nothing)
-        learned = int(batch.loss_weights.count_nonzero())
         for model, total in zip(models, totals, strict=True):
-            for name, count in batch_counts(model, batch, learned).items():
+            for name, count in learned_counts(model, batch).items():
                 total[name] += share * count / packs  # type: ignore[assignment]  # A mean.
         tokens += share * batch.num_tokens / packs
         samples += share * batch.num_samples / packs

@@ -55,6 +55,9 @@ def _decoder_conflicts(source: DecoderConfig, target: DecoderConfig) -> Iterator
     if not (isinstance(source.mlp, DenseMlpConfig) and isinstance(target.mlp, DenseMlpConfig)):
         yield Conflict("mlp.kind", "experts are not pruned, only dense feed-forwards")
         return
+    if source.separate_image_tokens is not None or target.separate_image_tokens is not None:
+        yield Conflict("image_tokens", "a separate embedding and head of image tokens are not pruned")
+        return
     for path in ("vocab_size", "extra_tokens"):
         if _value(source, path) != _value(target, path):
             yield Conflict(path, f"{_format(source, path)} in the source; pruning keeps the vocabulary")

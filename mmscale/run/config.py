@@ -39,6 +39,7 @@ from mmscale.metrics.sample_log import SampleLogConfig
 from mmscale.metrics.trackers.config import check_trackers
 from mmscale.models.build import check_adapters, media_spec
 from mmscale.models.config import ModelConfig, TokenizerConfig, TrainedModelConfig
+from mmscale.models.image_tokens import TOKENIZER
 from mmscale.nn.moe import MoeConfig
 from mmscale.objectives.reconstruction import ReconstructionConfig
 from mmscale.optim.stages import ALL, StageConfig
@@ -113,6 +114,11 @@ class RunConfig(StrictConfig):
             if unknown := named - set(components) - {ALL}:
                 raise ValueError(
                     f"stages.{number} ({stage.name}) names {sorted(unknown)}; this model has {sorted(components)}"
+                )
+            if TOKENIZER in stage.train:
+                raise ValueError(
+                    f"stages.{number} ({stage.name}).train names {TOKENIZER}: the data hold its codes, so a run that "
+                    "draws cannot train it; train it before, in a run whose model is the image tokenizer alone"
                 )
             self.stage_data(number)  # Raises if an override is not valid.
             if stage.upcycle and (problem := self._upcycling_problem(number)) is not None:
@@ -424,20 +430,34 @@ def _look_at(
         )
     if isinstance(model, TokenizerConfig):
         return look
-    tokens = dataset.image_tokens
-    if tokens is not None and tokens.num_ids > model.decoder.num_ids:
-        raise ConfigError(
-            f"model.decoder.vocab_size={model.decoder.num_ids}: stage {stage.name}, data set {dataset.name} uses the "
-            f"ids up to {tokens.num_ids - 1} for the codes of images (image_tokens); set at least {tokens.num_ids} rows"
-        )
+    _check_image_ids(dataset, model, stage)
     logits = model.decoder.vocab_size + model.decoder.predicted_rows
-    if model.predicts_tokens and look.highest_label >= logits:
+    if model.predicts_tokens and look.highest_label >= logits and look.highest_label not in model.decoder.image_ids:
         raise ConfigError(
             f"model.decoder.extra_tokens.predicted=false: stage {stage.name}, data set {dataset.name} teaches "
             f"token {look.highest_label}, and the model has logits for the ids below {logits}; set predicted: true, or "
             "learn no such token"
         )
     return look
+
+
+def _check_image_ids(dataset: DatasetConfig, model: ModelConfig, stage: StageConfig) -> None:
+    """Require that the codes of a data set's images have the ids that the decoder gives them."""
+    tokens, decoder = dataset.image_tokens, model.decoder
+    if tokens is None:
+        return
+    first, where = tokens.first_id, f"stage {stage.name}, data set {dataset.name}"
+    ids = tokens.ids or (() if first is None else range(first, first + tokens.codebook_size))
+    if decoder.image_tokens is not None and list(ids) != list(decoder.image_ids):
+        raise ConfigError(
+            f"image_tokens: {where} uses other ids for the codes of images than model.decoder.image_tokens; set "
+            f"first_id={decoder.image_ids.start} and codebook_size={len(decoder.image_ids)}"
+        )
+    if decoder.image_tokens is None and tokens.num_ids > decoder.num_ids:
+        raise ConfigError(
+            f"model.decoder.vocab_size={decoder.num_ids}: {where} uses the ids up to {tokens.num_ids - 1} for codes "
+            f"of images (image_tokens); set at least {tokens.num_ids} rows, or model.decoder.image_tokens"
+        )
 
 
 def _without_images(config: RunConfig, number: int) -> str:

@@ -176,6 +176,11 @@ def _unfit(manifest: Manifest, path: Path, student: ModelConfig, source: Distill
         return f"{path} holds no average of the weights: it was saved without stages.*.ema"
     if not (report := match(build_weights(teacher), manifest)).complete:
         return f"{path} does not hold the weights of its own model configuration: {report}"
+    if student.decoder.separate_image_tokens is not None:
+        return (
+            "the student has model.decoder.image_tokens.kind=separate, whose head has no distillation loss; leave out "
+            "distill in stages that draw"
+        )
     theirs, mine = (model.decoder.vocab_size + model.decoder.predicted_rows for model in (teacher, student))
     if theirs != mine:
         return (

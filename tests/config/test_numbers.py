@@ -86,7 +86,7 @@ CrossAttentionConnectorConfig.gate_init DataConfig.workers DecoderConfig.dropout
 DrawingTemplate.image_weight DrawingTemplate.mark_weight DrawingTemplate.caption_last DrawingTemplate.text_dropout
 EngineConfig.zero_stage
 EngineConfig.gather_bucket_elements EngineConfig.persistent_parameter_elements EngineConfig.live_parameter_elements
-GenerationSet.seed HeldOutSet.seed HybridConnectorConfig.gate_init ImageTokensConfig.first_id ImageTokensConfig.ids
+GenerationSet.seed HeldOutSet.seed HybridConnectorConfig.gate_init ImageTokensConfig.first_id
 InterleavedTemplate.text_dropout
 LinearProjectorConfig.norm_eps
 MetricsConfig.smoothing MlpProjectorConfig.norm_eps MoeConfig.shared_dim MoeConfig.balance_coefficient
@@ -97,7 +97,7 @@ ReconstructionConfig.commitment ReconstructionConfig.codebook RunConfig.seed Sam
 SamplingConfig.min_p SamplingConfig.seed StageConfig.warmup_steps StageConfig.min_learning_rate StageConfig.z_loss
 StageConfig.clip StorageConfig.retry_seconds StorageConfig.gap_bytes StorageConfig.read_ahead_bytes
 MovqganConfig.attention_levels TilesConfig.global_layers TilesConfig.gate_init TilesConfig.global_gate_init
-VisionConfig.mean
+VisionConfig.mean VocabularyImageTokensConfig.first_id VqganConfig.attention_levels
 VisionConfig.layer_scale VisionConfig.feature_layers VisionConfig.idle_layers WeightFrom.weight WeightFrom.from_step
 """
 _NEGATIVE = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmscale.checkpoint import load_weights
+from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.checkpoint.imports import import_folder
 from mmscale.models.build import build_unset
 from mmscale.models.config import read_model_config
@@ -50,3 +52,32 @@ def loaded(folder: Path, auto_class: str) -> Any:
     model, info = getattr(transformers, auto_class).from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in info if kind != "error_msgs"), info
     return model.eval()
+
+
+def trained_parameters(ours: Any) -> list[tuple[str, Any]]:
+    """Return the parameters by name, without those of an image tokenizer, which no stage trains."""
+    return [(name, value) for name, value in ours.named_parameters() if not name.startswith("image_tokenizer.")]
+
+
+def assert_restored(theirs: Any, folder: Path) -> None:
+    """Assert that import and export of a model that draws, with and without ``--like``, give back the same bits.
+
+    Args:
+        theirs: Model of transformers.
+        folder: Folder for temporary files.
+    """
+    theirs.save_pretrained(folder / "theirs", max_shard_size="100KB")
+    _, checkpoint = imported(folder / "theirs", folder / "run")
+    before, config = tensors_of(folder / "theirs"), json.loads((folder / "theirs/config.json").read_text())
+    for name, like in (("back", HuggingFace(folder / "theirs")), ("alone", HuggingFace())):
+        report = export_weights(checkpoint, folder / name, to=like, shard_bytes=200_000)
+        assert report.family == theirs.config.model_type
+        after = tensors_of(folder / name)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        again = loaded(folder / name, "AutoModelForImageTextToText")
+        ids = torch.tensor([[1, 5, 9, 7]])
+        with torch.no_grad():
+            assert torch.equal(again(input_ids=ids).logits, theirs(input_ids=ids).logits)
+        if like.like is not None:
+            assert json.loads((folder / name / "config.json").read_text()) == config

@@ -91,6 +91,33 @@ TINY: dict[str, dict[str, Any]] = {
         "vision_config": {**_TEXT, "model_type": "idefics3_vision", "image_size": 42, "patch_size": 7},
         "projector_patch_to_query_dict": {"9": 3, "36": 5},
     },
+    "emu3": {
+        "text_config": {**_TEXT, "vocab_size": 40, "num_key_value_heads": 2, "pad_token_id": 0},
+        "vq_config": {
+            "codebook_size": 2,
+            "base_channels": 32,
+            "channel_multiplier": [1, 2],
+            "num_res_blocks": 1,
+            "attn_resolutions": [1],
+            "hidden_size": 64,
+        },
+        "vocabulary_map": {"<|visual token 000000|>": 30, "<|visual token 000001|>": 31, "<image>": 3},
+    },
+    "janus": {
+        "text_config": {**_TEXT, "model_type": "llama", "num_key_value_heads": 2},
+        "vision_config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 16,
+            "mlp_ratio": 2.0,
+            "projection_dim": 64,
+            "num_image_tokens": 4,
+        },
+        "vq_config": {"num_embeddings": 16, "base_channels": 32, "projection_dim": 64, "image_token_embed_dim": 64},
+        "tie_word_embeddings": False,
+    },
     "clip": {
         "text_config": {**_TEXT, "hidden_act": "gelu"},
         "vision_config": {**_TEXT, "image_size": 64, "patch_size": 16, "hidden_act": "gelu"},
@@ -164,6 +191,7 @@ MUST_BE_THERE = {
     "smolvlm": {"text_config"},
     "clip": {"text_config", "vision_config"},
     "siglip": {"vision_config"},
+    "emu3": {"text_config"},
 }
 """Keys that a folder must have. A missing key of another name is an error only if the completed values contradict."""
 

@@ -79,6 +79,7 @@ TILED_AHEAD: dict[str, Any] = {"vision": TILED, "unseen_text": "looks_ahead"}
 TILED_ALONE = {**TILED, "tiles": {**TILED["tiles"], "attend_absent": False}}
 SCALED = {**LEARNED, "layer_scale": 0.1}
 NEW_ROWS = {"vocab_size": VOCAB - 20, "extra_tokens": {"rows": 20}}
+DRAWN = {"vocab_size": VOCAB - 20, "image_tokens": {"kind": "separate", "codes": 20, "code_dim": 8}}
 MODELS: list[tuple[str | None, dict[str, Any]]] = [
     *((kind, {}) for kind in (None, *CONNECTORS)),
     ("embedding", {"mlp": MOE, "vision": SCALED}),
@@ -94,6 +95,7 @@ MODELS: list[tuple[str | None, dict[str, Any]]] = [
     ("embedding", {"vision": {**TILED, "class_feature": False}}),
     ("embedding", {"vision": {**VISION, "temporal_patch": 2}}),
     *((kind, {**NEW_ROWS}) for kind in (None, "cross_attention")),
+    ("embedding", {**DRAWN}),
 ]
 
 
@@ -109,6 +111,8 @@ def test_a_training_step_equals_the_counter(kind: str | None, variant: dict[str,
     choices = TRAINED if kind is not None and not variant else TRAINED[-1:]
     if settings.decoder.extra_tokens:
         choices = [["extra_tokens"], ["extra_tokens", *(["connector"] if kind else [])], [*settings.components]]
+    elif settings.decoder.image_tokens:
+        choices = [["image_tokens"], ["connector", "image_tokens"], ["decoder"], [*settings.components]]
     elif settings.components == ("connector", "decoder"):
         choices = [["connector"], ["decoder"], ["connector", "decoder"]]
     elif "projector" in variant:

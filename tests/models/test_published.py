@@ -47,6 +47,8 @@ COUNTS = {  # Counted in the reference implementations (transformers; Molmo's ow
     "smolvlm-256m": 256_484_928,
     "nvlm-d-72b": 78_863_416_704,  # Without the 7 zero heads per block in the published files.
     "aria": 25_307_311_216,
+    "emu3-8b": 8_492_011_520,  # Without its image tokenizer.
+    "janus-1.3b": 2_076_636_811,  # With its image tokenizer, and without the tower's pooling head of 12,595,200.
 }
 EXPERTS = {  # Blocks, experts of a block that a token does not use, D, F.
     "aria": (28, 64 - 6, 2560, 1664),
@@ -65,6 +67,7 @@ TOWERS = {  # Tower, connector.
     "internvl3-1b": (304_012_288, 4_482_816),
     "smolvlm-256m": (86_433_024, 7_077_888),
     "aria": (417_792_240, 20_427_136),  # The tower with its unused norm.
+    "janus-1.3b": (303_688_704, 6_295_552),
 }
 NOMINAL = {  # Sizes were not published: models of the published form with about the published number.
     "mm1.5-1b": (997_853_760, 1e9),

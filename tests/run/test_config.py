@@ -88,6 +88,13 @@ def test_a_stage_trains_and_takes_what_its_own_model_has() -> None:
         run_of({}, {"weights": [{"checkpoint": "x", "components": ["audio"]}]})
     with pytest.raises(ConfigError, match=r"components=\['all', 'decoder'\]: `all` must be the only name"):
         run_of({"weights": [{"checkpoint": "x", "components": ["all", "decoder"]}]})
+    tokenizer = {"kind": "vqgan", "base_dim": 32, "multipliers": [1], "attention_levels": [], "latent_dim": 4}
+    drawing = {
+        "decoder": {"image_tokens": {"kind": "separate", "codes": 8, "code_dim": 2}},
+        "image_tokenizer": {**tokenizer, "codebook_size": 8, "code_dim": 2},
+    }
+    with pytest.raises(ConfigError, match=r"stages\.0 \(s0\)\.train names image_tokenizer: the data hold its codes"):
+        run_of({"model": drawing, "train": ["decoder", "image_tokenizer"]})
     config = run_of(new, {"train": ["extra_tokens", "connector"]})
     assert config.stage_model(1).components == ("vision", "connector", "decoder", "extra_tokens")
 

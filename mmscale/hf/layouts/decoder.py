@@ -122,6 +122,7 @@ def to_model(
     attention: dict[str, Any] | None = None,
     mlp_bias: bool = False,
     sectioned: bool = False,
+    drops: bool = False,
     **more: Any,
 ) -> ModelConfig:
     """Return the config of a text model.
@@ -131,13 +132,15 @@ def to_model(
         attention: Fields of ``decoder.attention`` that the family fixes.
         mlp_bias: Whether the feed-forward layers have biases.
         sectioned: Whether positions have three axes; ``mrope_section`` divides the frequencies among them.
+        drops: Whether ``attention_dropout`` may differ from 0; the family then reads the rate itself.
         **more: Fields of ``decoder`` that the family fixes, ``mlp`` among them if it has experts.
 
     Raises:
         CheckpointError: a key is missing or needs a computation that our models lack.
     """
     keys.must_be("hidden_act", "silu")
-    keys.must_be("attention_dropout", 0.0)
+    if not drops:
+        keys.must_be("attention_dropout", 0.0)
     heads, width = keys.read("num_attention_heads", int), keys.read("hidden_size", int)
     head_dim = keys.read("head_dim", int, None)
     decoder = {

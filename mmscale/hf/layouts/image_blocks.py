@@ -7,7 +7,7 @@ from typing import Any
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import NameRules, renames
-from mmscale.models.config import AnyModelConfig, TokenizerConfig
+from mmscale.models.config import AnyModelConfig, ModelConfig, TokenizerConfig
 from mmscale.models.image_tokenizer import MovqganConfig, VqganConfig
 
 TRAINING_BUFFERS = r"image_tokenizer\.codebook\..*"
@@ -37,6 +37,19 @@ def tokenizer(config: AnyModelConfig) -> VqganConfig | MovqganConfig:
     """Return the tokenizer. ``FamilyLayout.config_values`` has already checked the type of the config."""
     assert isinstance(config, TokenizerConfig)
     return config.image_tokenizer
+
+
+def tokenizer_of(config: ModelConfig) -> TokenizerConfig:
+    """Return the image tokenizer of a model that draws.
+
+    Raises:
+        CheckpointError: the model has none.
+    """
+    if config.image_tokenizer is None:
+        raise CheckpointError(
+            "folders of models that draw hold their image tokenizer; set model.image_tokenizer and load its weights"
+        )
+    return TokenizerConfig(image_tokenizer=config.image_tokenizer)
 
 
 def to_tokenizer(keys: Keys, size: str, **more: Any) -> TokenizerConfig:

@@ -86,6 +86,8 @@ class ContrastiveConnectorConfig(ConnectorBase):
         if decoder.tie_embeddings or decoder.predicted_rows:
             name = "tie_embeddings" if decoder.tie_embeddings else "extra_tokens.predicted"
             raise ValueError(f"decoder.{name}: a contrastive model predicts no tokens and has no head; set it to false")
+        if decoder.image_tokens is not None:
+            raise ValueError("decoder.image_tokens: a contrastive model draws no images; set it to null")
         if decoder.dropout:
             raise ValueError(
                 f"decoder.dropout={decoder.dropout:g}: a contrastive step may compute its vectors twice, and they must "

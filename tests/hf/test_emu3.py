@@ -1,0 +1,115 @@
+"""Imported Emu3 gives the logits, loss and gradients of transformers, and an export restores the folder bit for bit."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data_pipeline.media_spec import MediaSpec
+from mmscale.errors import CheckpointError
+from mmscale.hf.layouts import layout_of
+from tests.hf.reference_models import assert_restored, imported, their_gradients, trained_parameters
+from tests.models.packs import Doc, pack
+from tests.models.reference_models import distance, randomise
+from tests.parity_table import Recorder
+
+pytestmark = pytest.mark.parity
+BOUND, GRADIENT_BOUND = 2e-6, 8e-6
+CODES, FIRST, ROW_END, IMAGE = 64, 100, 99, 98
+SIDE = 32
+
+
+def reference_model(seed: int = 0, **text: Any) -> Any:
+    """Return a tiny random model whose ids 100 to 163 are the codes of its image tokenizer."""
+    from transformers import Emu3Config, Emu3ForConditionalGeneration
+
+    names = {f"<|visual token {code:06d}|>": FIRST + code for code in range(CODES)}
+    config = Emu3Config(
+        text_config={
+            "vocab_size": 170,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            **text,
+        },
+        vq_config={
+            "codebook_size": CODES,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1, 1, 2],
+            "num_res_blocks": 1,
+            "hidden_size": 64,
+        },
+        vocabulary_map={**names, "<|extra_200|>": ROW_END, "<image>": IMAGE},
+    )
+    model = Emu3ForConditionalGeneration(config)
+    randomise(model, seed)
+    return model.eval()
+
+
+def drawing(theirs: Any, seed: int) -> tuple[list[int], Tensor]:
+    """Return the tokens of an image of 4 x 4 codes with row ends, and its pixels, from the model's own tokenizer."""
+    pixels = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        ids = theirs.model.get_image_tokens(pixels, torch.tensor([[SIDE, SIDE]]))
+    return ids.tolist(), pixels
+
+
+def test_the_same_logits_loss_and_gradients(tmp_path: Path, parity: Recorder) -> None:
+    """An image is the same tokens whether it was encoded before or their model encodes its pixels."""
+    theirs = reference_model()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
+    assert ours.config.decoder.image_ids == range(FIRST, FIRST + CODES)
+    assert ours.config.decoder.dropout == theirs.config.text_config.attention_dropout == 0.1
+    ours.eval()
+    docs, logits = [], []
+    for seed, (before, after) in enumerate([([1, 5], [7, 8, 9]), ([1, 20, 30, 40], [2])]):
+        image, pixels = drawing(theirs, seed)
+        docs.append(Doc([*before, *image, *after], spans=[(0, [])]))
+        ids = torch.tensor([[*before, *[IMAGE] * len(image), *after]])
+        logits.append(theirs(input_ids=ids, pixel_values=pixels, image_sizes=torch.tensor([[SIDE, SIDE]])).logits[0])
+    batch = pack(docs, MediaSpec())
+    hidden = ours(batch).hidden
+    parity("emu3", "logits", distance(ours.head(hidden), torch.cat(logits)), BOUND)
+    weights = torch.where((batch.labels >= FIRST) & (batch.labels < FIRST + CODES), 0.5, 1.0) * batch.loss_weights
+    loss = ours.head(hidden, labels=batch.labels, loss_weights=weights)
+    reference = (F.cross_entropy(torch.cat(logits), batch.labels, reduction="none", ignore_index=-100) * weights).sum()
+    parity("emu3", "loss", distance(loss, reference), BOUND)
+    loss.backward()
+    reference.backward()
+    gradients = their_gradients(theirs, tmp_path)
+    for name, parameter in trained_parameters(ours):
+        parity("emu3", "gradients", distance(parameter.grad, gradients.pop(name)), GRADIENT_BOUND)
+    assert all(name.startswith("image_tokenizer.") for name in gradients)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"<|visual token 000003|>": 7}, "must have consecutive ids"),
+        ({"<|visual token 000000|>": "x"}, "must have consecutive ids"),
+        ({f"<|visual token {code:06d}|>": 150 + code for code in range(CODES)}, "first_id=150"),
+    ],
+)
+def test_other_ids_of_codes_are_rejected(change: dict[str, Any], message: str) -> None:
+    values = json.loads(reference_model().config.to_json_string(use_diff=False))
+    values["vocabulary_map"] |= change
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        layout_of("emu3").model_config(values, "config.json")
+
+
+def test_export_restores_the_folder(tmp_path: Path) -> None:
+    assert_restored(reference_model(), tmp_path)
