@@ -66,9 +66,48 @@ def page_texts(fields: dict[str, Any]) -> list[Any] | None:
     return None
 
 
+PAIR = ("chosen", "rejected")
+"""Fields of the answers of a preference pair."""
+
+
+def check_pair(fields: dict[str, Any], chosen: str, rejected: str) -> None:
+    """Check the answers of a preference pair.
+
+    Args:
+        fields: Fields of the sample.
+        chosen: Field of the preferred answer.
+        rejected: Field of the other answer.
+
+    Raises:
+        SampleError: an answer is missing or has no text, or both are equal.
+    """
+    for name in (chosen, rejected):
+        texts = answer_texts(fields.get(name))
+        if not texts or not isinstance(texts[-1], str) or not texts[-1].strip():
+            raise SampleError(
+                f"field {name!r} is {fields.get(name)!r:.80}, expected an answer: a text, or turns that end with it",
+                kind=FaultKind.TEXT,
+            )
+    if answer_texts(fields[chosen]) == answer_texts(fields[rejected]):
+        raise SampleError(f"{chosen} and {rejected} are equal, so the pair prefers nothing", kind=FaultKind.TEXT)
+
+
+def answer_texts(answer: Any) -> list[Any]:
+    """Return the texts of an answer, which is a text or a list of turns, without checking their types."""
+    return _turns({"messages": answer}) if isinstance(answer, list) else [answer]
+
+
+def _pair_texts(fields: dict[str, Any]) -> list[Any]:
+    """Return the texts of prompt and answers of a preference pair; none for any other sample."""
+    if not all(name in fields for name in PAIR):
+        return []
+    found = [text for name in ("prompt", *PAIR) for text in answer_texts(fields.get(name))]
+    return [text for text in found if text is not None]
+
+
 def spoken_texts(fields: dict[str, Any]) -> list[Any]:
-    """Return the texts of a dialogue and of annotations, without checking their types."""
-    found = _turns(fields)
+    """Return the texts of a dialogue, of annotations and of a preference pair, without checking their types."""
+    found = [*_turns(fields), *_pair_texts(fields)]
     annotations = fields.get("annotations")
     for entry in annotations if isinstance(annotations, list) else ():
         found += [entry] if isinstance(entry, str) else _turns(entry) or _values(entry)

@@ -230,7 +230,7 @@ class DocumentBuilder:
                     crops = self._transform.dry_run(piece.size or _size_of(piece.data), rng, num_images)
                 draft.add_image(crops, tokenizer.image_id, self._layout)
             elif isinstance(piece, BranchPiece):
-                draft.begin_branch()
+                draft.begin_branch(piece.repeats_last)
             elif isinstance(piece, EndPiece):
                 draft.add_tokens((tokenizer.eos_id,), piece.weight)
             elif isinstance(piece, TokenPiece):
@@ -339,7 +339,13 @@ def dummy_document(spec: MediaSpec, pad_id: int) -> Document:
 
 
 def plain_document(
-    spec: MediaSpec, token_ids: Sequence[int], image_id: int, grids: Sequence[Grid], origin: Provenance
+    spec: MediaSpec,
+    token_ids: Sequence[int],
+    image_id: int,
+    grids: Sequence[Grid],
+    origin: Provenance,
+    *,
+    num_answers: int = 1,
 ) -> Document:
     """Return a document of black images and then tokens, made without a sample.
 
@@ -350,6 +356,7 @@ def plain_document(
         image_id: Id of the placeholder of an image feature.
         grids: Patches of the crops of each image. An image has one crop for each role: embedded, attended or compared.
         origin: Its provenance.
+        num_answers: 1 makes no branches; 2 makes a preference pair of at least four tokens.
 
     Raises:
         SampleError: a grid does not fit the model.
@@ -357,8 +364,11 @@ def plain_document(
     draft = Draft(spec)
     for grid in grids:
         draft.add_image(_crops(spec, grid), image_id, None)
-    draft.add_tokens(token_ids[:1], 0.0)
-    draft.add_tokens(token_ids[1:], 1.0)
+    draft.add_tokens(token_ids[:num_answers], 0.0)
+    for answer in range(num_answers):
+        if num_answers > 1:
+            draft.begin_branch(repeats_last=True)
+        draft.add_tokens(token_ids[num_answers + answer :: num_answers], 1.0)
     if spec.placement is Placement.PAIR:
         draft.weights = [0.0] * (len(draft.ids) - 1) + [1.0]
     return draft.finish(origin)

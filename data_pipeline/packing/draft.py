@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
+from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.images.drawn_images import DrawnTokens
 from data_pipeline.images.image_tokens import ImageLayout, LayoutAnchor, LayoutElement, LayoutFeatures, LayoutTokens
 from data_pipeline.media_spec import MediaSpec, Placement
@@ -46,6 +47,8 @@ class Draft:
     branches: list[int] = field(default_factory=list)
     fork: int = 0
     """Position at which every branch starts."""
+    repeated: tuple[int, ...] = ()
+    """The token that every branch begins with; empty without ``BranchPiece.repeats_last``."""
 
     def add_tokens(self, ids: Sequence[int], weight: float) -> None:
         """Append tokens with the same loss weight; tokens of weight 0 get no label."""
@@ -57,12 +60,28 @@ class Draft:
         self.weights.extend([weight] * len(ids))
         self.next_position += len(ids)
 
-    def begin_branch(self) -> None:
+    def begin_branch(self, repeats_last: bool = False) -> None:
         """Begin a branch. Its positions start where those of the first branch start."""
         if not self.branches:
+            if repeats_last:
+                self._take_last()
             self.fork = self.next_position
         self.branches.append(len(self.ids))
         self.next_position = self.fork
+        self.add_tokens(self.repeated, 0.0)
+
+    def _take_last(self) -> None:
+        """Remove the last token, which every branch then begins with. Raises ``SampleError`` if it is no text."""
+        if len(self.ids) < 2 or (self.images and self.images[-1].stop == len(self.ids)):
+            problem = (
+                "the prompt of a pair must end with text and have at least two tokens: give template.each a prompt"
+            )
+            raise SampleError(problem, kind=FaultKind.TEXT)
+        self.repeated = (self.ids.pop(),)
+        del self.labels[-1], self.weights[-1]
+        self.next_position -= 1
+        if self.positions:
+            self.positions[-1] = self.positions[-1][:-1]
 
     def add_image(self, crops: tuple[MediaItem, ...], image_id: int, layout: ImageLayout | None) -> None:
         """Append an image: its crops, and its tokens according to the layout. No token of an image is learned.

@@ -13,7 +13,7 @@ from typing import Any
 
 from data_pipeline.errors import SampleError
 from data_pipeline.images.decode import decode_image
-from data_pipeline.io.json_member import all_texts, page_texts, parse_member, spoken_texts
+from data_pipeline.io.json_member import PAIR, all_texts, check_pair, page_texts, parse_member, spoken_texts
 from data_pipeline.sample import Provenance, Sample
 from data_pipeline.shards.damage import Problem
 from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, image_size, is_image, known_format
@@ -79,7 +79,7 @@ def _check_fields(sample: Sample) -> None:
 
     Raises:
         SampleError: a caption is null or empty and there is no other text, a turn is malformed, a dialogue has no
-            learned turn, or a loss weight is invalid.
+            learned turn, a loss weight is invalid, or the answers of a pair are equal or missing.
     """
     fields = sample.fields
     if {"caption", "captions"} & fields.keys() and page_texts(fields) is None and not spoken_texts(fields):
@@ -88,6 +88,8 @@ def _check_fields(sample: Sample) -> None:
     for name in ("messages", "conversations"):
         if fields.get(name) is not None:
             _dialogue_of(frozenset(_roles(fields[name])), name).pieces(sample, None)
+    if fields.keys() >= {*PAIR}:
+        check_pair(fields, *PAIR)
     entries = fields.get("annotations")
     for entry in entries if isinstance(entries, list) else ():
         if isinstance(entry, dict):

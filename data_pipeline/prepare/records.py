@@ -7,6 +7,7 @@
     messages or conversations (LLaVA), image    images, and the turns unchanged
     messages with {"type": "image", "image": F} the same, with the images taken out of the turns
     text_list, image_info  (MMC4)               each image before the text that it was matched with
+    prompt, chosen, rejected, image             images, and the preference pair unchanged
 
 The result has one form: an image member ``jpg``, or ``0.jpg``, ``1.png``, ... for several, and a ``json`` with
 ``caption``, ``captions``, ``parts`` or the turns. An image's extension follows its content, not its name.
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataConfigError, SampleError
-from data_pipeline.io.json_member import all_texts, parse_member
+from data_pipeline.io.json_member import PAIR, all_texts, check_pair, parse_member
 from data_pipeline.io.untrusted import read_bytes
 from data_pipeline.prepare.rows import Members
 from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, ImageFormat, image_size, is_image
@@ -41,8 +42,8 @@ from data_pipeline.shards.interleaved import (
 )
 
 PATH, CAPTION, CAPTIONS = "path", "caption", "captions"
-SPOKEN = frozenset({"messages", "conversations", "annotations"})
-"""Fields of dialogues and annotations."""
+SPOKEN = frozenset({"messages", "conversations", "annotations", *PAIR})
+"""Fields of dialogues, annotations and preference pairs."""
 ANSWERS = frozenset({"answer", "answers", "response", "output", "completion"})
 """Fields of an answer to a question in another field. ``template.answers`` names them."""
 DROPPED_IMAGES = "dropped_images"
@@ -140,6 +141,8 @@ def members_from_record(record: Mapping[str, Any], load: Callable[[Any], bytes],
             members[ext if len(images) == 1 and not isinstance(paths, list | tuple) else f"{number}.{ext}"] = content
     if isinstance(fields.get(CAPTIONS), str) and fields[CAPTIONS].lstrip().startswith("["):
         fields[CAPTIONS] = parse_member(fields[CAPTIONS].encode())
+    if record.keys() >= {*PAIR}:  # Not ``fields``, which lacks an empty answer.
+        check_pair(fields, *PAIR)
     if not any(all_texts(fields)) and not members and not (ANSWERS & fields.keys()):
         raise SampleError("neither an image (path) nor a text (caption, captions, parts)")
     members["json"] = dump_json(fields)
@@ -172,7 +175,7 @@ def _pop_images_of_turns(fields: dict[str, Any]) -> list[Any] | None:
         found.extend([reference for reference in references if reference is not None][:1])
         return {"type": "image"}
 
-    for name in ("messages", "conversations"):
+    for name in ("messages", "conversations", "prompt"):
         turns = fields.get(name)
         if isinstance(turns, list):
             fields[name] = [

@@ -1,4 +1,4 @@
-"""Build the bundled text data: dialogues, questions and pages from the texts of the emoji data set.
+"""Build the bundled text data: dialogues, questions, pages and preference pairs from the texts of the emoji data set.
 
     python examples/text/build.py --output examples/text
 
@@ -25,6 +25,7 @@ CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 HELD_OUT_SHARE = 0.2
 CONCEPTS_PER_TALK = 3
 NUM_CHOICES = 4
+NUM_PAIRS = 256
 VOCAB_SIZE = 2048
 
 Fields = dict[str, Any]
@@ -76,6 +77,14 @@ def questions(listed: Sequence[Fields], groups: Sequence[str]) -> Iterator[tuple
         yield key.lower(), {"question": group_question(fields), "choices": choices, "answer": choices.index(right)}
 
 
+def pairs(listed: Sequence[Fields], groups: Sequence[str]) -> Iterator[tuple[str, Fields]]:
+    """Yield preference pairs: the question for a concept's group, that group, and a wrong group to reject."""
+    for fields in listed:
+        key, right = fields["concept"], fields["group"]
+        wrong = min((group for group in groups if group != right), key=lambda group: share(f"pair:{key}:{group}"))
+        yield key.lower(), {"prompt": group_question(fields), "chosen": right, "rejected": wrong}
+
+
 def pages(listed: Sequence[Fields]) -> Iterator[tuple[str, Fields]]:
     """Yield a page for each subgroup, in the form of the emoji data's pages."""
     for subgroup in sorted({fields["subgroup"] for fields in listed}):
@@ -103,6 +112,8 @@ def build(output: Path) -> list[Path]:
     write(output / "shards", "talks-heldout", talks(asked))
     write(output / "shards", "questions-heldout", questions(asked, groups))
     write(output / "shards", "pages-heldout", pages(unseen))
+    write(output / "shards", "pairs", pairs(taught[:NUM_PAIRS], groups))
+    write(output / "shards", "pairs-heldout", pairs(asked[: NUM_PAIRS // 2], groups))
     return [EMOJI / "train-text.manifest", talked]
 
 

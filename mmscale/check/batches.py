@@ -36,11 +36,13 @@ class BatchMaker:
         spec: The model's inputs.
         vocab_size: Largest token id + 1.
         seed: Seed of the run, for dropout masks.
+        num_answers: Branches of a document: 2 for preference pairs, 1 for documents without branches.
     """
 
     spec: MediaSpec
     vocab_size: int
     seed: int
+    num_answers: int = 1
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -88,9 +90,11 @@ class BatchMaker:
         def text(length: int, images: int = 0, *, one_id: bool = False) -> Document:
             most = self.spec.max_document_tokens
             length = length if most is None else max(2, min(length, most // 2))
+            length = length if self.num_answers == 1 else max(length, 2 + self.num_answers)
             ids = rng.integers(_FIRST_ID, self.vocab_size, length).tolist()
+            ids = [ids[0]] * length if one_id else ids
             grids = [self._grid(number) for number in range(images)]
-            return plain_document(self.spec, [ids[0]] * length if one_id else ids, _IMAGE_ID, grids, origin())
+            return plain_document(self.spec, ids, _IMAGE_ID, grids, origin(), num_answers=self.num_answers)
 
         image = int(self.spec.placement is not Placement.NONE)
         pair = int(self.spec.placement is Placement.PAIR)

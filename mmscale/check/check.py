@@ -31,6 +31,7 @@ from mmscale.dist import prepare_deepspeed
 from mmscale.errors import EngineError
 from mmscale.evaluate import EvaluationConfig
 from mmscale.run.config import RunConfig
+from mmscale.run.stage_teachers import teacher_sources
 from mmscale.shrink.run import shrink_run
 
 _DEEP = 32
@@ -170,7 +171,7 @@ def _program(config: RunConfig, folder: Path, ranks: int, parallel: int, *, keep
     for number in numbers:
         is_scored = number == numbers[-1] or config.evaluation.every_steps is not None
         evaluations.append(evaluation_block(folder, small.stage_media(number)) if is_scored else None)
-    distill = tuple(stage.distill for stage in config.stages)
+    distill = tuple(teacher_sources(config, number) for number in range(len(config.stages)))
     return RankProgram(small, distill, tuple(evaluations), folder, tuple(numbers))
 
 

@@ -132,7 +132,8 @@ class RankProgram:
                 recorder.where = f"{where}, warm start"
                 checkpoint.warm_start(engine, latest, upcycle=stage.upcycles_previous)
             spec = config.stage_media(number)
-            batches = BatchMaker(spec, config.decoder_model(number).decoder.vocab_size, config.seed)
+            answers = 1 if stage.preference is None else 2
+            batches = BatchMaker(spec, config.decoder_model(number).decoder.vocab_size, config.seed, answers)
             make = make_few_steps if self.at_full_depth else make_steps
             for index, step in enumerate(make(batches.kinds, world.world_size)):
                 kinds = step.kinds[world.rank]

@@ -14,6 +14,7 @@ def next_steps(config: RunConfig) -> list[tuple[str, str]]:
 
     Every command can be pasted into a shell.
     """
+    from data_pipeline.text.templates import DialogueTemplate
     from mmscale.errors import CheckpointError
     from mmscale.hf.layouts import layout_for
     from mmscale.report.captions import IMAGES_FOLDER
@@ -27,7 +28,7 @@ def next_steps(config: RunConfig) -> list[tuple[str, str]]:
             steps.append((f"mmscale generate {run} --image {shlex.quote(str(image))}", "answer about an image"))
         elif model.vision is None:
             steps.append((f"mmscale generate {run} --prompt 'Once'", "continue a text"))
-        if any(dataset.template.kind == "dialogue" for dataset in data.datasets):
+        if any(isinstance(dataset.template.branch_template, DialogueTemplate) for dataset in data.datasets):
             steps.append((f"mmscale chat {run}", "talk with the model"))
     if config.evaluation.sets:
         steps.append((f"mmscale eval {run}", "score the held-out sets again"))

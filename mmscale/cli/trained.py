@@ -239,7 +239,7 @@ def own_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:
         return ()
     try:
         data = open_run(run).value.data
-        return tuple(write_tokenizer(data.tokenizer, data.prompts.template, folder))
+        return tuple(write_tokenizer(data.tokenizer, data.prompts.template.branch_template, folder))
     except (CheckpointError, ConfigError, DataConfigError) as error:
         warn([f"the tokenizer is not exported: {error}"])
         return ()

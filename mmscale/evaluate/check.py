@@ -19,6 +19,7 @@ from data_pipeline.sample import Sample
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.manifest_check import reject_non_manifest
 from data_pipeline.shards.sample_reader import SampleReader, read_samples
+from data_pipeline.text.templates import PreferenceTemplate
 from data_pipeline.text.templates.base import fill
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from mmscale.errors import ConfigError
@@ -124,6 +125,11 @@ def _check_contrastive(held: HeldOutSet) -> None:
 
 def _check_samples(held: EvaluationSet, data: DataConfig, tokenizer: Tokenizer, spec: MediaSpec) -> None:
     builder = document_builder(held, template_of(held), data, tokenizer, spec)
+    if isinstance(held, PerplexitySet) and isinstance(builder.dataset.template, PreferenceTemplate):
+        raise ConfigError(
+            f"evaluation set {held.name}: template.kind=preference has a rejected answer, whose likelihood is no "
+            "score; give the set the template of one answer"
+        )
     if isinstance(held, GenerationSet):
         require_metric(held.metric)
     with closing(SampleReader(Manifest.open(held.manifest), held.name)) as reader:

@@ -14,7 +14,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
-from data_pipeline.text.templates import DialogueTemplate, TemplateConfig
+from data_pipeline.text.templates import DialogueTemplate
+from data_pipeline.text.templates.base import TemplateBase
 from data_pipeline.text.tokenizer import (
     HuggingFaceTokenizerConfig,
     SentencePieceTokenizerConfig,
@@ -28,7 +29,7 @@ _PROBES = ("Hello, world!", " two  spaces and\ttabs\n\n", "ÄÖü ß 漢字 🙂
 
 
 def write_tokenizer(
-    config: SentencePieceTokenizerConfig | HuggingFaceTokenizerConfig, template: TemplateConfig, folder: Path
+    config: SentencePieceTokenizerConfig | HuggingFaceTokenizerConfig, template: TemplateBase, folder: Path
 ) -> list[Path]:
     """Write the tokenizer, and the chat template if ``template`` is a dialogue of text, into a folder.
 

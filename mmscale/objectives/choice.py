@@ -12,6 +12,7 @@ from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.objectives.base import ObjectiveBase
 from mmscale.objectives.contrastive import Contrastive
 from mmscale.objectives.next_token import NextToken
+from mmscale.objectives.preference import Preference
 from mmscale.objectives.ranks import WorldInfo
 from mmscale.objectives.reconstruction import Reconstruct, ReconstructionConfig
 from mmscale.objectives.teacher import Teacher
@@ -29,7 +30,7 @@ def choose_objective(
         model: Configuration of the model that is trained.
         stage: Settings of the loss.
         world: The ranks that share a step; used by a contrastive loss and by the losses of routers.
-        teachers: Frozen models for distillation; used by the next-token loss.
+        teachers: Frozen models for distillation, or the reference of preference optimisation.
     """
     if stage.objective is not None:
         return stage.objective
@@ -37,4 +38,6 @@ def choose_objective(
         return Reconstruct(stage.reconstruction or ReconstructionConfig(), model)
     if isinstance(model.connector, ContrastiveConnectorConfig):
         return Contrastive(model.connector, world)
+    if stage.preference is not None:
+        return Preference(stage.preference, teachers, world)
     return NextToken(stage.z_loss, teachers, world)

@@ -86,6 +86,40 @@ class DistillConfig(StrictConfig):
     must contain averages."""
 
 
+class PreferenceConfig(StrictConfig):
+    """Direct preference optimisation: make the chosen answer of each pair more likely than the rejected one.
+
+    With ``d`` the log-probability of the chosen answer minus that of the rejected one, minus the same of a frozen
+    reference model, the loss of a pair is ``-log(sigmoid(beta * d))``. Source: Rafailov et al. 2023 (arXiv 2305.18290),
+    equation 7.
+    """
+
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """``sigmoid``: as above. ``ipo``: ``(d - 1 / (2 * beta)) ** 2``, which does not push certain pairs further (Azar et
+    al. 2023, arXiv 2310.12036, equation 17)."""
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the tie to the reference: the larger it is, the less the model departs from the reference."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Assumed probability that a pair has the wrong order, below 0.5, for ``loss: sigmoid`` (conservative DPO): the
+    loss is ``(1 - p)`` times that of the pair plus ``p`` times that of the swapped pair."""
+    length_normalised: bool = False
+    """Divide each answer's log-probabilities by its number of tokens (weighted by their loss weights). TRL does so for
+    its ``ipo`` and ``sigmoid_norm``."""
+    next_token: float = Field(default=0.0, ge=0)
+    """Coefficient of an additional term, at least 0: the mean cross-entropy of the chosen answer's tokens. It keeps
+    the chosen answers likely (Emu3; Llama 3: 0.2)."""
+    reference: Literal["start", "none"] | Path = "start"
+    """The frozen reference model. ``start``: the weights that the stage begins with, which are those of the previous
+    stage, or of the only entry of ``weights`` in the first stage. A path: a checkpoint or run folder. ``none``: no
+    reference; ``d`` is then the difference of the model's own log-probabilities (reference-free)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PreferenceConfig:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"label_smoothing={self.label_smoothing}: belongs to loss=sigmoid, not {self.loss}")
+        return self
+
+
 class StageConfig(StrictConfig):
     """One stage."""
 
@@ -137,12 +171,17 @@ class StageConfig(StrictConfig):
     of it, and the weights of the chosen experts must sum to 1 (``renormalise``, or ``router: topk_then_softmax``)."""
     distill: tuple[DistillConfig, ...] = ()
     """Teachers whose predictions are targets in addition to the tokens of the data; empty for none."""
+    preference: PreferenceConfig | None = None
+    """Preference optimisation on pairs of answers (DPO) instead of the next-token loss. Every data set of the stage
+    needs a template of kind ``preference``. null for none."""
 
     @model_validator(mode="after")
     def _check(self) -> StageConfig:
         _check_names(self.train, "train")
         if self.objective is not None and (self.z_loss or self.distill):
             raise ValueError(f"objective={self.objective.kind}: replaces the loss; leave out z_loss and distill")
+        if self.preference is not None and (self.objective or self.z_loss or self.distill):
+            raise ValueError("preference: replaces the loss; leave out objective, z_loss and distill")
         shares = [teacher.weight for teacher in self.distill]
         if math.fsum(shares) > 1 + 1e-9:
             raise ValueError(f"distill: the weights {shares} are shares of one loss and must sum to at most 1")

@@ -387,7 +387,9 @@ class Measurement:
         """Return the median time of a step of an engine, which takes the microbatches of ``steps`` in turn."""
         config = self.config.engine.model_copy(update=engine)
         stage = self.config.stages[0].model_copy(update={"train": train, "learning_rate": {"default": 1e-6}})
-        stage = stage.model_copy(update={"warmup_steps": 0, "clip": 1.0, "ema": None, "distill": ()})
+        stage = stage.model_copy(
+            update={"warmup_steps": 0, "clip": 1.0, "ema": None, "distill": (), "preference": None}
+        )
         build = partial(build_model, model, attention=config.attention, seed=None, dtype=self.dtype)
         built = construct(build, config, self.world, partial(initialise_, seed=0))
         objective = choose_objective(model, stage, self.world, ())

@@ -37,7 +37,7 @@ from mmscale.plan.batch import largest_batch, tensor_bytes
 from mmscale.plan.load import ExampleDocument
 from mmscale.plan.trace import Event, gathered_modules, trace
 from mmscale.run.config import RunConfig
-from mmscale.run.stage_teachers import teacher_models
+from mmscale.run.stage_teachers import teacher_models, teacher_sources
 
 _PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "gathered", "buffers", "batch")
 _MESSAGE = 500_000_000
@@ -184,7 +184,7 @@ def _passes(task: _Pass) -> tuple[_Shapes, dict[bool, list[Event]], int]:
     dtype = {4: torch.float32, 2: torch.bfloat16}[task.width]
     teachers = [
         Teacher(cast(MultimodalModel, build_weights(teacher).to(dtype)), source.weight, source.temperature)
-        for teacher, source in zip(teacher_models(config, number), stage.distill, strict=True)
+        for teacher, source in zip(teacher_models(config, number), teacher_sources(config, number), strict=True)
     ]
     model = build_weights(architecture).to(dtype)
     freeze(model, model.components(), stage)

@@ -26,6 +26,7 @@ from data_pipeline.packing.document_builder import DocumentBuilder, dummy_docume
 from data_pipeline.packing.packer import Budget
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.manifest_check import reject_non_manifest
+from data_pipeline.text.templates import PreferenceTemplate
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from mmscale.bad_steps.detector import BadStepsConfig, Policy
 from mmscale.checkpoint.config import CheckpointConfig
@@ -100,8 +101,8 @@ class RunConfig(StrictConfig):
             except ConfigError as error:
                 raise ValueError(f"stages.{number} ({stage.name}): {error}") from error
             if not model.predicts_tokens:
-                for key, value in (("z_loss", stage.z_loss), ("distill", stage.distill)):
-                    if value:
+                for key in ("z_loss", "distill", "preference"):
+                    if value := getattr(stage, key):
                         place = f"stages.{number} ({stage.name}).{key}={value}"
                         raise ValueError(f"{place}: the model has no logits of tokens; leave it out")
             self._check_reconstruction(number, model)
@@ -120,7 +121,9 @@ class RunConfig(StrictConfig):
                     f"stages.{number} ({stage.name}).train names {TOKENIZER}: the data hold its codes, so a run that "
                     "draws cannot train it; train it before, in a run whose model is the image tokenizer alone"
                 )
-            self.stage_data(number)  # Raises if an override is not valid.
+            problem = _preference_problem(stage, number, self.stage_data(number))  # Raises if an override is not valid.
+            if problem is not None:
+                raise ValueError(f"stages.{number} ({stage.name}).{problem}")
             if stage.upcycle and (problem := self._upcycling_problem(number)) is not None:
                 raise ValueError(f"stages.{number} ({stage.name}).upcycle=true: {problem}")
         return self
@@ -275,6 +278,35 @@ class RunConfig(StrictConfig):
 
     def _place(self, number: int) -> str:
         return f"stages.{number} ({self.stages[number].name})"
+
+
+def _preference_problem(stage: StageConfig, number: int, data: DataConfig) -> str | None:
+    """Return why the loss of a stage does not fit its data or the weights that it begins with; None if it does."""
+    pairs = [isinstance(dataset.template, PreferenceTemplate) for dataset in data.datasets]
+    if stage.preference is None:
+        if any(pairs) and stage.objective is None:
+            return (
+                "preference: missing, and a data set has a template of kind preference, whose rejected answers the "
+                "next-token loss would learn"
+            )
+        return None
+    if not all(pairs):
+        return (
+            f"preference: data set {data.datasets[pairs.index(False)].name} has another template; every data set of "
+            "the stage needs template.kind=preference"
+        )
+    if data.packing.too_long != "error":
+        return (
+            f"data.packing.too_long={data.packing.too_long}: a cut pair has lost an answer; set error, which skips "
+            "pairs that no pack can hold"
+        )
+    whole = [source.components == (ALL,) for source in stage.weights]
+    if stage.preference.reference == "start" and (whole != [True] if number == 0 or whole else False):
+        return (
+            "preference.reference=start: needs one checkpoint with the weights of the beginning; give `weights` one "
+            "entry for all components, or name the reference: a checkpoint, or none"
+        )
+    return None
 
 
 C = TypeVar("C", bound=StrictConfig)

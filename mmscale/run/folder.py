@@ -36,6 +36,7 @@ from mmscale.run.config import RunConfig
 
 CONFIG = RUN_CONFIG
 CHECKPOINTS = "checkpoints"
+REFERENCES = "references"
 SAMPLE_LOG = "sample_log"
 FAULTS = "faults"
 BAD_STEPS = "bad_steps"

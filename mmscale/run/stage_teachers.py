@@ -1,4 +1,4 @@
-"""Find, check and open the teachers of a stage.
+"""Find, check and open the teachers of a stage, or the reference model of its preference optimisation.
 
     stages.*.distill --newest checkpoint, recorded in TrainState.extra--> manifest: configuration, vocabulary
                      --each rank loads its own ranges--> Teacher
@@ -7,11 +7,17 @@ A stage loads other weights once, at its beginning (``stage_weights``), but need
 that resumes inside a stage requires the same teacher checkpoint, identified by the checksum of its manifest, even if
 the teacher's run has written newer ones since.
 
+A reference model is found and recorded in the same way. If it is the model at the beginning of the stage
+(``preference.reference: start``), the checkpoint of the previous stage is linked to ``RUN/references/STAGE``, because
+``checkpoint.keep_last`` removes it from the run's checkpoints.
+
 Source: the setting is that of Llama 3.2 1B and 3B, with the logits of 8B and 70B (Meta 2024, model card).
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from functools import partial
@@ -24,6 +30,7 @@ from mmscale.checkpoint.load import fill_frozen
 from mmscale.checkpoint.manifest import (
     Manifest,
     checkpoints_of,
+    folder_name,
     is_whole,
     manifest_checksum,
     missing_or_truncated,
@@ -43,12 +50,34 @@ from mmscale.models.multimodal import MultimodalModel
 from mmscale.objectives.teacher import Teacher
 from mmscale.optim.stages import DistillConfig
 from mmscale.run.config import RunConfig
+from mmscale.run.folder import CHECKPOINTS, REFERENCES
 from mmscale.run.stage_weights import newest_on_rank_0
 
 _KEY = "teachers"
 """Key of ``TrainState.extra``. Its value maps a configured path to (checkpoint, checksum of its manifest)."""
 
 _Recorded = Mapping[str, tuple[str, str]]
+
+
+def teacher_sources(config: RunConfig, number: int) -> tuple[DistillConfig, ...]:
+    """Return the frozen models of stage ``number``: its teachers, or the reference of its preference optimisation."""
+    stage = config.stages[number]
+    if stage.preference is None:
+        return stage.distill
+    reference = stage.preference.reference
+    if isinstance(reference, Path):
+        return (DistillConfig(checkpoint=reference),)
+    if reference == "none":
+        return ()
+    if stage.weights:
+        return tuple(DistillConfig(checkpoint=source.checkpoint, ema=source.ema) for source in stage.weights)
+    return (DistillConfig(checkpoint=config.run_dir / REFERENCES / stage.name),)
+
+
+def _links_start(config: RunConfig, number: int) -> bool:
+    """Return whether the reference of stage ``number`` is the end of the stage before, so that no file exists yet."""
+    preference = config.stages[number].preference
+    return preference is not None and preference.reference == "start" and not config.stages[number].weights
 
 
 def check_teachers(config: RunConfig, world: World, state: TrainState) -> None:
@@ -69,7 +98,9 @@ def check_teachers(config: RunConfig, world: World, state: TrainState) -> None:
 def _problems(config: RunConfig, state: TrainState) -> Iterator[str]:
     is_over = state.stage_step == config.stages[state.stage_index].steps
     for number, stage in config.stages_from(state.stage_index + is_over):
-        for index, source in enumerate(stage.distill):
+        if _links_start(config, number) and not (number == state.stage_index and state.stage_step):
+            continue
+        for index, source in enumerate(teacher_sources(config, number)):
             try:
                 path = _find(source, _recorded(state) if number == state.stage_index else {})
                 manifest = read_manifest(path)
@@ -79,7 +110,8 @@ def _problems(config: RunConfig, state: TrainState) -> Iterator[str]:
             except CheckpointError as error:
                 reason = str(error)
             if reason is not None:
-                yield f"stages.{number}.distill.{index}.checkpoint={source.checkpoint}: {reason}"
+                key = f"distill.{index}.checkpoint" if stage.distill else "preference.reference"
+                yield f"stages.{number}.{key}={source.checkpoint}: {reason}"
 
 
 def record_teachers(config: RunConfig, world: World, state: TrainState) -> TrainState:
@@ -88,16 +120,43 @@ def record_teachers(config: RunConfig, world: World, state: TrainState) -> Train
     A resumed run then uses the same teachers.
 
     Raises:
-        CheckpointError: a teacher is missing.
+        CheckpointError: a teacher is missing, or the reference cannot be linked.
     """
+    if _links_start(config, state.stage_index) and not state.stage_step:
+        _link_start(config, world, state)
     chosen = {}
-    for source in config.stages[state.stage_index].distill:
+    for source in teacher_sources(config, state.stage_index):
         key = str(source.checkpoint)
         recorded = _recorded(state)
         path = _find(source, recorded) if key in recorded else newest_on_rank_0(world, source.checkpoint)
         chosen[key] = (str(path), manifest_checksum(path))
     extra = {key: value for key, value in state.extra.items() if key != _KEY}
     return replace(state, extra={**extra, _KEY: chosen} if chosen else extra)
+
+
+def _link_start(config: RunConfig, world: World, state: TrainState) -> None:
+    """Link the files of the newest checkpoint of the run to the folder of the stage's reference."""
+    message = None
+    if world.is_main:
+        source = config.run_dir / CHECKPOINTS / folder_name(state.step)
+        target = config.run_dir / REFERENCES / config.stages[state.stage_index].name
+        partial_folder = target.with_name(f"{target.name}.partial")
+        try:
+            for old in (partial_folder, target):
+                if old.exists():
+                    shutil.rmtree(old)
+            shutil.copytree(source, partial_folder, copy_function=_link_or_copy)
+            partial_folder.rename(target)
+        except OSError as error:
+            message = f"{target}: cannot hold the reference model of the stage: {error}"
+    raise_on_any_rank(world, message, CheckpointError)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # The file system has no hard links.
+        shutil.copy2(source, target)
 
 
 def open_teachers(config: RunConfig, world: World, state: TrainState) -> list[Teacher]:
@@ -112,7 +171,7 @@ def open_teachers(config: RunConfig, world: World, state: TrainState) -> list[Te
         CheckpointError: a teacher is damaged; every rank raises.
     """
     teachers = []
-    for source in config.stages[state.stage_index].distill:
+    for source in teacher_sources(config, state.stage_index):
         path, _ = state.extra[_KEY][str(source.checkpoint)]
         teachers.append(_open(config, world, source, Path(path)))
     return teachers
@@ -129,12 +188,17 @@ def _open(config: RunConfig, world: World, source: DistillConfig, path: Path) ->
 
 
 def teacher_models(config: RunConfig, number: int) -> list[ModelConfig]:
-    """Return the model configurations of the teachers of stage ``number``.
+    """Return the model configurations of the ``teacher_sources`` of stage ``number``.
+
+    The reference of a stage that begins with it has the configuration of that model, also if its checkpoint is missing.
 
     Raises:
         CheckpointError: a teacher is missing, or cannot teach.
     """
-    paths = [newest_of(source.checkpoint) for source in config.stages[number].distill]
+    preference = config.stages[number].preference
+    if preference is not None and preference.reference == "start":
+        return [config.stage_model(max(number - 1, 0))]
+    paths = [newest_of(source.checkpoint) for source in teacher_sources(config, number)]
     return [_configuration(read_manifest(path), path) for path in paths]
 
 

@@ -5,7 +5,8 @@
     data sets    the bundled shards that fit the kind of template; special tokens of a layout or chat format are
                  replaced by ordinary tokens.
     stages       a few steps each, with warm-ups in proportion; no weights of other checkpoints, no upcycling (widths of
-                 dense feed-forwards and experts shrink differently), and no teacher.
+                 dense feed-forwards and experts shrink differently), and no teacher. The reference of preference
+                 optimisation is the end of the stage before; in the first stage there is none.
     lanes        few, with packs of few documents.
 
 A smoke-test run shows that the stages, components, optimizers, data overrides and model changes of a recipe work
@@ -29,6 +30,7 @@ from data_pipeline.text.templates import (
     CaptionTemplate,
     DialogueTemplate,
     InterleavedTemplate,
+    PreferenceTemplate,
     TemplateConfig,
     TextTemplate,
 )
@@ -41,6 +43,7 @@ from mmscale.shrink.model import shrink, shrunk_side
 
 _EMOJI = Path("examples/emoji")
 _TALKS = Path("examples/text/shards/talks.manifest")
+_PAIRS = Path("examples/text/shards/pairs.manifest")
 _MAX_TILES = 4
 
 
@@ -80,7 +83,7 @@ def shrink_run(config: RunConfig, *, steps: int = 4, lanes: int = 2, keep_depth:
 
 
 def dropped_settings(config: RunConfig) -> list[str]:
-    """Return a line for each weight source, upcycling, teacher and list of sets that the smoke-test run omits.
+    """Return a line for each weight source, upcycling, teacher, reference and list of sets that the run omits.
 
     Each line has the key and the value. Other settings that the smoke-test run changes are not listed.
     """
@@ -96,7 +99,14 @@ def dropped_settings(config: RunConfig) -> list[str]:
         for index, teacher in enumerate(stage.distill)
     ]
     sets = ", ".join(held.name for held in config.evaluation.sets)
-    return [*weights, *upcycled, *teachers, *([f"evaluation.sets: {sets}"] if sets else [])]
+    references = [
+        f"stages.{number}.preference.reference: {stage.preference.reference}"
+        for number, stage in enumerate(config.stages)
+        if (kept := _shrink_preference(stage, number)) is not None
+        and stage.preference is not None
+        and kept["reference"] != stage.preference.reference
+    ]
+    return [*weights, *upcycled, *teachers, *references, *([f"evaluation.sets: {sets}"] if sets else [])]
 
 
 def _shrink_stage(config: RunConfig, number: int, steps: int, lanes: int, keep_depth: bool) -> dict[str, Any]:
@@ -109,9 +119,18 @@ def _shrink_stage(config: RunConfig, number: int, steps: int, lanes: int, keep_d
         "weights": (),
         "upcycle": False,
         "distill": (),
+        "preference": _shrink_preference(stage, number),
         "data": data.model_dump(mode="json") if _changes_data(stage, config, number) else None,
         "model": None if stage.model is None else model.model_dump(mode="json"),
     }
+
+
+def _shrink_preference(stage: StageConfig, number: int) -> dict[str, Any] | None:
+    """Return the preference loss. Its reference is the end of the stage before; the first stage has none."""
+    if stage.preference is None:
+        return None
+    has_reference = stage.preference.reference != "none" and number > 0
+    return {**stage.preference.model_dump(), "reference": "start" if has_reference else "none"}
 
 
 def _changes_data(stage: StageConfig, config: RunConfig, number: int) -> bool:
@@ -154,6 +173,8 @@ def _bundled(template: TemplateConfig, placement: Placement) -> tuple[Path, Temp
     match template:
         case DialogueTemplate() if placement is Placement.NONE:
             return _TALKS, _dialogue(template)
+        case PreferenceTemplate():
+            return _preference(template, placement)
         case _ if placement is Placement.NONE:
             return _emoji("text"), TextTemplate()
         case TextTemplate():
@@ -174,6 +195,19 @@ def _bundled(template: TemplateConfig, placement: Placement) -> tuple[Path, Temp
         case _:  # Captions, and kinds without bundled shards.
             captions = {"prompts": ("", "group:"), "answers": ("{name}", " {group}")}
             return _emoji("quick"), CaptionTemplate(**captions, loss_weight=template.loss_weight)
+
+
+def _preference(template: PreferenceTemplate, placement: Placement) -> tuple[Path, PreferenceTemplate]:
+    """Return bundled pairs and their template: those of the text data, or the name of an image against its group."""
+    each: CaptionTemplate | DialogueTemplate
+    if isinstance(template.each, DialogueTemplate):
+        each = _dialogue(template.each)
+    else:
+        each = CaptionTemplate(prompts=("Say: ",), answers=("{answer}",), images="optional")
+    if placement is Placement.NONE:
+        return _PAIRS, PreferenceTemplate(each=each, learn_special=template.learn_special)
+    fields = {"prompt_field": "style", "chosen": "name", "rejected": "group"}
+    return _emoji("quick"), PreferenceTemplate(**fields, each=each, learn_special=template.learn_special)
 
 
 def _emoji(name: str) -> Path:

@@ -112,6 +112,7 @@ ARCHITECTURES = {
     "hybrid": (TINY, [*SHALLOW, "model.vision.positions={kind: rotary_2d}", HYBRID]),
     "stages": ("configs/recipes/emoji-stages.yaml", []),
     "contrastive": ("configs/recipes/emoji-contrast.yaml", []),
+    "preferences": ("tests/system/preference.yaml", []),
     "experts on two ranks": (TINY, [*SHALLOW, *MOE, "engine.expert_parallel=2"]),
     "distillation": (
         "tests/system/distil.yaml",

@@ -92,8 +92,7 @@ LinearProjectorConfig.norm_eps
 MetricsConfig.smoothing MlpProjectorConfig.norm_eps MoeConfig.shared_dim MoeConfig.balance_coefficient
 MoeConfig.z_coefficient MoeConfig.bias_rate MoeConfig.dense_first MoeConfig.jitter MoeConfig.expert_dropout
 MuonConfig.weight_decay MuonConfig.momentum MuonConfig.betas
-NormConfig.eps PatchesConfig.mean PerplexitySet.seed Role.weight ReconstructionConfig.l1 ReconstructionConfig.l2
-ReconstructionConfig.commitment ReconstructionConfig.codebook RunConfig.seed SamplingConfig.temperature
+NormConfig.eps PatchesConfig.mean PerplexitySet.seed Role.weight ReconstructionConfig.l1 ReconstructionConfig.l2 ReconstructionConfig.commitment ReconstructionConfig.codebook RunConfig.seed SamplingConfig.temperature PreferenceConfig.label_smoothing PreferenceConfig.next_token
 SamplingConfig.min_p SamplingConfig.seed StageConfig.warmup_steps StageConfig.min_learning_rate StageConfig.z_loss
 StageConfig.clip StorageConfig.retry_seconds StorageConfig.gap_bytes StorageConfig.read_ahead_bytes
 MovqganConfig.attention_levels TilesConfig.global_layers TilesConfig.gate_init TilesConfig.global_gate_init
@@ -112,10 +111,7 @@ CrossAttentionConnectorConfig.gate_init DatasetConfig.weight DatasetConfig.repea
 DistillConfig.temperature HybridConnectorConfig.gate_init LinearScaling.factor Llama3Scaling.factor
 Llama3Scaling.high_freq_factor MetricsConfig.peak_flops MoeConfig.balance_coefficient MoeConfig.z_coefficient
 MoeConfig.bias_rate MoeConfig.scale MoeConfig.capacity_factor MuonConfig.weight_decay MuonConfig.eps
-NativeTransform.max_aspect PackingConfig.max_cost
-PatchesConfig.mean PatchesConfig.std ReconstructionConfig.l1 ReconstructionConfig.l2
-ReconstructionConfig.commitment ReconstructionConfig.codebook RopeConfig.theta Rotary2dConfig.theta
-SamplingConfig.temperature
+NativeTransform.max_aspect PackingConfig.max_cost PatchesConfig.mean PatchesConfig.std ReconstructionConfig.l1 ReconstructionConfig.l2 ReconstructionConfig.commitment ReconstructionConfig.codebook RopeConfig.theta Rotary2dConfig.theta SamplingConfig.temperature PreferenceConfig.beta PreferenceConfig.next_token
 SamplingConfig.repetition_penalty StageConfig.learning_rate StageConfig.z_loss StageConfig.clip TilesConfig.gate_init
 TilesConfig.global_gate_init VisionConfig.mean VisionConfig.std VisionConfig.layer_scale VisionConfig.init_std
 WeightFrom.weight YarnScaling.factor YarnScaling.beta_fast YarnScaling.attention_factor

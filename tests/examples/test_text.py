@@ -17,7 +17,7 @@ def test_the_files_are_what_the_script_builds(tmp_path: Path) -> None:
     command = [sys.executable, str(TEXT / "build.py"), "--output", str(tmp_path)]
     subprocess.run(command, cwd=REPO, check=True, timeout=120)
     built = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert len(built) == 13
+    assert len(built) == 19
     for name, content in built.items():
         assert (TEXT / name).read_bytes() == content, name
 
@@ -37,6 +37,17 @@ def test_held_out_concepts_are_in_no_training_dialogue() -> None:
     assert all(
         places.count(place) > 50 for place in range(4)
     )  # The right answer is not much more often at one position than at others.
+
+
+def test_pairs_prefer_the_right_group() -> None:
+    questions = read_samples(TEXT / "shards" / "questions-heldout.manifest")
+    right = {sample.fields["question"]: sample.fields["choices"][sample.fields["answer"]] for sample in questions}
+    held_out = [sample.fields for sample in read_samples(TEXT / "shards" / "pairs-heldout.manifest")]
+    taught = [sample.fields for sample in read_samples(TEXT / "shards" / "pairs.manifest")]
+    assert len(held_out) == 128
+    assert len(taught) == 256
+    assert all(right[fields["prompt"]] == fields["chosen"] != fields["rejected"] for fields in held_out)
+    assert not any(fields["prompt"] in right for fields in taught)
 
 
 def test_the_tokenizer_has_the_tokens_of_chatml() -> None:

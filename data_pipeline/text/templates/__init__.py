@@ -6,6 +6,7 @@
     dialogue      turns of roles, the answers learned
     annotations   images once, then a branch of prompt and answer for each annotation
     drawing       text and one image as tokens, both learned, in either order
+    preference    images and prompt once, then a branch for the chosen and one for the rejected answer
 
 ``packing/document_builder.py`` converts pieces to token ids.
 """
@@ -30,6 +31,7 @@ from data_pipeline.text.templates.base import (
 from data_pipeline.text.templates.caption import CaptionTemplate
 from data_pipeline.text.templates.dialogue import LITERAL, DialogueTemplate, Role
 from data_pipeline.text.templates.drawing import DrawingTemplate
+from data_pipeline.text.templates.preference import PreferenceTemplate
 from data_pipeline.text.templates.stored import InterleavedTemplate, TextTemplate
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "EndPiece",
     "InterleavedTemplate",
     "Piece",
+    "PreferenceTemplate",
     "Role",
     "TemplateConfig",
     "TextPiece",
@@ -51,7 +54,13 @@ __all__ = [
 ]
 
 TemplateConfig = Annotated[
-    CaptionTemplate | InterleavedTemplate | TextTemplate | DialogueTemplate | AnnotationsTemplate | DrawingTemplate,
+    CaptionTemplate
+    | InterleavedTemplate
+    | TextTemplate
+    | DialogueTemplate
+    | AnnotationsTemplate
+    | DrawingTemplate
+    | PreferenceTemplate,
     Field(discriminator="kind"),
     OwnKinds(LearnedText, "mmscale.templates"),
 ]

@@ -58,8 +58,12 @@ class EndPiece:
 class BranchPiece:
     """Beginning of a branch, which extends to the next ``BranchPiece``.
 
-    A branch attends itself and the pieces before the first branch, but no other branch.
+    A branch attends itself and the pieces before the first branch, but no other branch. With ``repeats_last`` the last
+    token before the first branch becomes the first token of every branch instead, so a branch may begin with learned
+    text: that token predicts it. All branches of a document have the same value.
     """
+
+    repeats_last: bool = False
 
 
 @dataclass(frozen=True)
