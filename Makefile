@@ -52,11 +52,12 @@ quick: lint ## Lint, and the tests of single parts: no ranks, kills, reference m
 test-near: $(STAMP) ## Run the tests that import what changed: make test-near FILES="mmscale/nn/rope.py"
 	@tests=$$($(BIN)/python -m tests.near $(FILES)) && $(BIN)/python -m pytest -q -m "$(MIDDLE)" $$tests
 
+# Three workers for two cores: many tests wait for timers and other processes.
 test: $(STAMP) ## Run the tests that need neither a GPU, a cluster nor patience
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "$(MIDDLE)"
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "$(MIDDLE)"
 
 test-slow: $(STAMP) ## Run the tests that take minutes each: long runs, every page of docs/, every size of a recipe
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not gpu and not slurm"
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "slow and not gpu and not slurm"
 
 # On a cluster of virtual nodes that the tests start. Debian and Ubuntu: apt-get install slurmctld slurmd munge.
 test-slurm: $(STAMP) ## Run the tests on a real SLURM of this machine: preemption, lost nodes and ranks, the time limit

@@ -319,7 +319,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, help="time and folder of the newest checkpoint; empty for none")
     parser.add_argument("--before", default="", help="the same before the ranks started")
     parser.add_argument("--max-restarts", type=int, required=True)
-    parser.add_argument("--delay", type=int, required=True, help="seconds before the first restart without progress")
+    parser.add_argument("--delay", type=int, default=120, help="seconds before the first restart without progress")
     parser.add_argument("--code", type=int, default=0, help="exit code of srun")
     parser.add_argument("--stopped", type=Path, help="file that ranks create if they saved and stopped")
     parser.add_argument("--unhealthy", default="-", help="nodes that failed the health check, with commas; - for none")

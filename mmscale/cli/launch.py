@@ -31,7 +31,7 @@ def local(
     """
     from launchers.local import launch
     from mmscale.config import located
-    from mmscale.run.config import check_files
+    from mmscale.run.file_checks import check_files
     from mmscale.run.folder import hold_folder
 
     with warnings.catch_warnings():

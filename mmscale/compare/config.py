@@ -28,7 +28,8 @@ from mmscale.config.tree import ConfigNode
 from mmscale.config.validate import validate
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.models.build import count_parameters
-from mmscale.run.config import RunConfig, check_files, check_world
+from mmscale.run.config import RunConfig, check_world
+from mmscale.run.file_checks import check_files
 
 BLOCK = "compare"
 

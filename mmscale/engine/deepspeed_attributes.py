@@ -22,6 +22,7 @@ _ENGINE = (
 _STAGE_3 = (
     *("averaged_gradients", "fp16_groups", "fp32_partitioned_groups_flat", "grad_position", "get_param_id"),
     *("offload_optimizer", "optimizer", "persistent_parameters", "sub_group_to_group_id", "_global_grad_norm"),
+    *("flatten", "grad_partitions_flat_buffer"),
 )
 _STAGE_1_2 = (
     *("averaged_gradients", "bit16_groups", "cpu_offload", "optimizer", "single_partition_of_fp32_groups"),

@@ -41,7 +41,7 @@ from mmscale.engine.graph import (
 )
 from mmscale.engine.loss_scaler import loss_scaler_state, set_loss_scaler_state
 from mmscale.engine.optimizers.build import ShardAwareOptimizer, build_optimizer
-from mmscale.engine.partition import Partition
+from mmscale.engine.partition import Partition, read_gradients_in_place
 from mmscale.engine.precision import Precision, choose_precision
 from mmscale.engine.row_updates import update_rows
 from mmscale.engine.step_clock import BACKWARD, FORWARD, OPTIMIZER, StepClock, StepSpans, watch_deepspeed
@@ -173,7 +173,7 @@ class Engine:
         self._saving: Callable[[], AbstractContextManager[Any]] = nullcontext
         if config.zero_stage == 3:
             self._saving = saved = SavedWeights(model, units)
-            self._undo.append(saved.close)
+            self._undo += [saved.close, read_gradients_in_place(self._deepspeed.optimizer)]
         self.partition = Partition(model, self._deepspeed, config.zero_stage, world, averaged=stage.ema is not None)
         self._prepare_optimizer()
         self._routers = routers(model)

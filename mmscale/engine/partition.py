@@ -11,7 +11,7 @@ DeepSpeed has no public interface for this at every stage. This file reads priva
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,31 @@ def own_range(parameter: nn.Parameter, world: World) -> tuple[int, int]:
     first = world.rank % parts * numel
     start, stop = shard_range(numel, world.rank // parts, world.world_size // parts)
     return first + start, first + stop
+
+
+def read_gradients_in_place(optimizer: Any) -> Callable[[], None]:
+    """Let ZeRO-3's optimizer read the gradients where they were reduced. Return an undo function.
+
+    DeepSpeed copies the gradients of a group into one tensor before the optimizer's step. In its buffer of all
+    gradients they are neighbours already, so a view of the buffer has the same values. This saves 4 bytes for each
+    trained value that the rank owns.
+    """
+    copied = optimizer.flatten
+
+    def flatten(tensors: Sequence[Tensor]) -> Tensor:
+        buffer, start = optimizer.grad_partitions_flat_buffer, tensors[0].storage_offset()
+        address, stop = buffer.untyped_storage().data_ptr(), start
+        for tensor in tensors:
+            if tensor.untyped_storage().data_ptr() != address or tensor.storage_offset() != stop:
+                return copied(tensors)
+            stop += tensor.numel()
+        return buffer[start:stop]
+
+    def undo() -> None:
+        optimizer.flatten = copied
+
+    optimizer.flatten = flatten
+    return undo
 
 
 class Partition:

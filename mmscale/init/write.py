@@ -44,7 +44,8 @@ from mmscale.models.adapters import COMPONENT, AdaptersConfig
 from mmscale.models.build import media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.models.image_tokens import TOKENIZER
-from mmscale.run.config import RunConfig, check_files
+from mmscale.run.config import RunConfig
+from mmscale.run.file_checks import check_files
 from mmscale.run.stage_weights import check_initial_weights
 
 HELD_OUT, CHOICE = "heldout", "choice"

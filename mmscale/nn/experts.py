@@ -232,7 +232,7 @@ class _Gate:
         """
         gate, up = projected.chunk(2, dim=-1)
         with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
+            gate = gate.detach().requires_grad_(self.activate is not F.silu)
             activated = self.activate(gate)
         unweighted = self._drop(activated.detach() * up)
         d_weights = (d_hidden * unweighted).sum(-1)
@@ -240,7 +240,11 @@ class _Gate:
         d_projected = torch.empty_like(projected)
         d_gate, d_up = d_projected.chunk(2, dim=-1)
         torch.mul(d_hidden, activated.detach(), out=d_up)
-        d_gate.copy_(torch.autograd.grad(activated, gate, d_hidden.mul_(up))[0])
+        d_hidden.mul_(up)
+        if activated.requires_grad:
+            d_gate.copy_(torch.autograd.grad(activated, gate, d_hidden)[0])
+        else:  # Autograd would allocate the gradient and copy it, for each group of experts.
+            torch.ops.aten.silu_backward.grad_input(d_hidden, gate, grad_input=d_gate)
         return unweighted.mul_(weights.unsqueeze(1)), d_projected, d_weights
 
     def _drop(self, values: Tensor) -> Tensor:
@@ -271,12 +275,13 @@ class _ExpertLoop(Function):
         ctx.gates = gate.split(sizes)
         outputs, projected = torch.empty_like(rows), []
         row, output = rows.split(ctx.counts), outputs.split(ctx.counts)
+        gate_up, down = gate_up_proj.mT.unbind(), down_proj.mT.unbind()
         for (experts, lengths), own, weight in zip(ctx.groups, ctx.gates, weights.split(sizes), strict=True):
             projected.append(rows.new_empty(len(weight), gate_up_proj.shape[1]))
             for expert, into in zip(experts, projected[-1].split(lengths), strict=True):
-                torch.mm(row[expert], gate_up_proj[expert].T, out=into)
+                torch.mm(row[expert], gate_up[expert], out=into)
             for expert, hidden in zip(experts, own.forward(projected[-1], weight).split(lengths), strict=True):
-                torch.mm(hidden, down_proj[expert].T, out=output[expert])
+                torch.mm(hidden, down[expert], out=output[expert])
         ctx.save_for_backward(rows, weights, gate_up_proj, down_proj, *projected)
         return outputs
 
@@ -289,23 +294,25 @@ class _ExpertLoop(Function):
             torch.empty_like(stack) if needed else None
             for stack, needed in zip((gate_up_proj, down_proj), ctx.needs_input_grad[2:4], strict=True)
         )
+        gate_up, down = gate_up_proj.unbind(), down_proj.unbind()
+        into_gate_up, into_down = (None if stack is None else stack.unbind() for stack in (d_gate_up, d_down))
         row, d_output, d_row = (part.split(ctx.counts) for part in (rows, grad, d_rows))
         sizes = [len(part) for part in projected]
         parts = (ctx.groups, ctx.gates, projected, weights.split(sizes), d_weights.split(sizes))
         for (experts, lengths), own, values, weight, d_weight in zip(*parts, strict=True):
             d_hidden = rows.new_empty(len(values), down_proj.shape[2])
             for expert, into in zip(experts, d_hidden.split(lengths), strict=True):
-                torch.mm(d_output[expert], down_proj[expert], out=into)
+                torch.mm(d_output[expert], down[expert], out=into)
             hidden, d_values, found = own.backward(values, weight, d_hidden)
             d_weight.copy_(found)
             for expert, of_hidden, of_values in zip(
                 experts, hidden.split(lengths), d_values.split(lengths), strict=True
             ):
-                torch.mm(of_values, gate_up_proj[expert], out=d_row[expert])
-                if d_gate_up is not None:
-                    torch.mm(of_values.T, row[expert], out=d_gate_up[expert])
-                if d_down is not None:
-                    torch.mm(d_output[expert].T, of_hidden, out=d_down[expert])
+                torch.mm(of_values, gate_up[expert], out=d_row[expert])
+                if into_gate_up is not None:
+                    torch.mm(of_values.T, row[expert], out=into_gate_up[expert])
+                if into_down is not None:
+                    torch.mm(d_output[expert].T, of_hidden, out=into_down[expert])
         return d_rows, d_weights, d_gate_up, d_down, None, None
 
 

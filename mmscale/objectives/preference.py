@@ -110,7 +110,9 @@ class Preference(NextToken):
         # Each token's cross-entropy has the gradient of its answer's log-probability, negated, as its weight.
         by_segment = torch.zeros_like(own).index_copy(0, answers.flatten(), -gradients.flatten())
         rows = by_segment.repeat_interleave(_segments(batch).cu.long().diff(), output_size=len(batch.loss_weights))
-        surrogate = model.head(output.hidden, batch.labels, rows * batch.loss_weights)
+        # 0 * NaN is NaN: a loss that is not finite must not give weight to rows without a label.
+        rows = torch.where(batch.loss_weights == 0, 0.0, rows * batch.loss_weights)
+        surrogate = model.head(output.hidden, batch.labels, rows)
         loss = surrogate - surrogate.detach() + losses.sum()  # The value is the loss, the gradient that of the head.
         mlp = model.config.decoder.mlp
         if output.router is not None and isinstance(mlp, MoeConfig):

@@ -42,8 +42,6 @@ from mmscale.run.stage_teachers import teacher_models, teacher_sources
 _PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "gathered", "buffers", "batch")
 _MESSAGE = 500_000_000
 """Values that DeepSpeed reduces at once at stage 0, and at stage 1 in bf16."""
-_SUB_GROUP = 1_000_000_000
-"""Values that DeepSpeed's optimizer steps at once at stage 3 (``sub_group_size``)."""
 _CUDA_BYTES = 2 * 2**30
 """Memory beside torch's allocator on CUDA: context 0.5 to 1 GiB, NCCL 1 to 1.5 GiB. Published figures, not measured."""
 
@@ -372,7 +370,7 @@ class _Step:
         if self.stage == 1 and self.width == 2 and not self.fp16:
             return {"gradients": self.width * self.learned}
         norm = 8 * (-(-self.largest // self.ranks) if self.stage == 3 else min(self.largest, self.part))
-        copy = 4 * min(self.group, _SUB_GROUP) if self.stage == 3 else 4 * self.group
+        copy = 4 * self.group * (self.stage < 3)
         if self.offloads:
             return {"buffers": norm}
         return {"gradients": 4 * self.part * (self.stage < 3), "buffers": max(copy, norm)}

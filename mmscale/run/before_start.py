@@ -32,7 +32,8 @@ from mmscale.models.build import build_weights
 from mmscale.nn.attention_backends import check_backend
 from mmscale.optim.config import MuonConfig
 from mmscale.optim.schedule import freeze
-from mmscale.run.config import RunConfig, check_files
+from mmscale.run.config import RunConfig
+from mmscale.run.file_checks import check_files
 from mmscale.run.folder import BAD_STEPS, CHECKPOINTS, FAULTS, check_position
 from mmscale.run.stage_teachers import check_teachers
 from mmscale.run.stage_weights import check_initial_weights, check_stage_weights

@@ -5,39 +5,25 @@ A check of a single block is a validator of that block's class.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from data_pipeline.config import DataConfig, DatasetConfig
-from data_pipeline.errors import DataConfigError
-from data_pipeline.io.missing import no_such_file
+from data_pipeline.config import DataConfig
 from data_pipeline.io.strict import StrictConfig, faults_of
-from data_pipeline.loader.first_look import FirstLook, look_at
-from data_pipeline.loader.front_to_back import expand_shards
-from data_pipeline.loader.sample_source import with_image_tokenizer
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.packing.config import PackingConfig
-from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
-from data_pipeline.packing.packer import Budget
-from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.manifest_check import reject_non_manifest
 from data_pipeline.text.templates import PreferenceTemplate
-from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from mmscale.bad_steps.detector import BadStepsConfig, Policy
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.checkpoint.upcycle import upcycling_problem
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.expert_parallel import check_experts, check_ranks
 from mmscale.errors import ConfigError
-from mmscale.evaluate import EvaluationConfig, check_best, check_sets
+from mmscale.evaluate import EvaluationConfig
 from mmscale.metrics.config import MetricsConfig
 from mmscale.metrics.sample_log import SampleLogConfig
-from mmscale.metrics.trackers.config import check_trackers
 from mmscale.models.build import check_adapters, media_spec
 from mmscale.models.config import ModelConfig, TokenizerConfig, TrainedModelConfig
 from mmscale.models.image_tokens import TOKENIZER
@@ -349,160 +335,6 @@ def require_training(config: RunConfig) -> None:
     for number, stage in enumerate(config.stages):
         if not config.stage_data(number).datasets:
             raise ConfigError(f"data.datasets: empty in stage {stage.name}; {remedy}")
-
-
-def check_files(config: RunConfig) -> list[str]:
-    """Check the configuration against the files that it names. Reads the text of some samples, and decodes no image.
-
-    Returns:
-        Warnings: one sentence for each stage whose model has a vision tower and whose samples have no image.
-
-    Raises:
-        ConfigError: ``run_dir`` cannot be created, a manifest is missing, or there is no stage or no data set.
-        ConfigError: the package of a tracker is not installed.
-        ConfigError: the tokenizer has more ids than the model has embeddings.
-        ConfigError: a stage that trains the tower or the connector has no image, or a held-out set does not fit its
-            configuration.
-        DataConfigError: a streamed shard is missing, the tokenizer cannot be loaded, the transforms do not fit the
-            model of a stage, or a data set has no usable sample.
-        DataPipelineError: a manifest or a held-out sample is damaged.
-    """
-    require_training(config)
-    _check_run_dir(config.run_dir)
-    check_trackers(config.metrics.trackers)
-    notes = []
-    for number, stage in enumerate(config.stages):
-        data, model = config.stage_data(number), config.stage_model(number)
-        place = f"stages.{number}.data" if stage.data else "data"
-        for index, dataset in enumerate(data.datasets):
-            expand_shards(dataset.shards)
-            if isinstance(dataset.manifest, Path):
-                key = f"{place if 'datasets' in (stage.data or {}) else 'data'}.datasets.{index}.manifest"
-                if not dataset.manifest.exists():
-                    raise ConfigError(
-                        f"{key}={dataset.manifest}: {no_such_file(dataset.manifest)}; "
-                        f"make it with `mmscale data ingest` or `mmscale data index`"
-                    )
-                reject_non_manifest(dataset.manifest, str(dataset.manifest), key)
-        try:
-            tokenizer = load_tokenizer(data.tokenizer)
-        except DataConfigError as error:
-            key = f"{place if 'tokenizer' in (stage.data or {}) else 'data'}.tokenizer.path"
-            raise DataConfigError(f"{key}={data.tokenizer.path}: {error}") from error
-        tokens, rows = tokenizer.vocab_size, 0 if isinstance(model, TokenizerConfig) else model.decoder.num_ids
-        if not isinstance(model, TokenizerConfig) and tokens > rows:
-            extra = model.decoder.extra_tokens
-            read = f"{rows}" if extra is None else f"{rows - extra.rows}, extra_tokens.rows={extra.rows}"
-            raise ConfigError(
-                f"model.decoder.vocab_size={read}: the tokenizer of stage {stage.name} has {tokens} ids; "
-                f"set at least {tokens} rows"
-            )
-        looks = [_look_at(dataset, data.packing, tokenizer, model, stage) for dataset in data.datasets]
-        if model.vision is not None and not any(look is None or look.holds_images for look in looks):
-            notes.append(_without_images(config, number))
-    _check_evaluation(config)
-    return notes
-
-
-def _check_evaluation(config: RunConfig) -> None:
-    """Check the held-out sets for the model at the end, and if they are scored during training, of each stage."""
-    reached = [number for number, _ in config.stages_from(0)]
-    check_best(config.evaluation, config.stage_media(reached[-1]))
-    checked: list[object] = []
-    for number in reversed(reached):
-        data, spec = config.evaluation_data(number), config.stage_media(number)
-        for block, is_scored in (
-            (config.evaluation, number == reached[-1]),
-            (config.evaluation.during_training, config.evaluation.every_steps is not None),
-        ):
-            if is_scored and (block, data, spec) not in checked:
-                checked.append((block, data, spec))
-                check_sets(block, data, spec)
-
-
-def _check_run_dir(run_dir: Path) -> None:
-    """Create and remove a folder in the nearest existing parent of ``run_dir``: mode bits alone are not sufficient."""
-    path = Path(os.path.abspath(run_dir))
-    parent = next(place for place in (path, *path.parents) if os.path.lexists(place))
-    if not os.path.isdir(parent):
-        raise ConfigError(f"run_dir={run_dir}: {parent} is not a folder; set a folder that no other run uses")
-    try:
-        with tempfile.TemporaryDirectory(prefix=".mmscale-", dir=parent):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir={run_dir}: cannot create a folder in {parent} ({error.strerror}); choose a folder with write "
-            "permission"
-        ) from error
-
-
-def _look_at(
-    dataset: DatasetConfig,
-    packing: PackingConfig,
-    tokenizer: Tokenizer,
-    model: ModelConfig | TokenizerConfig,
-    stage: StageConfig,
-) -> FirstLook | None:
-    """Inspect some samples of a data set. Return None for a streamed or remote one, which takes longer to read."""
-    try:
-        spec = media_spec(model)
-        if isinstance(dataset.manifest, Path):
-            dataset = with_image_tokenizer(dataset, Manifest.open(dataset.manifest))
-        builder = DocumentBuilder(dataset, tokenizer, spec)
-        budget = Budget(packing, spec, dummy_document(spec, tokenizer.pad_id))
-        if not isinstance(dataset.manifest, Path):
-            return None
-        look = look_at(dataset, builder, budget)
-    except DataConfigError as error:
-        raise DataConfigError(f"stage {stage.name}, data set {dataset.name}: {error}") from error
-    if look.unusable == look.looked_at:
-        raise DataConfigError(
-            f"stage {stage.name}, data set {dataset.name}: none of the {look.looked_at} inspected samples can be used; "
-            f"the first: {look.reason}"
-        )
-    if isinstance(model, TokenizerConfig):
-        return look
-    _check_image_ids(dataset, model, stage)
-    logits = model.decoder.vocab_size + model.decoder.predicted_rows
-    if model.predicts_tokens and look.highest_label >= logits and look.highest_label not in model.decoder.image_ids:
-        raise ConfigError(
-            f"model.decoder.extra_tokens.predicted=false: stage {stage.name}, data set {dataset.name} teaches "
-            f"token {look.highest_label}, and the model has logits for the ids below {logits}; set predicted: true, or "
-            "learn no such token"
-        )
-    return look
-
-
-def _check_image_ids(dataset: DatasetConfig, model: ModelConfig, stage: StageConfig) -> None:
-    """Require that the codes of a data set's images have the ids that the decoder gives them."""
-    tokens, decoder = dataset.image_tokens, model.decoder
-    if tokens is None:
-        return
-    first, where = tokens.first_id, f"stage {stage.name}, data set {dataset.name}"
-    ids = tokens.ids or (() if first is None else range(first, first + tokens.codebook_size))
-    if decoder.image_tokens is not None and list(ids) != list(decoder.image_ids):
-        raise ConfigError(
-            f"image_tokens: {where} uses other ids for the codes of images than model.decoder.image_tokens; set "
-            f"first_id={decoder.image_ids.start} and codebook_size={len(decoder.image_ids)}"
-        )
-    if decoder.image_tokens is None and tokens.num_ids > decoder.num_ids:
-        raise ConfigError(
-            f"model.decoder.vocab_size={decoder.num_ids}: {where} uses the ids up to {tokens.num_ids - 1} for codes "
-            f"of images (image_tokens); set at least {tokens.num_ids} rows, or model.decoder.image_tokens"
-        )
-
-
-def _without_images(config: RunConfig, number: int) -> str:
-    stage = config.stages[number]
-    names = ", ".join(dataset.name for dataset in config.stage_data(number).datasets)
-    what = f"stages.{number} ({stage.name}): the model has a vision tower, and no image was found in its data ({names})"
-    trained = [name for name in ("vision", "connector") if name in stage.train or ALL in stage.train]
-    if trained:
-        raise ConfigError(
-            f"{what}, so {' and '.join(trained)} would learn nothing; add data with images, "
-            "or remove both from stages.*.train, or set model.vision and model.connector to null"
-        )
-    return what
 
 
 def check_world(config: RunConfig, world_size: int) -> None:

@@ -197,7 +197,7 @@ def teacher_models(config: RunConfig, number: int) -> list[ModelConfig]:
     """
     preference = config.stages[number].preference
     if preference is not None and preference.reference == "start":
-        return [config.stage_model(max(number - 1, 0))]
+        return [config.decoder_model(max(number - 1, 0))]
     paths = [newest_of(source.checkpoint) for source in teacher_sources(config, number)]
     return [_configuration(read_manifest(path), path) for path in paths]
 

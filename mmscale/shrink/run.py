@@ -45,6 +45,7 @@ _EMOJI = Path("examples/emoji")
 _TALKS = Path("examples/text/shards/talks.manifest")
 _PAIRS = Path("examples/text/shards/pairs.manifest")
 _MAX_TILES = 4
+_LONG_TOKENS = 65_536
 
 
 def shrink_run(config: RunConfig, *, steps: int = 4, lanes: int = 2, keep_depth: bool = False) -> RunConfig:
@@ -139,8 +140,15 @@ def _changes_data(stage: StageConfig, config: RunConfig, number: int) -> bool:
 
 
 def _shrink_data(data: DataConfig, old: MediaSpec, new: MediaSpec, lanes: int) -> DataConfig:
+    # A stage of long contexts still differs from the stages before it.
+    tokens = 4096 if data.packing.max_tokens <= _LONG_TOKENS else 8192
     packing = data.packing.model_copy(
-        update={"max_tokens": 4096, "max_cost": None, "max_documents": 2, "look_ahead": min(data.packing.look_ahead, 4)}
+        update={
+            "max_tokens": tokens,
+            "max_cost": None,
+            "max_documents": 2,
+            "look_ahead": min(data.packing.look_ahead, 4),
+        }
     )
     return DataConfig.model_validate(
         {

@@ -14,6 +14,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.resume, pytest.mark.slow, pytest.mar
 WORLDS = (1, 2, 3, 4)
 TOLERANCE = {"fp32": 2e-6, "bf16": 5e-3}
 """Another number of ranks rounds sums in another order, which changes the third digit in bf16."""
+EXPERTS_TOLERANCE = 2e-2
+"""The same in bf16 with experts: a token whose router has two nearly equal scores may choose another expert."""
 
 
 def test_every_number_of_ranks_reads_what_every_number_wrote(tmp_path: Path) -> None:
@@ -32,4 +34,6 @@ def test_every_number_of_ranks_reads_what_every_number_wrote(tmp_path: Path) -> 
                 if saved_by == loaded_by:
                     assert mine[name]["next"] == theirs[name]["next"], where
                 else:
-                    assert mine[name]["next"] == pytest.approx(theirs[name]["next"], rel=TOLERANCE[precision]), where
+                    has_experts = name.startswith("moe") and precision == "bf16"
+                    bound = EXPERTS_TOLERANCE if has_experts else TOLERANCE[precision]
+                    assert mine[name]["next"] == pytest.approx(theirs[name]["next"], rel=bound), where

@@ -11,7 +11,8 @@ import pytest
 from pydantic import BaseModel
 
 from mmscale.config import dump, load
-from mmscale.run.config import RunConfig, check_files, check_world
+from mmscale.run.config import RunConfig, check_world
+from mmscale.run.file_checks import check_files
 from mmscale.shrink.run import shrink_run
 from tests.configs.files import CONFIGS, FILES, MODELS, REPO, RUNS, model_of, name_of
 

@@ -1,8 +1,11 @@
-"""Ranges of parameters without an engine."""
+"""Ranges of parameters without an engine, and the gradients that the optimizer of stage 3 reads."""
 
 from __future__ import annotations
 
 import math
+from contextlib import closing
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ from torch import nn
 from mmscale.checkpoint.save import tied_names
 from mmscale.checkpoint.share import persistent_buffers
 from mmscale.dist import World
-from mmscale.engine.partition import frozen_ranges, parameter_table, shard_range
+from mmscale.engine.partition import frozen_ranges, parameter_table, read_gradients_in_place, shard_range
+from tests.engine.programs import lanes_of, make_engine
+from tests.engine.ranks import run_ranks
 from tests.engine.toy import toy_model
 
 
@@ -74,3 +79,39 @@ def test_tables_of_a_model_name_each_parameter_once() -> None:
         "counts": [0.0, 1.0, 2.0],
         "decoder.norm.kept": [1.0, 1.0],
     }
+
+
+def test_neighbours_in_the_buffer_of_gradients_are_not_copied() -> None:
+    buffer = torch.arange(10.0)
+    optimizer: Any = SimpleNamespace(grad_partitions_flat_buffer=buffer, flatten=torch.cat)
+    undo = read_gradients_in_place(optimizer)
+    joined = optimizer.flatten([buffer[2:5], buffer[5:6]])
+    assert joined.tolist() == [2, 3, 4, 5]
+    assert joined.data_ptr() == buffer[2:].data_ptr()
+    for parts in ([buffer[5:6], buffer[2:5]], [buffer[2:5], buffer[6:7]], [buffer[2:5], torch.ones(1)]):
+        copied = optimizer.flatten(parts)
+        assert copied.tolist() == torch.cat(parts).tolist()
+        assert copied.data_ptr() != parts[0].data_ptr()
+    undo()
+    assert optimizer.flatten is torch.cat
+
+
+def gradients_during_an_update(world: World) -> list[bool]:
+    """Return for each gradient that the optimizer reads whether it is in DeepSpeed's buffer; for ``run_ranks``."""
+    found: list[bool] = []
+    with closing(make_engine(world)) as engine:
+        optimizer = engine.partition.optimizer
+
+        def look(loss: float, norm: float) -> None:
+            gradients = [master.grad for master in optimizer.fp32_partitioned_groups_flat if master.grad is not None]
+            address = optimizer.grad_partitions_flat_buffer.untyped_storage().data_ptr()
+            found.extend(gradient.untyped_storage().data_ptr() == address for gradient in gradients)
+
+        engine.train_step(lanes_of(world, 0), look)
+    return found
+
+
+def test_stage_3_updates_from_the_reduced_gradients() -> None:
+    ((*found,),) = run_ranks("tests.engine.test_partition:gradients_during_an_update", 1, {}, timeout=120)
+    assert found
+    assert all(found)

@@ -94,6 +94,7 @@ class ToyOutput:
     metrics: dict[str, Tensor]
     document_losses: Tensor
     router: None = None
+    statistics: None = None
 
 
 class ToyObjective:

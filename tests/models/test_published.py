@@ -12,12 +12,15 @@ from mmscale.models.config import ModelConfig
 from tests.configs.files import model_of
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "models"
+OWN = ("tiny", "emoji-vq")
 COUNTS = {  # Counted in the reference implementations (transformers; Molmo's own code for OLMo-7B-1024).
     "llama3.2-1b": 1_235_814_400,
     "llama3.2-3b": 3_212_749_824,
     "qwen2-7b": 7_615_616_512,
     "qwen2-72b": 72_706_203_648,
     "olmo-7b-1024": 7_298_617_344,
+    "emu3-vq": 270_740_287,
+    "janus-vq": 71_883_403,
     "mistral-nemo-12b": 12_247_782_400,
     "olmoe-1b-7b": 6_919_161_856,
     "mixtral-8x7b": 46_702_792_704,
@@ -164,7 +167,7 @@ def test_experts_of_a_model_of_unpublished_widths(name: str, capsys: pytest.Capt
 
 
 def test_every_published_configuration_has_a_number() -> None:
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*COUNTS, *FORMULAS, *NOMINAL, *NOMINAL_EXPERTS, "tiny"}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*COUNTS, *FORMULAS, *NOMINAL, *NOMINAL_EXPERTS, *OWN}
 
 
 @pytest.mark.parametrize("name", [name for name in COUNTS if name.startswith("molmo")])

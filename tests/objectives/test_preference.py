@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,15 @@ def test_a_model_that_equals_its_reference_has_no_preference() -> None:
         output = Preference(PreferenceConfig.model_validate(loss), [Teacher(other, 1.0, 1.0)])(model, batch)
         assert output.loss_sum.item() / 3 == pytest.approx(value)
         assert output.metrics["reward_margin"].item() == 0
+
+
+def test_a_loss_that_is_not_finite_reaches_the_engine() -> None:
+    """The engine skips such a step. A row without a label must not reach the head, which would index with -100."""
+    net = build_model(config(None))
+    batch = batch_of(media_spec(net.config), [0, 1])
+    weights = batch.loss_weights.where(batch.loss_weights == 0, math.nan)
+    output = Preference(PreferenceConfig())(net, replace(batch, loss_weights=weights))
+    assert math.isnan(output.loss_sum.item())
 
 
 def test_only_documents_with_two_answers_are_pairs() -> None:

@@ -17,7 +17,8 @@ from data_pipeline.shards.writer import ShardWriter
 from mmscale.cli.main import main
 from mmscale.config import load
 from mmscale.evaluate import check
-from mmscale.run.config import RunConfig, check_files
+from mmscale.run.config import RunConfig
+from mmscale.run.file_checks import check_files
 from tests.evaluate.texts import write_set
 
 TINY = Path(__file__).parents[1] / "system/tiny.yaml"

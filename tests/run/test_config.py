@@ -14,7 +14,8 @@ from mmscale.config import dump, load
 from mmscale.errors import ConfigError
 from mmscale.models.connector_config import HybridConnectorConfig
 from mmscale.nn.rope import RopeConfig, Rotary2dConfig
-from mmscale.run.config import RunConfig, check_files
+from mmscale.run.config import RunConfig
+from mmscale.run.file_checks import check_files
 from mmscale.shrink.run import shrink_run
 
 TINY = Path(__file__).parents[1] / "system/tiny.yaml"
@@ -156,5 +157,5 @@ def test_an_import_into_a_run_of_several_models_needs_the_stage(
 
 
 def test_options_of_next_tokens_are_refused_in_a_contrastive_stage() -> None:
-    with pytest.raises(ConfigError, match=r"stages\.0 \(contrast\)\.z_loss=0\.1: a contrastive model has no logits"):
+    with pytest.raises(ConfigError, match=r"stages\.0 \(contrast\)\.z_loss=0\.1: the model has no logits"):
         load(Path("configs/recipes/emoji-contrast.yaml"), ["stages.0.z_loss=0.1"], RunConfig)

@@ -62,6 +62,7 @@ def test_faulty_writes_change_no_value(fork_run: MakeRun, tmp_path: Path) -> Non
         assert saved is not None
         assert verify(saved) == []
         assert ("No space left on device; free space" in output) == (code == 1)
-        assert saved.name == ("step-00000003", "step-00000006", "step-00000010")[number]
+        # The second start may end before its background writer has completed step 6.
+        assert saved.name in (["step-00000003"], ["step-00000003", "step-00000006"], ["step-00000010"])[number]
     assert curve(run) == curve(whole)
     assert differences(whole.folder, run.folder) == (0.0, 0.0)

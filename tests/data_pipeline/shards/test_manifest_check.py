@@ -18,7 +18,8 @@ from data_pipeline.prepare.verify import jobs_of
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import Manifest
 from mmscale.config import load
-from mmscale.run.config import RunConfig, check_files
+from mmscale.run.config import RunConfig
+from mmscale.run.file_checks import check_files
 
 SHARDS = Path(__file__).parents[3] / "examples/emoji/shards"
 TAR = SHARDS / "heldout-both-00000.tar"
