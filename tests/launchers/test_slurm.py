@@ -381,6 +381,22 @@ def test_no_requeue_stops_with_75(run_dir: Path) -> None:
 
 
 @pytest.mark.slurm
+def test_the_tasks_of_an_array_continue_one_run(run_dir: Path, cluster: Cluster) -> None:
+    number = start(run_dir, "train", requeue=False, extra=("--array=1-2%1",))
+    wait(lambda: all((run_dir / f"start-0-rank-{rank}").exists() for rank in (0, 1)), number)
+    time.sleep(1)
+    tell(f"{number}_1")
+
+    def states() -> list[str]:
+        return re.findall(r"JobState=(\w+)", cluster.call("scontrol", "show", "job", number, "-o"))
+
+    wait(lambda: sorted(states()) == ["COMPLETED", "FAILED"], number)
+    said = "".join(path.read_text() for path in (run_dir / "logs").glob("slurm-[0-9]*.log"))
+    assert "saved and stopped; submit the same command again to resume" in said
+    assert f"from {run_dir}/checkpoints/step-00000001\n" in said
+
+
+@pytest.mark.slurm
 def test_wrong_use_ends_the_job(run_dir: Path) -> None:
     number = start(run_dir, "refuse")
     wait(lambda: state(number)["JobState"] == "FAILED", number)
