@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from data_pipeline.io.untrusted import append_regular, parse_json, read_bytes, read_json, read_lines
-from launchers import EXIT_HUNG, EXIT_WRONG_USE, VERDICT_FILE
+from launchers import EXIT_HUNG, EXIT_WRONG_USE, STARTS_FILE, VERDICT_FILE
 
 RESTARTS_FILE = "logs/restarts.jsonl"
 STRIKES = 2
@@ -140,8 +140,10 @@ class History:
         is_newer = record["checkpoint"] not in ("", self.checkpoint)
         if is_newer:
             self.checkpoint = str(record["checkpoint"])
+        # Another job wrote the checkpoint: at this end, or between that end and this beginning.
+        foreign = record.get("locked_out") or (record["event"] == "begin" and self.last.get("locked_out"))
         # The first record of a job does not show whether earlier starts, without a record, wrote the checkpoint.
-        if (is_newer and self.last) or (record["event"] == "end" and not record["counts"]):
+        if (is_newer and self.last and not foreign) or (record["event"] == "end" and not record["counts"]):
             self.failures = 0
         if record["event"] == "begin":
             self.nodes = [str(node) for node in record["nodes"]]
@@ -253,6 +255,20 @@ def _silent_nodes(run_dir: Path) -> list[str]:
         return []
 
 
+def _starts_bytes(run_dir: Path) -> int | None:
+    """Return the size of the file with a line for each start that had the lock of the run folder; None without one."""
+    try:
+        return (run_dir / STARTS_FILE).stat().st_size
+    except OSError:
+        return None
+
+
+def _was_locked_out(history: History, run_dir: Path) -> bool:
+    """Return whether no rank got the lock since the job's start, because another job works in the run folder."""
+    before = history.last.get("starts_bytes") if history.last.get("event") == "begin" else None
+    return before is not None and before == _starts_bytes(run_dir)
+
+
 def _scontrol(*words: str) -> str:
     """Return what ``scontrol`` prints; empty if it fails. It then only lacks evidence against a node."""
     try:
@@ -345,7 +361,7 @@ def main() -> None:
             _append(args.run_dir, lost)
             history.add(lost)
         decision = decide_begin(history, down, nodes, limits)
-        record = base | {"event": "begin", "nodes": nodes}
+        record = base | {"event": "begin", "nodes": nodes, "starts_bytes": _starts_bytes(args.run_dir)}
     else:
         stopped = args.stopped is not None and args.stopped.exists()
         exits = read_exits(args.exits) if args.exits else []
@@ -354,8 +370,10 @@ def main() -> None:
         reason, failed = end.cause()
         if unhealthy == nodes and len(nodes) > 1:
             failed = []  # The cause is common to all nodes, for example a shared file system. Others would fail too.
+        locked_out = _was_locked_out(history, args.run_dir)
         # A folder that cannot be read has no checkpoint; that is no progress.
-        counts = args.checkpoint in ("", args.before)
+        counts = locked_out or args.checkpoint in ("", args.before)
+        base |= {"locked_out": True} if locked_out else {}
         record = base | {"event": "end", "code": args.code, "reason": reason, "failed": failed, "counts": counts}
         history.add(record)
         decision = decide_end(history, end, limits)

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import pytest
 
-from launchers import restarts
+from launchers import STARTS_FILE, restarts
 from launchers.restarts import LONGEST_DELAY_SECONDS, RESTARTS_FILE, Limits
 
 DELAY = 50
@@ -109,6 +109,21 @@ def test_the_delay_stops_growing() -> None:
 def test_a_run_that_always_saves_restarts_without_end(job: FakeJob) -> None:
     for step in range(10):
         assert job.plays(137, saves=f"{step}.0 step-{step}")[:2] == ("requeue", 0)
+
+
+def test_checkpoints_of_another_job_are_no_progress(job: FakeJob) -> None:
+    """A rank that gets the lock of the run folder adds a line to the file of starts."""
+    starts = job.run_dir / STARTS_FILE
+    starts.parent.mkdir()
+    starts.write_text("{}\n")
+    decisions = [job.plays(1, saves=f"{step}.0 step-{step}") for step in range(3)]
+    assert [decision[:2] for decision in decisions] == [("requeue", DELAY * 2**n) for n in range(3)]
+    job.checkpoint = "4.0 step-4"
+    assert job.plays(1, saves="5.0 step-5")[0] == "end"
+
+    job.begin()
+    starts.write_text("{}\n{}\n")
+    assert job.end(1, saves="6.0 step-6")[:2] == ("requeue", 0)
 
 
 def test_a_stop_without_a_checkpoint_counts_too(job: FakeJob) -> None:
