@@ -39,7 +39,7 @@ class GridEncoder(Protocol):
 
     @property
     def stride(self) -> int:
-        """Side of the square of pixels that one code stands for."""
+        """Pixels of a code, a side."""
 
     @property
     def codebook_size(self) -> int:
@@ -152,5 +152,5 @@ class _GridReader:
 
 
 def _spec_of(encoder: GridEncoder) -> MediaSpec:
-    """Return the inputs of a model whose patches are the squares that one code stands for."""
+    """Return the inputs of a model whose patches are the squares of pixels of one code."""
     return MediaSpec(Placement.EMBEDDING, patch_size=encoder.stride)

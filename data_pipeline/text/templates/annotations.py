@@ -57,14 +57,6 @@ class AnnotationsTemplate(TemplateBase):
         return self.images == "required"
 
     @property
-    def named_tokens(self) -> tuple[str, ...]:
-        return self.each.named_tokens
-
-    @property
-    def closing(self) -> tuple[str, ...]:
-        return self.each.closing
-
-    @property
     def branch_template(self) -> CaptionTemplate | DialogueTemplate:
         return self.each
 

@@ -140,13 +140,13 @@ class TemplateBase(StrictConfig, ABC):
 
     @property
     def named_tokens(self) -> tuple[str, ...]:
-        """Names of the tokens that the template inserts. Each must be a token of the tokenizer."""
-        return ()
+        """Names of the tokens that the template, or that of its branches, inserts; each a token of the tokenizer."""
+        return () if self.branch_template is self else self.branch_template.named_tokens
 
     @property
     def closing(self) -> tuple[str, ...]:
         """Names of the tokens that end an answer, in addition to the tokenizer's end token."""
-        return ()
+        return () if self.branch_template is self else self.branch_template.closing
 
     @property
     def branch_template(self) -> TemplateBase:

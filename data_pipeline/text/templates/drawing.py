@@ -54,7 +54,7 @@ class DrawingTemplate(DroppableText):
     """Probability, 0 to below 1, of dropping a text that precedes its image, for classifier-free guidance: 0.1 (Janus).
     The sample RNG decides in each epoch. The image is still learned."""
     dropped_text: Literal["empty", "pad"] = "empty"
-    """Replacement of a dropped text: no tokens (``empty``), or as many padding tokens (``pad``, Janus)."""
+    """Replacement of a dropped text: nothing (``empty``), or one padding token for each token (``pad``, Janus)."""
 
     @field_validator("prompts")
     @classmethod

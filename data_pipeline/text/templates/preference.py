@@ -61,14 +61,6 @@ class PreferenceTemplate(TemplateBase):
         return self.each.requires_images
 
     @property
-    def named_tokens(self) -> tuple[str, ...]:
-        return self.each.named_tokens
-
-    @property
-    def closing(self) -> tuple[str, ...]:
-        return self.each.closing
-
-    @property
     def branch_template(self) -> CaptionTemplate | DialogueTemplate:
         return self.each
 
