@@ -31,7 +31,7 @@ def map_batch(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
         return change(value)
     if isinstance(value, dict):
         return {key: map_batch(item, kind, change) for key, item in value.items()}
-    if isinstance(value, MultimodalBatch | MediaBlock | Segments | BranchedSegments):
+    if isinstance(value, MultimodalBatch | MediaBlock | UncodedImages | Segments | BranchedSegments):
         return replace(value, **{f.name: map_batch(getattr(value, f.name), kind, change) for f in fields(value)})
     return value
 
@@ -183,6 +183,25 @@ class MediaBlock(_Brief):
     tag_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
+@dataclass(frozen=True, repr=False)
+class UncodedImages(_Brief):
+    """The images as tokens whose codes the model computes (``image_tokens.encoded: in_step``).
+
+    Attributes:
+        values: uint8 ``(P, channels * code_size**2)``: the pixels of each code, image by image in reading order, in
+            order (channel, row, column).
+        grids: Rows and columns of codes of each image, on the host.
+        slots: int64 ``(P,)`` the token that each code becomes; until then it is that of code 0.
+        learned: int64 ``(L,)`` the codes, numbered from 0 to P - 1, that are also the label of the row before their
+            token.
+    """
+
+    values: Tensor
+    grids: tuple[tuple[int, int], ...]
+    slots: Tensor
+    learned: Tensor
+
+
 AttentionSegments = Segments | BranchedSegments
 """The keys that each query of self-attention may attend, before the causal mask."""
 
@@ -209,6 +228,10 @@ class MultimodalBatch:
         num_tokens: Number of valid tokens, on the host.
         drawn: bool ``(T,)``: whether each token is a code of an image (``images.drawn_images``) rather than text or a
             mark around an image. None if no document of the microbatch has an image as tokens.
+        reference: float32, for each segment of ``branched.queries`` its log-probability under a stored reference
+            model; 0 for segments that are no branch. None if no document has any.
+        uncoded: Images whose codes the model must compute first (``MultimodalModel.with_codes``); None if all tokens
+            are known.
         dropout_key: Seed and step of the run, from which dropout masks are computed; the training loop sets it. None
             outside of training.
     """
@@ -228,6 +251,8 @@ class MultimodalBatch:
     num_tokens: int = 0
     branched: BranchedSegments | None = None
     drawn: Tensor | None = None
+    reference: Tensor | None = None
+    uncoded: UncodedImages | None = None
     dropout_key: tuple[int, int] | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MultimodalBatch:

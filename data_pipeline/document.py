@@ -5,6 +5,7 @@ Sample --template, transforms, tokenizer--> Document --packing--> Pack --collate
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -144,6 +145,9 @@ class Document:
             before the first branch. The positions of every branch start where those before the first branch end.
         is_cut: Whether this is a part of a sample that does not fit into a pack.
         drawn: bool ``(T,)``: whether each token is a code of an image, see ``MultimodalBatch.drawn``; None if none is.
+        reference: Log-probability of each branch under a stored reference model; empty without.
+        uncoded: The images as tokens whose codes the model computes, in order: all of the document or none. A patch is
+            the square of pixels of one code, and the codes of all images are the tokens of ``drawn``, in order.
         num_tokens, num_patches, num_images: T, the rows of all ``items.values``, and the length of ``images``.
         is_dummy: Whether it is a dummy document, which is made without a sample.
     """
@@ -160,6 +164,8 @@ class Document:
     is_cut: bool = False
     branches: tuple[int, ...] = ()
     drawn: npt.NDArray[np.bool_] | None = None
+    reference: tuple[float, ...] = ()
+    uncoded: tuple[MediaItem, ...] = ()
     num_tokens: int = field(init=False, repr=False)
     num_patches: int = field(init=False, repr=False)
     num_images: int = field(init=False, repr=False)
@@ -175,6 +181,15 @@ class Document:
     def cost(self, spec: MediaSpec) -> float:
         """Return the estimated compute time of its tokens and patches, in units of one token in the decoder."""
         return self.num_tokens + spec.cost_per_patch * self.computed_patches(spec)
+
+    def uncoded_at(self, kept: npt.NDArray[np.integer] | slice) -> tuple[MediaItem, ...]:
+        """Return the images of ``uncoded`` among the tokens ``kept`` (indices or a slice), which divide no image."""
+        if self.drawn is None or not self.uncoded:
+            return ()
+        chosen = np.zeros(self.num_tokens, np.bool_)
+        chosen[kept] = True
+        first = np.cumsum([0, *(len(item.values) for item in self.uncoded[:-1])])
+        return tuple(itertools.compress(self.uncoded, chosen[np.flatnonzero(self.drawn)[first]]))
 
     def computed_patches(self, spec: MediaSpec) -> int:
         """Return the number of patches that the tower computes: its own, or more if absent tiles are computed too."""

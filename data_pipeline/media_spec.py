@@ -70,6 +70,8 @@ class MediaSpec:
             feature for each merged square.
         query_sizes: Numbers of features of crops by their size, for models with learned queries (Aria); empty for other
             models.
+        code_size: Pixels of a code, a side, if batches hold the pixels of images as tokens and the model encodes them
+            (``image_tokens.encoded: in_step``); None if they hold stored codes, or no images as tokens.
 
     Raises:
         DataConfigError: ``patch_size``, ``merge`` or ``channels`` is below 1, ``position_axes`` is neither 1 nor 3, or
@@ -90,6 +92,7 @@ class MediaSpec:
     padding: bool = False
     pooled_side: int | None = None
     query_sizes: QuerySizes = ()
+    code_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or self.merge < 1 or self.channels < 1:
@@ -103,6 +106,20 @@ class MediaSpec:
     def patch_dim(self) -> int:
         """Number of values of one flattened patch, in order (channel, row, column)."""
         return self.channels * self.patch_size**2
+
+    @property
+    def of_codes(self) -> MediaSpec:
+        """The inputs of the image tokenizer: a patch is the square of pixels of one code.
+
+        Raises:
+            DataConfigError: ``code_size`` is None.
+        """
+        if self.code_size is None:
+            raise DataConfigError(
+                "image_tokens.encoded=in_step: the model has no image tokenizer (model.image_tokenizer); add it, or "
+                "store token grids with: mmscale data encode, and set encoded: stored"
+            )
+        return MediaSpec(Placement.EMBEDDING, patch_size=self.code_size)
 
     @cached_property
     def size_multiple(self) -> int:

@@ -88,6 +88,7 @@ def step_digest(microbatches: list[MultimodalBatch]) -> str:
     for batch in sorted((batch for batch in microbatches if batch.lanes != (-1,)), key=lambda batch: batch.lanes):
         total.update(str(batch.lanes).encode())
         pixels = [block.values for _, block in sorted(batch.media.items())]
+        pixels += [] if batch.uncoded is None else [batch.uncoded.values]
         weights = [] if _has_default_weights(batch) else [batch.loss_weights]
         for tensor in (batch.token_ids, batch.labels, *pixels, *weights):
             total.update(f"{tuple(tensor.shape)}".encode())

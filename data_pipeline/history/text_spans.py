@@ -25,7 +25,7 @@ class TextSpan:
     Attributes:
         kind: ``read`` (without loss), ``learned``, or ``image``.
         num_tokens: Number of tokens.
-        weight: Loss weight of each token; 0 unless they are learned.
+        weight: Loss weight of each token; 0 unless they are learned. Of an image as tokens the mean of all, with marks.
         text: Text of the tokens, with the names of special tokens; for an image a description of its crops.
         branch: Number of the branch, from 1; 0 for the shared prefix and for documents without branches.
     """
@@ -45,7 +45,7 @@ def text_spans(document: Document, tokenizer: Tokenizer, spec: MediaSpec) -> lis
     for start, stop, number in _pieces(document):
         is_image = any(image.start == start and image.stop == stop for image in document.images)
         if is_image:
-            found.append(TextSpan("image", stop - start, 0.0, next(images), number))
+            found.append(TextSpan("image", stop - start, float(weights[start:stop].mean()), next(images), number))
             continue
         for weight, group in itertools.groupby(range(start, stop), key=lambda token: float(weights[token])):
             tokens = list(group)

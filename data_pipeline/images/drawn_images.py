@@ -2,15 +2,15 @@
 
     start | size | content | codes of row 1, row_end | codes of row 2, row_end | ... | frame_end | end
 
-``shards/token_grid`` stores the codes, and a template decides whether the model learns them. Not for: images that a
-vision tower encodes (``transforms``).
+``shards/token_grid`` stores the codes, or the model computes them in each step from the pixels; a template decides
+whether the model learns them. Not for: images that a vision tower encodes (``transforms``).
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,10 @@ class ImageTokensConfig(StrictConfig):
     """Id of each code in the decoder, if they are not consecutive; ``codebook_size`` different ids."""
     grid: tuple[Side, Side] | None = None
     """Rows and columns of every image, for models that draw one size: [24, 24] (Janus). null accepts any size."""
+    encoded: Literal["stored", "in_step"] = "stored"
+    """Where the codes come from. ``stored``: the shards hold token grids (``mmscale data encode``). ``in_step``: the
+    frozen tokenizer of the model (``model.image_tokenizer``) encodes the pixels in each step, after ``transforms``.
+    This needs no second copy of the data and allows augmentation, but every epoch pays for the encoder."""
     start: str | None = None
     """Token before each image: ``<|image start|>`` (Emu3), ``<begin_of_image>`` (Janus). null for none."""
     size: str | None = None
@@ -70,6 +74,11 @@ class ImageTokensConfig(StrictConfig):
             raise ValueError(f"ids: {len(set(self.ids))} different ids for codebook_size={self.codebook_size} codes")
         if self.num_ids - 1 > _MAX_ID:
             raise ValueError(f"first_id={self.first_id}: the last code has the id {self.num_ids - 1}, above {_MAX_ID}")
+        if self.encoded == "in_step" and (self.first_id is None or self.tokenizer is not None):
+            raise ValueError(
+                "encoded=in_step: the model's own tokenizer encodes and gives code k the id first_id + k; set "
+                "first_id, and leave out ids and tokenizer"
+            )
         if self.size is not None and set(re.findall("{[^}]*}?", self.size)) != {"{height}", "{width}"}:
             raise ValueError(f"size={self.size!r}: expected {{height}} and {{width}}, and nothing else in braces")
         return self
@@ -161,22 +170,43 @@ class DrawnImages:
         if image.grid is None:
             raise SampleError(f"image {image.name} has no token grid; write token grids with: mmscale data encode")
         codes, made_by = decode_grid(image.grid, image.name)
-        height, width = codes.shape
         if config.tokenizer is not None and made_by != config.tokenizer:
             raise SampleError(f"image {image.name}: {other_tokenizer(made_by, config.tokenizer)}")
-        if config.grid is not None and config.grid != (height, width):
-            rows, columns = config.grid
-            raise SampleError(
-                f"image {image.name} is a grid of {height}x{width} codes, but the model draws {rows}x{columns} "
-                "(image_tokens.grid); encode the image at that size"
-            )
+        self._check_grid(image.name, *codes.shape)
         if codes.max() >= config.codebook_size:
             raise SampleError(
                 f"image {image.name} has the code {codes.max()}, but codes end at {config.codebook_size - 1} "
                 f"(image_tokens.codebook_size={config.codebook_size})"
             )
+        return self._with_marks(self.code_ids[codes])
+
+    def uncoded_tokens(self, name: str, height: int, width: int) -> DrawnTokens:
+        """Return the tokens of an image whose codes are not known yet: each is code 0 until the model encodes it.
+
+        Args:
+            name: Name of the image, for the error.
+            height: Rows of codes.
+            width: Columns of codes.
+
+        Raises:
+            SampleError: the image does not have the size ``grid``.
+        """
+        self._check_grid(name, height, width)
+        return self._with_marks(np.full((height, width), self.code_ids[0]))
+
+    def _check_grid(self, name: str, height: int, width: int) -> None:
+        if self.config.grid is not None and self.config.grid != (height, width):
+            rows, columns = self.config.grid
+            raise SampleError(
+                f"image {name} is a grid of {height}x{width} codes, but the model draws {rows}x{columns} "
+                "(image_tokens.grid); encode the image at that size"
+            )
+
+    def _with_marks(self, code_ids: npt.NDArray[np.int32]) -> DrawnTokens:
+        """Return the tokens of an image with the ids ``(height, width)`` of its codes."""
+        height, width = code_ids.shape
         end = np.tile(np.array(self.row_end, np.int32), (height, 1))
-        rows_of_ids = np.concatenate([self.code_ids[codes], end], axis=1)
+        rows_of_ids = np.concatenate([code_ids, end], axis=1)
         is_code = np.tile(np.arange(rows_of_ids.shape[1]) < width, height)
         opening, closing = self.opening(height, width), self.closing
         ids = [np.array(opening, np.int32), rows_of_ids.reshape(-1), np.array(closing, np.int32)]

@@ -52,8 +52,8 @@ def fingerprint(
         "order": config.order.model_dump(mode="json"),
         "packing": config.packing.model_dump(mode="json"),
         "tokenizer": tokenizer,
-        # Older checkpoints lack ``query_sizes``, so its default is left out.
-        "model.media": repr(spec).replace(", query_sizes=()", ""),
+        # Older checkpoints lack ``query_sizes`` and ``code_size``, so their defaults are left out.
+        "model.media": repr(spec).replace(", query_sizes=()", "").replace(", code_size=None", ""),
         "datasets": [dataset.name for dataset in datasets],
         "weights": [(schedule.starts[phase], [schedule.weights[phase][i] for i in used]) for phase in phases],
     }
@@ -66,7 +66,7 @@ def fingerprint(
 
 _LATER_KEYS = frozenset(
     {
-        *("max_text_bytes", "pipeline", "stages", "image_tokens"),
+        *("max_text_bytes", "pipeline", "stages", "image_tokens", "image_tokens.encoded"),
         *(
             f"{template}.{key}"
             for template in ("template", "template.each")

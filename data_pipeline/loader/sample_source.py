@@ -332,7 +332,7 @@ def with_image_tokenizer(dataset: DatasetConfig, manifest: Manifest | None) -> D
         DataConfigError: the manifest names another image tokenizer than the configuration.
     """
     tokens, found = dataset.image_tokens, None if manifest is None else manifest.image_tokenizer
-    if tokens is None or found is None or found == tokens.tokenizer:
+    if tokens is None or tokens.encoded == "in_step" or found is None or found == tokens.tokenizer:
         return dataset
     if tokens.tokenizer is not None:
         raise DataConfigError(f"data set {dataset.name}: {other_tokenizer(found, tokens.tokenizer)}")

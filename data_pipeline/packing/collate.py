@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import BranchedSegments, CropLocation, MediaBlock, MultimodalBatch, Segments
-from data_pipeline.document import ContentArea, Document, IndexRange
+from data_pipeline.batch import BranchedSegments, CropLocation, MediaBlock, MultimodalBatch, Segments, UncodedImages
+from data_pipeline.document import IGNORE, ContentArea, Document, IndexRange, MediaItem
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.packer import Pack
 
@@ -49,13 +49,16 @@ def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) ->
     loss_weights = np.concatenate([document.loss_weights for document in documents])
     lengths = [document.num_tokens for document in documents]
     valid = np.repeat([not document.is_dummy for document in documents], lengths)
-    branched = drawn = None
+    branched = drawn = reference = None
     if any(document.drawn is not None for document in documents):
         nothing = (np.zeros(length, np.bool_) for length in lengths)
         parts = [none if each.drawn is None else each.drawn for each, none in zip(documents, nothing, strict=True)]
         drawn = torch.from_numpy(np.concatenate(parts))
     if any(document.branches for document in documents):
         branched = BranchedSegments.from_branches((document.num_tokens, document.branches) for document in documents)
+    if any(document.reference for document in documents):
+        by_document = ((0.0, *(each.reference or [0.0] * len(each.branches))) for each in documents)
+        reference = torch.tensor(list(itertools.chain(*by_document)), dtype=torch.float32)
     # A document with exactly one image gives a pair: its overview (or its first crop), and its segment.
     pairs, first_item = list[tuple[int, int]](), 0
     for segment, document in enumerate(documents):
@@ -82,6 +85,28 @@ def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) ->
         num_tokens=int(valid.sum()),
         branched=branched,
         drawn=drawn,
+        reference=reference,
+        uncoded=None if spec.code_size is None else _uncoded(documents, spec, join),
+    )
+
+
+def _uncoded(documents: Sequence[Document], spec: MediaSpec, join: Join) -> UncodedImages:
+    items, first_token, first_code = list[MediaItem](), 0, 0
+    slots, learned = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for document in documents:
+        if document.uncoded and document.drawn is not None:
+            own = np.flatnonzero(document.drawn)
+            has_label = (own > 0) & (document.labels[own - 1] != IGNORE)
+            items += document.uncoded
+            slots.append(own + first_token)
+            learned.append(np.flatnonzero(has_label) + first_code)
+            first_code += len(own)
+        first_token += document.num_tokens
+    return UncodedImages(
+        values=join([item.values for item in items] or [np.empty((0, spec.of_codes.patch_dim), np.uint8)]),
+        grids=tuple(item.grid[1:] for item in items),
+        slots=torch.from_numpy(np.concatenate(slots)),
+        learned=torch.from_numpy(np.concatenate(learned)),
     )
 
 
@@ -173,11 +198,34 @@ def concatenate(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> Multimod
         num_tokens=sum(batch.num_tokens for batch in batches),
         branched=_concatenate_branched(batches) if any(batch.branched for batch in batches) else None,
         drawn=_concatenate_drawn(batches) if any(batch.drawn is not None for batch in batches) else None,
+        reference=_concatenate_reference(batches) if any(each.reference is not None for each in batches) else None,
+        uncoded=_concatenate_uncoded(batches) if spec.code_size is not None else None,
     )
+
+
+def _concatenate_uncoded(batches: Sequence[MultimodalBatch]) -> UncodedImages:
+    slots, learned, first_token, first_code = list[Tensor](), list[Tensor](), 0, 0
+    parts = [batch.uncoded for batch in batches if batch.uncoded is not None]
+    for batch, part in zip(batches, parts, strict=True):
+        slots.append(part.slots + first_token)
+        learned.append(part.learned + first_code)
+        first_token += batch.segments.total
+        first_code += len(part.slots)
+    grids = tuple(grid for part in parts for grid in part.grids)
+    return UncodedImages(torch.cat([part.values for part in parts]), grids, torch.cat(slots), torch.cat(learned))
 
 
 def _concatenate_drawn(batches: Sequence[MultimodalBatch]) -> Tensor:
     parts = [torch.zeros_like(batch.valid) if batch.drawn is None else batch.drawn for batch in batches]
+    return torch.cat(parts)
+
+
+def _concatenate_reference(batches: Sequence[MultimodalBatch]) -> Tensor:
+    counts = [(batch.segments if batch.branched is None else batch.branched.queries).num for batch in batches]
+    parts = [
+        torch.zeros(count) if batch.reference is None else batch.reference
+        for batch, count in zip(batches, counts, strict=True)
+    ]
     return torch.cat(parts)
 
 

@@ -18,19 +18,29 @@ import numpy as np
 
 from data_pipeline.document import Document, MediaItem
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
-from data_pipeline.images.drawn_images import DrawnImages, ImageTokensConfig
+from data_pipeline.images.drawn_images import DrawnImages, DrawnTokens, ImageTokensConfig
 from data_pipeline.images.image_tokens import ImageLayout
-from data_pipeline.images.transforms import DecodeTask, ImageTransform, TransformConfig
+from data_pipeline.images.transforms import (
+    DecodeTask,
+    ImageTransform,
+    ScaledTransform,
+    TilesTransform,
+    TransformConfig,
+)
 from data_pipeline.media_spec import Grid, MediaSpec, Placement
 from data_pipeline.order.randomness import Rng
 from data_pipeline.packing.draft import Draft
+from data_pipeline.packing.stored_reference import reference_log_probs
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.shards.image_header import image_size
 from data_pipeline.text.templates import (
     BranchPiece,
+    DrawingTemplate,
     DrawnPiece,
     EndPiece,
+    OpeningPiece,
     Piece,
+    PreferenceTemplate,
     TemplateConfig,
     TextPiece,
     TokenPiece,
@@ -122,7 +132,19 @@ class DocumentBuilder:
                 f"template.kind={dataset.template.kind}: needs data.image_tokens, the ids of images in the decoder"
             )
         self._drawn = None if dataset.image_tokens is None else DrawnImages(dataset.image_tokens, tokenizer)
+        self._draws_pixels = self._drawn is not None and self._drawn.config.encoded == "in_step"
+        # Also without ``takes_images``: template drawing, which uses no tower. A tower's transform is not used here.
+        uses_codes = dataset.template.draws or (dataset.template.takes_images and not takes_images)
+        self._code_transform = code_transform(transforms, spec) if self._draws_pixels and uses_codes else None
         uses_images = takes_images or (self._drawn is not None and dataset.template.takes_images)
+        template = dataset.template
+        self._stored_reference = template.stored_reference if isinstance(template, PreferenceTemplate) else None
+        is_random = transforms.augment is not None or getattr(transforms, "crop", None) == "random"
+        if self._stored_reference is not None and is_random and (self._transform or self._code_transform):
+            raise DataConfigError(
+                "template.stored_reference: a randomly cropped or augmented image differs from the one that the "
+                "reference model read; set crop: center and augment: null in the transforms"
+            )
         self._requires_images = (
             uses_images and spec.placement is not Placement.PAIR and dataset.template.requires_images
         )
@@ -173,6 +195,25 @@ class DocumentBuilder:
         """As ``build_prompt``, without decoding images; see ``dry_run``."""
         return self.plan(sample, pixels=False, prompt=True).document
 
+    def build_drawing_prompt(self, words: str, rows: int, columns: int, *, drop_text: bool = False) -> Document:
+        """Build the document up to the first code of an image to draw. None of its tokens is learned.
+
+        Args:
+            words: The text before the image, see ``DrawingTemplate.text_to_draw``.
+            rows: Rows of codes.
+            columns: Columns of codes.
+            drop_text: Replace the text as training does when it drops one, for classifier-free guidance.
+
+        Raises:
+            DataConfigError: the template is not of kind ``drawing``.
+            SampleError: the text spells a mark.
+        """
+        template = self.dataset.template.branch_template
+        if not isinstance(template, DrawingTemplate):
+            raise DataConfigError(f"template.kind={self.dataset.template.kind}: draws no images; use drawing")
+        pieces = template.drawing_prompt(words, rows, columns, drop_text=drop_text)
+        return self._assemble(pieces, Sample((), {}, Provenance("prompt", "", words, 0)), None, pixels=False)()
+
     def plan(
         self, sample: Sample, rng: Rng | None = None, *, pixels: bool = True, prompt: bool = False
     ) -> DocumentPlan:
@@ -203,7 +244,9 @@ class DocumentBuilder:
         except SampleError as error:
             raise error.located(sample.provenance.shard, sample.provenance.key) from error
 
-    def _assemble(self, pieces: list[Piece], sample: Sample, rng: Rng | None, pixels: bool) -> DocumentPlan:
+    def _assemble(
+        self, pieces: Sequence[Piece | OpeningPiece], sample: Sample, rng: Rng | None, pixels: bool
+    ) -> DocumentPlan:
         spec, tokenizer, draft = self.spec, self.tokenizer, Draft(self.spec)
         decode_tasks = list[DecodeTask]()
         if tokenizer.bos_id is not None:
@@ -214,25 +257,36 @@ class DocumentBuilder:
                 f"{num_images} images, but a pair is one image and one text (connector.kind=contrastive)",
                 kind=FaultKind.DOCUMENT if num_images else FaultKind.NO_IMAGE,
             )
+
+        def crops_of(transform: ImageTransform, image: ImagePart, count: int) -> tuple[MediaItem, ...]:
+            if not pixels:
+                return transform.dry_run(image.size or _size_of(image.data), rng, count)
+            decode_tasks.append(transform.decode_task(image.data, rng, image.size, count))
+            return decode_tasks[-1].crops
+
         for piece in pieces:
             if isinstance(piece, DrawnPiece) or (isinstance(piece, ImagePart) and self._transform is None):
                 # Without a vision tower, the model reads an image as tokens.
                 drawn = DrawnPiece(piece, 0.0, 0.0) if isinstance(piece, ImagePart) else piece
                 if self._drawn is None:
                     raise SampleError(f"image {drawn.image.name}, but the model has no image tower")
-                draft.add_drawn(self._drawn.tokens(drawn.image), drawn.weight, drawn.mark_weight)
+                if not self._draws_pixels:
+                    draft.add_drawn(self._drawn.tokens(drawn.image), drawn.weight, drawn.mark_weight)
+                    continue
+                assert self._code_transform is not None, "every template with images as tokens has one"
+                (crop,) = crops_of(self._code_transform, drawn.image, 1)
+                tokens = self._drawn.uncoded_tokens(drawn.image.name, *crop.grid[1:])
+                draft.add_drawn(tokens, drawn.weight, drawn.mark_weight, crop)
             elif isinstance(piece, ImagePart):
                 assert self._transform is not None, "handled above"
-                if pixels:
-                    decode_tasks.append(self._transform.decode_task(piece.data, rng, piece.size, num_images))
-                    crops = decode_tasks[-1].crops
-                else:
-                    crops = self._transform.dry_run(piece.size or _size_of(piece.data), rng, num_images)
-                draft.add_image(crops, tokenizer.image_id, self._layout)
+                draft.add_image(crops_of(self._transform, piece, num_images), tokenizer.image_id, self._layout)
             elif isinstance(piece, BranchPiece):
                 draft.begin_branch(piece.repeats_last)
             elif isinstance(piece, EndPiece):
                 draft.add_tokens((tokenizer.eos_id,), piece.weight)
+            elif isinstance(piece, OpeningPiece):
+                assert self._drawn is not None, "a template that draws has image tokens"
+                draft.add_tokens(self._drawn.opening(piece.rows, piece.columns), 0.0)
             elif isinstance(piece, TokenPiece):
                 draft.add_tokens((self._special[piece.name],), piece.weight)
             else:
@@ -244,7 +298,11 @@ class DocumentBuilder:
             draft.weights = share_weights(draft.weights, draft.branches, rule).tolist()
         if spec.placement is Placement.PAIR:  # A pair counts once, whatever the length of its text.
             draft.weights = [0.0] * (len(draft.ids) - 1) + [1.0]
-        return DocumentPlan(draft.finish(sample.provenance), tuple(decode_tasks))
+        document = draft.finish(sample.provenance)
+        if self._stored_reference is not None and document.branches:
+            stored = reference_log_probs(sample.fields, document, self.dataset.transforms, self._stored_reference)
+            document = replace(document, reference=stored)
+        return DocumentPlan(document, tuple(decode_tasks))
 
     def _encode(self, text: str) -> list[int]:
         """Return the ids of a text.
@@ -293,6 +351,22 @@ class DocumentBuilder:
                 )
 
 
+def code_transform(config: TransformConfig, spec: MediaSpec) -> ImageTransform:
+    """Return the transform of the images that the model's tokenizer encodes.
+
+    Raises:
+        DataConfigError: the transform cuts an image into several crops or does not fit the size of a code, or the model
+            has no tokenizer.
+    """
+    codes = spec.of_codes
+    if isinstance(config, TilesTransform) or (isinstance(config, ScaledTransform) and config.split is not None):
+        raise DataConfigError(
+            f"transforms.kind={config.kind}: cuts an image into several crops, but token ids are of one image; "
+            "use fixed or native"
+        )
+    return ImageTransform(config, codes)
+
+
 def _size_of(data: bytes) -> tuple[int, int]:
     """Return height and width of an encoded image, from its header."""
     header = image_size(data)
@@ -329,6 +403,7 @@ def dummy_document(spec: MediaSpec, pad_id: int) -> Document:
     """Return the smallest document that uses every module of the model. It has no labels, loss weights or provenance.
 
     ZeRO-3 gathers the parameters of a module on all ranks together, so a rank without images must still run its tower.
+    An image tokenizer needs no image: one call for each batch gathers it (``ImageTokenizer.forward``).
     """
     draft = Draft(spec)
     if crops := _crops(spec, spec.minimal_grid):
@@ -346,6 +421,7 @@ def plain_document(
     origin: Provenance,
     *,
     num_answers: int = 1,
+    uncoded: Sequence[tuple[int, int]] = (),
 ) -> Document:
     """Return a document of black images and then tokens, made without a sample.
 
@@ -357,6 +433,7 @@ def plain_document(
         grids: Patches of the crops of each image. An image has one crop for each role: embedded, attended or compared.
         origin: Its provenance.
         num_answers: 1 makes no branches; 2 makes a preference pair of at least four tokens.
+        uncoded: Rows and columns of images as tokens, learned, whose codes the model computes.
 
     Raises:
         SampleError: a grid does not fit the model.
@@ -364,6 +441,10 @@ def plain_document(
     draft = Draft(spec)
     for grid in grids:
         draft.add_image(_crops(spec, grid), image_id, None)
+    for height, width in uncoded:
+        pixels = np.zeros((height * width, spec.of_codes.patch_dim), np.uint8)
+        codes = DrawnTokens(np.full(height * width, image_id, np.int32), np.ones(height * width, np.bool_))
+        draft.add_drawn(codes, 1.0, 0.0, MediaItem(pixels, (1, height, width), embedded=True))
     draft.add_tokens(token_ids[:num_answers], 0.0)
     for answer in range(num_answers):
         if num_answers > 1:

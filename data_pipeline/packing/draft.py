@@ -44,6 +44,8 @@ class Draft:
     """Attended items of the last image and of the images directly before it, without text between them."""
     drawn: list[tuple[int, npt.NDArray[np.bool_]]] = field(default_factory=list)
     """First token of each image as tokens, and which of its tokens are codes."""
+    uncoded: list[MediaItem] = field(default_factory=list)
+    """The images as tokens whose codes the model computes."""
     branches: list[int] = field(default_factory=list)
     fork: int = 0
     """Position at which every branch starts."""
@@ -129,15 +131,18 @@ class Draft:
         self.scatter_index.extend(slots.values())
         self.images.append(ImageExtent(start, first_item, len(self.ids)))
 
-    def add_drawn(self, image: DrawnTokens, weight: float, mark_weight: float) -> None:
-        """Append an image as tokens, with the loss weights of its codes and of its marks."""
-        assert not self.branches, "an image in a branch would be cut with the branch"
+    def add_drawn(self, image: DrawnTokens, weight: float, mark_weight: float, pixels: MediaItem | None = None) -> None:
+        """Append an image as tokens, with the loss weights of its codes and of its marks.
+
+        ``pixels`` is the image if the model computes its codes; None if ``image`` has them.
+        """
         start, at = len(self.ids), 0
         for is_code, run in itertools.groupby(image.is_code.tolist()):
             stop = at + len(list(run))
             self.add_tokens(image.ids[at:stop].tolist(), weight if is_code else mark_weight)
             at = stop
         self.drawn.append((start, image.is_code))
+        self.uncoded += [] if pixels is None else [pixels]
         self.images.append(ImageExtent(start, len(self.items), len(self.ids)))
         self.attended = ()
 
@@ -184,4 +189,5 @@ class Draft:
             images=tuple(self.images),
             branches=tuple(self.branches),
             drawn=drawn,
+            uncoded=tuple(self.uncoded),
         )

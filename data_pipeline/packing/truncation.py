@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from data_pipeline.document import Document, ImageExtent, Span
+from data_pipeline.document import IGNORE, Document, ImageExtent, Span
 
 Fits = Callable[[Document], bool]
 """Returns whether a pack can hold a document. If a part fits, every shorter part with the same start must fit too."""
@@ -43,7 +43,8 @@ class Cutter:
     def cut(self, start: int, stop: int) -> Document:
         """Return the part with the tokens ``start:stop``. Neither may be inside an image; this is not checked.
 
-        The last label is the token that follows in the whole document, so no prediction is lost.
+        The last label is the token that follows in the whole document, so no prediction is lost; except where the model
+        computes the code that follows.
         """
         document = self._document
         spans = self._spans(start, stop)
@@ -56,11 +57,15 @@ class Cutter:
         new_index = {item: i for i, item in enumerate(indices)}
         positions = document.position_ids[start:stop]
         slots = slice(*np.searchsorted(self._slots, (start, stop)))
+        labels, weights = document.labels[start:stop], document.loss_weights[start:stop]
+        if document.uncoded and document.drawn is not None and document.drawn[stop : stop + 1].any():
+            # The last label is the first code of the next image, which is not known without that image.
+            labels, weights = np.append(labels[:-1], np.int32(IGNORE)), np.append(weights[:-1], np.float32(0))
         return replace(
             document,
             token_ids=document.token_ids[start:stop],
-            labels=document.labels[start:stop],
-            loss_weights=document.loss_weights[start:stop],
+            labels=labels,
+            loss_weights=weights,
             position_ids=positions - positions.min(axis=0) if start and len(positions) else positions,
             items=tuple(document.items[item] for item in indices),
             scatter_index=document.scatter_index[slots] - np.int32(start),
@@ -71,6 +76,7 @@ class Cutter:
             ),
             is_cut=True,
             drawn=None if document.drawn is None else document.drawn[start:stop],
+            uncoded=document.uncoded_at(slice(start, stop)),
         )
 
     def _spans(self, start: int, stop: int) -> list[Span]:
@@ -114,11 +120,15 @@ def with_end_token(part: Document, whole: Document) -> Document:
 def some_branches(document: Document, first: int, stop: int) -> Document:
     """Return the part with the shared prefix and the branches ``first:stop``.
 
-    A single branch becomes plain text after the prefix. All images are in the prefix. Loss weights are not changed.
+    A single branch becomes plain text after the prefix. Images outside of the prefix are images as tokens, without
+    crops. Loss weights are not changed.
     """
     branches = document.branches
     shared, begin = branches[0], branches[first]
-    rows = np.r_[0:shared, begin : branches[stop] if stop < len(branches) else document.num_tokens]
+    end = branches[stop] if stop < len(branches) else document.num_tokens
+    rows = np.r_[0:shared, begin:end]
+    before = [image for image in document.images if image.stop <= shared]
+    within = [image for image in document.images if begin <= image.start < end]
     starts = tuple(branch - begin + shared for branch in branches[first:stop])
     return replace(
         document,
@@ -126,9 +136,15 @@ def some_branches(document: Document, first: int, stop: int) -> Document:
         labels=document.labels[rows],
         loss_weights=document.loss_weights[rows],
         position_ids=document.position_ids[rows],
+        images=(
+            *before,
+            *(image._replace(start=image.start - begin + shared, stop=image.stop - begin + shared) for image in within),
+        ),
         branches=starts if len(starts) > 1 else (),
+        reference=(),
         is_cut=True,
         drawn=None if document.drawn is None else document.drawn[rows],
+        uncoded=document.uncoded_at(rows),
     )
 
 

@@ -1,28 +1,26 @@
 """Add the token ids of images to samples, as a source for new shards.
 
-    rows of ``reshard`` --chunk of rows--> members --decode, resize--> images --encoder, batches of one size-->
-        members and ``jpg.tokens`` --> ``ingest``
+    members of a chunk --decode, resize--> images --encoder, batches of one size--> members and ``jpg.tokens``
 
-The encoder is passed in, because the data side knows no model. A chunk is always encoded as a whole, even if a resumed
-ingest needs only its last rows. The batches of the encoder therefore depend on the source alone, and neither the number
-of processes nor an interruption changes a bit of the result.
+The encoder is passed in, because the data side knows no model. ``computed`` runs it on whole chunks of stored samples.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.errors import DataConfigError, SampleError
-from data_pipeline.images.transforms import ImageTransform, ScaledTransform, TilesTransform, TransformConfig
-from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.errors import SampleError
+from data_pipeline.images.transforms import ImageTransform, TransformConfig
+from data_pipeline.media_spec import MediaSpec
+from data_pipeline.packing.document_builder import code_transform
+from data_pipeline.prepare.computed import ComputedSource
 from data_pipeline.prepare.reshard import ReshardSource
-from data_pipeline.prepare.rows import Members, RowReader, SourceRow
+from data_pipeline.prepare.rows import Members
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.page_images import image_order
 from data_pipeline.shards.token_grid import encode_grid, grid_extension, is_grid
@@ -53,7 +51,7 @@ class GridEncoder(Protocol):
         """Return the codes ``(N, H / stride, W / stride)`` of RGB images ``(N, 3, H, W)``."""
 
 
-class EncodedSource:
+class EncodedSource(ComputedSource):
     """Stored samples with the token ids of their images: a ``RowSource``.
 
     A sample without images is not changed. Token ids that a sample already has are replaced.
@@ -71,48 +69,27 @@ class EncodedSource:
     def __init__(
         self, samples: ReshardSource, encoder: GridEncoder, transforms: TransformConfig, *, grids_only: bool = False
     ) -> None:
-        splits = isinstance(transforms, ScaledTransform) and transforms.split is not None
-        if isinstance(transforms, TilesTransform) or splits:
-            raise DataConfigError(
-                f"transforms.kind={transforms.kind}: cuts an image into several crops, but token ids are of one image; "
-                "use fixed or native"
-            )
-        self._samples = samples
         self.image_tokenizer = encoder.digest
-        self.reader: RowReader = _GridReader(samples.reader, encoder, transforms, grids_only)
-        ImageTransform(transforms, _spec_of(encoder))  # Raises before any process starts.
-        settings = f"{encoder.digest} {grids_only} {transforms.model_dump_json()}"
-        self._digest = hashlib.sha256(f"{samples.digest()} {settings}".encode()).hexdigest()
-        self.description = f"{samples.description}, with token ids of {encoder.codebook_size:,} codes"
-
-    def chunks(self) -> Iterator[Sequence[SourceRow]]:
-        for chunk in self._samples.chunks():
-            whole = tuple(chunk)
-            yield [SourceRow(row.number, row.key, (whole, position)) for position, row in enumerate(whole)]
-
-    def count(self) -> int | None:
-        return self._samples.count()
-
-    def digest(self) -> str:
-        return self._digest
+        code_transform(transforms, _spec_of(encoder))  # Raises before any process starts.
+        super().__init__(
+            samples,
+            _GridEncoding(encoder, transforms, grids_only),
+            f"{encoder.digest} {grids_only} {transforms.model_dump_json()}",
+            f"with token ids of {encoder.codebook_size:,} codes",
+        )
 
 
 @dataclass
-class _GridReader:
-    """Reads the samples of a chunk and encodes their images. Every process has its own copy."""
+class _GridEncoding:
+    """Encodes the images of a chunk: a ``ChunkProgram``."""
 
-    source: RowReader
     encoder: GridEncoder
     transforms: TransformConfig
     grids_only: bool
     _transform: ImageTransform | None = field(default=None, repr=False)
 
-    def read(self, rows: Sequence[SourceRow]) -> Iterator[Members | SampleError]:
-        chunk, first = rows[0].reference  # The rows of one chunk, consecutive.
-        yield from self._encode(chunk)[first : first + len(rows)]
-
-    def _encode(self, chunk: Sequence[SourceRow]) -> list[Members | SampleError]:
-        results = list(self.source.read(chunk))
+    def __call__(self, samples: Sequence[Members | SampleError], first: int) -> list[Members | SampleError]:
+        results = list(samples)
         images: dict[tuple[int, ...], list[tuple[int, str, npt.NDArray[np.uint8]]]] = {}
         for number, members in enumerate(results):
             if isinstance(members, SampleError):
@@ -141,9 +118,9 @@ class _GridReader:
 
     def _decode(self, data: bytes) -> npt.NDArray[np.uint8]:
         """Return the pixels ``(3, H, W)`` of an encoded image after the transforms."""
-        spec = _spec_of(self.encoder)
         if self._transform is None:
-            self._transform = ImageTransform(self.transforms, spec)
+            self._transform = code_transform(self.transforms, _spec_of(self.encoder))
+        spec = self._transform.spec
         (crop,) = self._transform(data)
         _, height, width = crop.grid
         side = spec.patch_size
@@ -152,5 +129,4 @@ class _GridReader:
 
 
 def _spec_of(encoder: GridEncoder) -> MediaSpec:
-    """Return the inputs of a model whose patches are the squares of pixels of one code."""
-    return MediaSpec(Placement.EMBEDDING, patch_size=encoder.stride)
+    return MediaSpec(code_size=encoder.stride)

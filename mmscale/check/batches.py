@@ -48,11 +48,15 @@ class BatchMaker:
     def kinds(self) -> tuple[str, ...]:
         """Names of the microbatches that the model can get."""
         kinds = ["text and image", "no image", "images only", "one expert", "dummy packs only", "no loss", "one token"]
-        if self.spec.placement is Placement.NONE:
+        if not self._takes_images:
             kinds = [kind for kind in kinds if "image" not in kind] + ["text"]
         elif self.spec.placement is Placement.PAIR:  # Every document of a pair has an image.
             kinds = ["one pair", "many pairs", "one expert", "dummy packs only"]
         return tuple(kinds)
+
+    @property
+    def _takes_images(self) -> bool:
+        return self.spec.placement is not Placement.NONE or self.spec.code_size is not None
 
     def make(self, kind: str, step: int, lane: int) -> MultimodalBatch:
         """Return a microbatch with one pack.
@@ -94,9 +98,14 @@ class BatchMaker:
             ids = rng.integers(_FIRST_ID, self.vocab_size, length).tolist()
             ids = [ids[0]] * length if one_id else ids
             grids = [self._grid(number) for number in range(images)]
-            return plain_document(self.spec, ids, _IMAGE_ID, grids, origin(), num_answers=self.num_answers)
+            # Ranks then encode different numbers of images, and of different sizes.
+            uncoded = [(1 + number, 2) for number in range(images if self.spec.code_size is not None else 0)]
+            grids = [] if self.spec.placement is Placement.NONE else grids
+            return plain_document(
+                self.spec, ids, _IMAGE_ID, grids, origin(), num_answers=self.num_answers, uncoded=uncoded
+            )
 
-        image = int(self.spec.placement is not Placement.NONE)
+        image = int(self._takes_images)
         pair = int(self.spec.placement is Placement.PAIR)
         match kind:
             case "dummy packs only":

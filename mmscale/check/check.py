@@ -30,6 +30,8 @@ from mmscale.check.recorder import Call
 from mmscale.dist import prepare_deepspeed
 from mmscale.errors import EngineError
 from mmscale.evaluate import EvaluationConfig
+from mmscale.models.build import build_weights
+from mmscale.models.config import TokenizerConfig
 from mmscale.run.config import RunConfig
 from mmscale.run.stage_teachers import teacher_sources
 from mmscale.shrink.run import shrink_run
@@ -133,8 +135,13 @@ def check_run(config: RunConfig, *, ranks: int | None = None) -> CheckReport:
 
 def _num_blocks(config: RunConfig) -> int:
     """Return the largest number of blocks of the model of any stage."""
-    models = [config.decoder_model(number) for number, _ in config.stages_from(0)]
-    return max(model.decoder.num_layers + getattr(model.vision, "num_layers", 0) for model in models)
+    models = [config.stage_model(number) for number, _ in config.stages_from(0)]
+    return max(
+        len(build_weights(model).checkpoint_units())
+        if isinstance(model, TokenizerConfig)
+        else model.decoder.num_layers + getattr(model.vision, "num_layers", 0)
+        for model in models
+    )
 
 
 def _at_full_depth(program: RankProgram) -> RankProgram:
@@ -144,7 +151,7 @@ def _at_full_depth(program: RankProgram) -> RankProgram:
     for number in program.stages:
         stage = config.stages[number].model_dump_json(exclude=_EQUAL_FIELDS)
         distill = [each.model_dump_json() for each in program.distill[number]]
-        first.setdefault(f"{stage} {config.decoder_model(number).model_dump_json()} {distill}", number)
+        first.setdefault(f"{stage} {config.stage_model(number).model_dump_json()} {distill}", number)
     return replace(program, stages=tuple(first.values()), at_full_depth=True)
 
 
@@ -170,9 +177,11 @@ def _program(config: RunConfig, folder: Path, ranks: int, parallel: int, *, keep
     evaluations: list[EvaluationConfig | None] = []
     for number in numbers:
         is_scored = number == numbers[-1] or config.evaluation.every_steps is not None
+        is_scored = is_scored and not isinstance(small.stage_model(number), TokenizerConfig)
         evaluations.append(evaluation_block(folder, small.stage_media(number)) if is_scored else None)
     distill = tuple(teacher_sources(config, number) for number in range(len(config.stages)))
-    return RankProgram(small, distill, tuple(evaluations), folder, tuple(numbers))
+    encodes = tuple(config.stage_media(number).code_size is not None for number in range(len(config.stages)))
+    return RankProgram(small, distill, tuple(evaluations), folder, encodes, tuple(numbers))
 
 
 def _import_libraries() -> None:

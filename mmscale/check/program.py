@@ -24,13 +24,17 @@ from mmscale.dist import World, init_distributed
 from mmscale.engine.engine import Engine
 from mmscale.engine.partition import own_range
 from mmscale.evaluate import EvaluationConfig, evaluate
-from mmscale.models.build import AnyModel, TrainedModel
+from mmscale.models.build import AnyModel, TrainedModel, media_spec
+from mmscale.models.config import TokenizerConfig
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.objectives.choice import choose_objective
 from mmscale.objectives.teacher import Teacher
 from mmscale.optim.stages import DistillConfig
 from mmscale.run.config import RunConfig
 from mmscale.run.train import build
+
+_FEW_IDS = 16
+"""Token ids of the documents of an image tokenizer, which reads no text."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class RankProgram:
         distill: The teachers of each stage of the real run.
         evaluations: The held-out sets of each stage; None if the run does not evaluate after its steps.
         folder: Folder for checkpoints.
+        encodes: Whether the model encodes images as tokens in each step of the real run, for each stage.
         stages: Numbers of the stages to run.
         at_full_depth: Whether the model has all blocks of a deep model. Its stages make two steps and no checkpoint.
     """
@@ -102,6 +107,7 @@ class RankProgram:
     distill: tuple[tuple[DistillConfig, ...], ...]
     evaluations: tuple[EvaluationConfig | None, ...]
     folder: Path
+    encodes: tuple[bool, ...]
     stages: tuple[int, ...]
     at_full_depth: bool = False
 
@@ -126,14 +132,16 @@ class RankProgram:
             Teacher(cast(MultimodalModel, self._build(world, number)), source.weight, source.temperature)
             for source in self.distill[number]
         ]
-        objective = choose_objective(config.decoder_model(number), stage, world, teachers)
+        architecture = config.stage_model(number)
+        objective = choose_objective(architecture, stage, world, teachers)
         with closing(Engine(cast(nn.Module, model), objective, stage, config.engine, world)) as engine:
             if latest is not None:
                 recorder.where = f"{where}, warm start"
                 checkpoint.warm_start(engine, latest, upcycle=stage.upcycles_previous)
-            spec = config.stage_media(number)
+            spec = media_spec(architecture, encodes=self.encodes[number])
             answers = 1 if stage.preference is None else 2
-            batches = BatchMaker(spec, config.decoder_model(number).decoder.vocab_size, config.seed, answers)
+            vocabulary = _FEW_IDS if isinstance(architecture, TokenizerConfig) else architecture.decoder.vocab_size
+            batches = BatchMaker(spec, vocabulary, config.seed, answers)
             make = make_few_steps if self.at_full_depth else make_steps
             for index, step in enumerate(make(batches.kinds, world.world_size)):
                 kinds = step.kinds[world.rank]

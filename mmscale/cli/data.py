@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mmscale.cli import data_crops, data_dedup, data_encode, data_shards, data_show, data_stats, data_text, data_trace
+from mmscale.cli import (
+    data_crops,
+    data_dedup,
+    data_encode,
+    data_pairs,
+    data_reference,
+    data_shards,
+    data_show,
+    data_stats,
+    data_text,
+    data_trace,
+)
 from mmscale.cli.console import console, emit, progress, track, warn
 
 if TYPE_CHECKING:
@@ -192,6 +203,8 @@ def parse_range(text: str, option: str) -> range:
 app.registered_commands += data_text.app.registered_commands
 app.registered_commands += data_shards.app.registered_commands
 app.registered_commands += data_encode.app.registered_commands
+app.registered_commands += data_pairs.app.registered_commands
+app.registered_commands += data_reference.app.registered_commands
 app.registered_commands += data_dedup.app.registered_commands
 app.registered_commands += data_show.app.registered_commands
 app.registered_commands += data_stats.app.registered_commands

@@ -36,8 +36,8 @@ def evaluate_run(
     """Score a trained model on held-out samples, or on tasks of lm-eval or lmms-eval.
 
     Loads the given or the newest checkpoint of the run and scores the sets of its evaluation block: answers to images
-    with a control (images permuted among the samples), multiple-choice questions, perplexity of documents, and
-    generated answers, which it writes to RUN/answers.
+    with a control (images permuted among the samples), multiple-choice questions, perplexity of documents, generated
+    answers and drawings, which it writes to RUN/answers.
     """
     from dataclasses import asdict
 
@@ -45,8 +45,9 @@ def evaluate_run(
     from mmscale.config import load
     from mmscale.errors import ConfigError
     from mmscale.evaluate import evaluate, unanswerable_sets
-    from mmscale.evaluate.result import ANSWERS_FOLDER, GenerationResult
+    from mmscale.evaluate.result import ANSWERS_FOLDER, DrawingsResult, GenerationResult
     from mmscale.run.config import RunConfig
+    from mmscale.run.drawings import drawing_context
 
     if lm_eval or lmms_eval:
         if lm_eval and lmms_eval:
@@ -72,9 +73,12 @@ def evaluate_run(
     if left_out := unanswerable_sets(run.evaluation, spec):
         console.print(f"not scored, because the model cannot answer them: {', '.join(held.name for held in left_out)}")
     answers = run.run_dir / ANSWERS_FOLDER
-    results = evaluate(trained.model, run.evaluation, data, spec, trained.world, answers_folder=answers)
+    drawing = drawing_context(run, trained.stage, run.evaluation, trained.world)
+    results = evaluate(
+        trained.model, run.evaluation, data, spec, trained.world, drawing=drawing, answers_folder=answers
+    )
     for name, result in results.items():
-        if isinstance(result, GenerationResult):
+        if isinstance(result, GenerationResult | DrawingsResult):
             console.print(f"wrote {answers / name}.jsonl")
     scores = {name: asdict(result) for name, result in results.items()}
     if json:

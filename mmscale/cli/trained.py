@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from mmscale.config import Loaded
     from mmscale.dist import World
+    from mmscale.metrics.sample_images import Pixels
     from mmscale.models.build import AnyModel
     from mmscale.models.sampling import SamplingConfig
     from mmscale.run.config import RunConfig
@@ -78,6 +79,48 @@ class Trained:
             stop=stop,
         )
         return answer
+
+    def draw(
+        self,
+        prompt: str,
+        num: int = 1,
+        *,
+        size: int | tuple[int, int] | None = None,
+        guidance: float = 1.0,
+        sampling: SamplingConfig | None = None,
+        tokenizer: str | Path | None = None,
+    ) -> list[Pixels]:
+        """Return drawings of a text, uint8 ``(height, width, 3)``; see ``mmscale.evaluate.drawings.draw_images``.
+
+        Args:
+            prompt: The text.
+            num: Number of images; image i uses the seed of ``sampling`` plus i.
+            size: Side, or height and width, in pixels; None for the only size of training.
+            guidance: Scale of classifier-free guidance, at least 1.
+            sampling: How codes are chosen; None draws from their whole distribution.
+            tokenizer: Run or checkpoint of the image tokenizer, for a model that does not contain it.
+
+        Raises:
+            ConfigError: the model draws no images, or an option does not fit it.
+            CheckpointError: the tokenizer has no usable checkpoint.
+        """
+        from mmscale.evaluate.drawings import FREE, draw_images
+        from mmscale.run.image_tokens import tokenizer_of_data
+
+        data = self.config.drawing_data(self.stage)
+        found = None if tokenizer is None else tokenizer_of_data(Path(tokenizer), data, self.world.device)
+        spec, texts = self.config.stage_media(self.stage), [prompt] * num
+        drawings = draw_images(
+            self.model,
+            data,
+            spec,
+            texts,
+            size=size,
+            sampling=sampling or FREE,
+            guidance=guidance,
+            image_tokenizer=found,
+        )
+        return [drawing.pixels for drawing in drawings]
 
 
 def load_trained(config: RunConfig, checkpoint: Path | None = None) -> Trained:

@@ -1,6 +1,7 @@
 """One optimizer step over the microbatches of all ranks.
 
     _global_weight      loss weights, summed over microbatches and ranks
+    with_codes          a frozen tokenizer encodes images, if the data do not hold their codes
     _forward_backward   microbatch --LossGraph--> loss sum --x W / global weight--> backward     (once per microbatch)
     _global_means       loss, metrics and the components' gradient norms of the whole step
     _update             norm of the whole gradient --> a rank rejects: nothing changes | clip, optimizer's step
@@ -30,6 +31,8 @@ from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
 from mmscale.engine.expert_parallel import check_placement
 from mmscale.engine.gradient_norms import square_sums
 from mmscale.engine.graph import (
+    OWN_WEIGHT,
+    EncodingModel,
     LossGraph,
     ObjectiveLike,
     RouterSums,
@@ -191,6 +194,7 @@ class Engine:
     def _arrange(self, units: list[nn.Module]) -> list[Undo]:
         undo = [recompute(units)] if self.config.activation_checkpointing else []
         gathered = [*units, *(unit for teacher in self.teachers for unit in teacher.units())]
+        gathered += self.model.encoders() if isinstance(self.model, EncodingModel) else []
         return [*undo, gather_whole(gathered)] if self.config.zero_stage == 3 else undo
 
     def _prepare_optimizer(self) -> None:
@@ -257,7 +261,10 @@ class Engine:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = rates[group["component"]]
         try:
-            objective = self._objective
+            objective, model = self._objective, self.model
+            if isinstance(model, EncodingModel):
+                with self.clock.phase(FORWARD):
+                    microbatches = [model.with_codes(each, self.world.device) for each in microbatches]
             if isinstance(objective, WholeStepObjective) and objective.needs_prepare(self.model, len(microbatches)):
                 with self.clock.phase(FORWARD), torch.no_grad():
                     microbatches = objective.prepare(self.model, microbatches)
@@ -445,7 +452,8 @@ class Engine:
         mine = dict(zip(names, local, strict=True)) | {f"grad_square/{name}": value for name, value in squares.items()}
         with self.clock.communicating():
             whole = all_reduce_sum(self.world, mine)
-        means = {name: whole[name] / weight for name in names}
+        weights = {name: whole.get(name + OWN_WEIGHT, weight) for name in names if not name.endswith(OWN_WEIGHT)}
+        means = {name: whole[name] / own for name, own in weights.items() if own}
         squares = {name: whole[f"grad_square/{name}"] for name in squares}
         norms = {name: math.sqrt(value) if math.isfinite(value) else math.inf for name, value in squares.items()}
         return means.pop("loss"), means, norms

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Undo = Callable[[], None]
+OWN_WEIGHT = "/weight"
+"""Ends the name of the sum that a metric is divided by instead of the weight of the step."""
 
 
 class TeacherLike(Protocol):
@@ -49,7 +51,10 @@ class ObjectiveLike(Protocol):
         ...
 
     def __call__(self, model: Any, batch: Any) -> Any:
-        """Return ``loss_sum`` (a scalar with its graph), ``metrics`` (sums), ``document_losses`` and ``router``."""
+        """Return ``loss_sum`` (a scalar with its graph), ``metrics`` (sums), ``document_losses`` and ``router``.
+
+        Also ``parts``, which are metrics with a weight of their own: pairs of sum and weight.
+        """
         ...
 
 
@@ -92,6 +97,19 @@ class UpdatingObjective(Protocol):
         ...
 
 
+@runtime_checkable
+class EncodingModel(Protocol):
+    """A model with frozen encoders that replace raw inputs of a microbatch by their codes, once in each step."""
+
+    def encoders(self) -> Sequence[nn.Module]:
+        """Return the frozen modules that ZeRO-3 should gather in one message each."""
+        ...
+
+    def with_codes(self, batch: Any, device: torch.device | None = None) -> Any:
+        """Return the microbatch with codes. All ranks must make equally many calls."""
+        ...
+
+
 class RouterSums(NamedTuple):
     """Statistics of the routers: sums over tokens, of a microbatch or of a whole step.
 
@@ -124,6 +142,8 @@ class LossGraph(nn.Module):
         """Return the loss sum of the microbatch, metric sums, losses of its documents, router sums, and statistics."""
         output = self.objective(self.model, batch)
         metrics = {name: value.detach() for name, value in output.metrics.items()}
+        for name, (part, weight) in output.parts.items():
+            metrics |= {name: part.detach(), name + OWN_WEIGHT: weight.detach()}
         found = output.router
         router = None if found is None else RouterSums(found.load, found.entropy, found.dropped)
         return output.loss_sum, metrics, output.document_losses.detach(), router, output.statistics

@@ -10,10 +10,14 @@ similarity     (sample, candidate) pairs -> cosine of image and text, for contra
 choice         multiple-choice questions -> ChoiceResult
 perplexity     documents -> PerplexityResult
 generation     prompts -> generated answers -> GenerationResult
+classifier     a contrastive run as a classifier of images
+drawings       texts -> drawn images
+drawing_scores drawings -> DrawingsResult
 answer_metrics generated answers, reference answers -> values
 score          every set -> its result
 check          checks of the sets before a run starts
 answers        answers to a user's prompt, and captions
+drawings       images that a model draws from texts
 """
 
 from mmscale.evaluate.check import check_best, check_sets
@@ -21,6 +25,8 @@ from mmscale.evaluate.config import (
     BestConfig,
     CaptionsConfig,
     ChoiceSet,
+    DrawingsConfig,
+    DrawingSet,
     EvaluationConfig,
     GenerationSet,
     HeldOutSet,
@@ -33,6 +39,8 @@ __all__ = [
     "BestConfig",
     "CaptionsConfig",
     "ChoiceSet",
+    "DrawingSet",
+    "DrawingsConfig",
     "EvaluationConfig",
     "GenerationSet",
     "HeldOutSet",

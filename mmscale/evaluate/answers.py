@@ -93,12 +93,23 @@ def respond(
         SampleError: a file is not such an image, or an image has no position in the prompt.
         MMScaleError: a file cannot be read.
     """
-    _require_text(spec)
     tokenizer = load_tokenizer(data.tokenizer)
-    dataset, sample = _prompt_sample(data.prompts, images, prompt, spec)
-    document = DocumentBuilder(dataset, tokenizer, spec).build_prompt(sample)
-    prompt_of = _Prompt(tokenizer, spec, document, dataset.template.closing)
+    document, closing = prompt_document(data, spec, images, prompt)
+    prompt_of = _Prompt(tokenizer, spec, document, closing)
     return prompt_of.answers(model, num, max_new_tokens, sampling, stop, show)
+
+
+def prompt_document(
+    data: DataConfig, spec: MediaSpec, images: Sequence[Path | Image.Image], prompt: str | None
+) -> tuple[Document, Sequence[str]]:
+    """Return the document of a prompt, and the names of the tokens that end an answer besides the end token.
+
+    Arguments and errors are those of ``respond``.
+    """
+    _require_text(spec)
+    dataset, sample = _prompt_sample(data.prompts, images, prompt, spec)
+    document = DocumentBuilder(dataset, load_tokenizer(data.tokenizer), spec).build_prompt(sample)
+    return document, dataset.template.closing
 
 
 def _require_text(spec: MediaSpec) -> None:

@@ -28,6 +28,7 @@ from mmscale.evaluate.choice import ChoiceQuestion, answer_ids, make_question
 from mmscale.evaluate.config import (
     CaptionsConfig,
     ChoiceSet,
+    DrawingSet,
     EvaluationConfig,
     EvaluationSet,
     GenerationSet,
@@ -35,6 +36,8 @@ from mmscale.evaluate.config import (
     Normalise,
     PerplexitySet,
 )
+from mmscale.evaluate.drawing_scores import check_drawing_set
+from mmscale.evaluate.drawings import DrawingContext
 from mmscale.evaluate.generation import OpenQuestion, check_length, make_open_question
 from mmscale.evaluate.heldout import (
     PromptBuilder,
@@ -48,18 +51,34 @@ from mmscale.evaluate.heldout import (
 from mmscale.evaluate.perplexity import Documents
 from mmscale.evaluate.questions import make_blocks
 from mmscale.evaluate.similarity import PAIR_TEMPLATE
+from mmscale.models.config import ModelConfig, TokenizerConfig
 
+_AskedSet = HeldOutSet | PerplexitySet | ChoiceSet | GenerationSet
 _MOST_READ = 10_000
 """Samples that are read per manifest. The rest of a larger set is not checked."""
 _MOST_DECODED = 16
 """Samples per set whose images are decoded too. A kind of image that cannot be decoded is then found at once."""
 
 
-def check_sets(config: EvaluationConfig, data: DataConfig, spec: MediaSpec) -> None:
+def check_sets(
+    config: EvaluationConfig,
+    data: DataConfig,
+    spec: MediaSpec,
+    *,
+    drawing: DrawingContext | None = None,
+    model: ModelConfig | TokenizerConfig | None = None,
+) -> None:
     """Check the held-out sets and the captions.
 
     Reads texts and image headers of up to 10,000 samples per manifest, and decodes the images of 16 samples per set. A
     set that the model cannot answer is checked for its files only.
+
+    Args:
+        config: The sets and the captions.
+        data: Data block of the model.
+        spec: Media that the model accepts.
+        drawing: Inputs of sets of kind ``drawings``; None draws as ``data`` says.
+        model: The model, for sets of kind ``drawings``.
 
     Raises:
         ConfigError: a manifest is missing, a sample lacks a field, the set has fewer candidates than ``choices``, a
@@ -71,7 +90,7 @@ def check_sets(config: EvaluationConfig, data: DataConfig, spec: MediaSpec) -> N
     tokenizer = load_tokenizer(data.tokenizer)
     captions = config.captions if spec.placement is not Placement.PAIR else None
     for held in config.sets:
-        for manifest in (held.manifest, getattr(held, "candidates_from", None)):
+        for manifest in (held.manifest, getattr(held, "candidates_from", None), getattr(held, "train", None)):
             if manifest is None:
                 continue
             if not manifest.exists():
@@ -82,6 +101,9 @@ def check_sets(config: EvaluationConfig, data: DataConfig, spec: MediaSpec) -> N
         if spec.placement is Placement.PAIR and isinstance(held, HeldOutSet):
             _check_contrastive(held)
         try:
+            if isinstance(held, DrawingSet):
+                check_drawing_set(held, drawing or DrawingContext(data), spec, model)
+                continue
             _check_samples(held, data, tokenizer, spec)
             if captions is not None and isinstance(held, HeldOutSet) and held.name in (captions.sets or (held.name,)):
                 _check_captions(held, captions, data, tokenizer, spec)
@@ -123,7 +145,7 @@ def _check_contrastive(held: HeldOutSet) -> None:
             )
 
 
-def _check_samples(held: EvaluationSet, data: DataConfig, tokenizer: Tokenizer, spec: MediaSpec) -> None:
+def _check_samples(held: _AskedSet, data: DataConfig, tokenizer: Tokenizer, spec: MediaSpec) -> None:
     builder = document_builder(held, template_of(held), data, tokenizer, spec)
     if isinstance(held, PerplexitySet) and isinstance(builder.dataset.template, PreferenceTemplate):
         raise ConfigError(

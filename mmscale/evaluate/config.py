@@ -32,7 +32,9 @@ class Normalise(str, Enum):
     training. Scores then depend on the set's other images and are noisy if few images share a candidate."""
 
 
-LOWER_IS_BETTER = ("loss", "bits_per_byte")
+MOST_DRAWINGS = 64
+"""Most drawings of an evaluation in the report. Every rank draws all of them, and the report holds their images."""
+LOWER_IS_BETTER = ("loss", "bits_per_byte", "frechet")
 """Values of a result of which the best is the lowest. For every other value the highest is the best."""
 
 
@@ -69,21 +71,26 @@ class _Answered(_HeldOut):
         return template
 
 
-class HeldOutSet(_Answered):
-    """Samples with one image each; the model chooses the candidate that names the image."""
+class _Named(_Answered):
+    """Fields of sets whose samples have one right answer among candidates that occur in a manifest."""
 
-    compared: ClassVar[tuple[str, ...]] = ("score", "loss")
-    kind: Literal["images"] = "images"
     field: str
     """Field of a sample that holds the right answer, a text; ``a.b`` reads b of the object a."""
-    prompt: str = ""
-    """Format string over the sample's fields for the text between image and answer, as in the training template."""
-    ends: bool = True
-    """Whether the end-of-text token is scored as part of the answer; false if training text continues after answers."""
     choices: int | None = Field(default=50, ge=2)
     """Number of candidates per question, the right one included; at least 2. Null uses every value that occurs."""
     candidates_from: Path | None = None
     """Manifest whose values of ``field`` are candidates. Null uses the values of the set itself."""
+
+
+class HeldOutSet(_Named):
+    """Samples with one image each; the model chooses the candidate that names the image."""
+
+    compared: ClassVar[tuple[str, ...]] = ("score", "loss")
+    kind: Literal["images"] = "images"
+    prompt: str = ""
+    """Format string over the sample's fields for the text between image and answer, as in the training template."""
+    ends: bool = True
+    """Whether the end-of-text token is scored as part of the answer; false if training text continues after answers."""
     normalise: Normalise = Normalise.NONE
     """How log-likelihoods are normalised before candidates are compared: ``none``, ``tokens`` or ``prior``."""
 
@@ -183,7 +190,47 @@ class GenerationSet(_HeldOut):
         return self
 
 
-EvaluationSet = Annotated[HeldOutSet | PerplexitySet | ChoiceSet | GenerationSet, Field(discriminator="kind")]
+class DrawingSet(_Named):
+    """Texts that the model draws. A classifier, a contrastive model of another run, names the drawings."""
+
+    compared: ClassVar[tuple[str, ...]] = ("score", "frechet")
+    kind: Literal["drawings"]
+    classifier: Path
+    """Run folder of a contrastive model, or one checkpoint in it. The newest checkpoint is used. A relative path is
+    relative to the working directory. Its run gives the tokenizer of names and how an image becomes its input."""
+    template: str = "{value}"
+    """Format string of a name as the classifier reads it; it contains ``{value}`` exactly once."""
+    prompt: str | None = None
+    """Format string over the sample's fields for the text to draw, which fills the one field of the training template's
+    prompt. Null draws what the training template makes of the sample's fields."""
+    size: int | None = Field(default=None, ge=1, le=8192)
+    """Side of a drawing, pixels; a multiple of the pixels of a code. Null draws the size of ``image_tokens.grid``."""
+    sampling: SamplingConfig = SamplingConfig(temperature=1.0)
+    """How codes are chosen. Drawing i uses ``seed`` plus i."""
+    guidance: float = Field(default=1.0, ge=1, le=1000)
+    """Scale of classifier-free guidance, at least 1; 1 for none."""
+    batch_size: int = Field(default=16, ge=1)
+    """Most drawings that a rank draws together; limits memory. Guidance doubles the sequences."""
+    tokenizer: Path | None = None
+    """Run folder or checkpoint of the image tokenizer that encoded the data, for a model without ``image_tokenizer``.
+    Null for that of the model."""
+    train: Path | None = None
+    """Manifest of the training images. The nearest one of each drawing shows whether the model copies. Null compares
+    with none."""
+    train_limit: int | None = Field(default=None, ge=1)
+    """Largest number of training images to compare with, chosen at random; at least 1. Null compares with all."""
+
+    @model_validator(mode="after")
+    def _check_drawing(self) -> DrawingSet:
+        parse(self.prompt or "")
+        if self.train is None and self.train_limit is not None:
+            raise ValueError(f"train_limit={self.train_limit}: has no effect without train; name the manifest")
+        return self
+
+
+EvaluationSet = Annotated[
+    HeldOutSet | PerplexitySet | ChoiceSet | GenerationSet | DrawingSet, Field(discriminator="kind")
+]
 """A held-out set; ``kind`` selects its type and defaults to ``images``."""
 
 
@@ -206,6 +253,35 @@ class CaptionsConfig(StrictConfig):
     def _check_prompt(cls, prompt: str | None) -> str | None:
         parse(prompt or "")
         return prompt
+
+
+class DrawingsConfig(StrictConfig):
+    """Drawings in the report and TensorBoard, at every evaluation during training and at the end of the run."""
+
+    prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=MOST_DRAWINGS)] = ()
+    """Texts to draw, as for ``mmscale generate --prompt``; at most 64 drawings with those of ``sets``."""
+    sets: tuple[str, ...] = ()
+    """Names of sets whose samples' fields give further texts, by the first prompt of the data set that draws."""
+    num_images: int = Field(default=4, ge=1, le=MOST_DRAWINGS)
+    """Drawings of each set in ``sets``, 1 to 64."""
+    size: int | None = Field(default=None, ge=1, le=8192)
+    """Side of a drawing, pixels; a multiple of the pixels of a code. Null draws the size of ``image_tokens.grid``."""
+    guidance: float = Field(default=1.0, ge=1, le=1000)
+    """Scale of classifier-free guidance, at least 1; 1 for none."""
+    sampling: SamplingConfig = SamplingConfig(temperature=1.0)
+    """How codes are chosen. Drawing i uses ``seed`` plus i at every step, so drawings of different steps compare."""
+    tokenizer: Path | None = None
+    """Run folder or checkpoint of the image tokenizer that encoded the data, for a model without ``image_tokenizer``.
+    Null for that of the model."""
+
+    @model_validator(mode="after")
+    def _check_number(self) -> DrawingsConfig:
+        number = len(self.prompts) + self.num_images * len(self.sets)
+        if not 1 <= number <= MOST_DRAWINGS:
+            raise ValueError(
+                f"{number} drawings: give 1 to {MOST_DRAWINGS}, as prompts, or as sets with num_images each"
+            )
+        return self
 
 
 class DuringConfig(StrictConfig):
@@ -261,6 +337,8 @@ class EvaluationConfig(StrictConfig):
     """Keep the checkpoint with the best held-out value; needs ``every_steps``. Null keeps the newest ones only."""
     captions: CaptionsConfig | None = CaptionsConfig()
     """Captions of held-out images for the report. Null generates none."""
+    drawings: DrawingsConfig | None = None
+    """Drawings for the report, of a model that draws. Null draws none."""
     tokens_per_forward: int = Field(default=8192, ge=1)
     """Largest number of tokens in one forward pass; limits memory. Image patches count too for sets of
     kind ``perplexity`` and for contrastive models. A single document may exceed the limit."""
@@ -284,6 +362,9 @@ class EvaluationConfig(StrictConfig):
         unknown = sorted(set(wanted or ()) - set(of_images))
         if unknown:
             raise ValueError(f"captions.sets names {unknown}; the sets of kind images are {of_images}")
+        unknown = sorted(set(self.drawings.sets if self.drawings is not None else ()) - set(names))
+        if unknown:
+            raise ValueError(f"drawings.sets names {unknown}; the sets are {names}")
         unknown = sorted(set(self.during.sets or ()) - set(names))
         if unknown:
             raise ValueError(f"during.sets names {unknown}; the sets are {names}")
@@ -291,8 +372,11 @@ class EvaluationConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check_best(self) -> EvaluationConfig:
-        if self.every_steps is not None and not self.during_training.sets:
-            raise ValueError(f"every_steps={self.every_steps}: there is no set to score; add one to evaluation.sets")
+        if self.every_steps is not None and not self.during_training.sets and self.drawings is None:
+            raise ValueError(
+                f"every_steps={self.every_steps}: there is no set to score; add one to evaluation.sets, or set "
+                "evaluation.drawings"
+            )
         if self.best is None:
             return self
         if self.every_steps is None:

@@ -25,12 +25,14 @@ from mmscale.dist import World, lowest_rank_error
 from mmscale.errors import ConfigError
 from mmscale.evaluate.config import (
     ChoiceSet,
+    DrawingSet,
     EvaluationConfig,
     EvaluationSet,
     GenerationSet,
     HeldOutSet,
     PerplexitySet,
 )
+from mmscale.evaluate.drawings import DrawingContext
 from mmscale.evaluate.likelihood import ScoredModel
 
 T = TypeVar("T")
@@ -47,7 +49,9 @@ class EvaluationContext:
         tokenizer: Tokenizer of the model.
         spec: Media that the model accepts.
         world: Ranks that share the work.
-        answers_folder: Folder to which sets of kind ``generation`` write their answers; None: they write none.
+        drawing: Inputs of sets of kind ``drawings``; None draws as ``data`` says.
+        answers_folder: Folder to which sets of kinds ``generation`` and ``drawings`` write their answers and drawings;
+            None: they write none.
     """
 
     model: ScoredModel
@@ -56,12 +60,13 @@ class EvaluationContext:
     tokenizer: Tokenizer
     spec: MediaSpec
     world: World
+    drawing: DrawingContext | None = None
     answers_folder: Path | None = None
 
 
 @dataclass(frozen=True)
 class ImageQuestions:
-    """The questions of one set of kind ``images``.
+    """The questions of one set of kind ``images`` or ``drawings``.
 
     Attributes:
         config: The set.
@@ -70,13 +75,13 @@ class ImageQuestions:
         pool: Values that may be candidates, with repetitions.
     """
 
-    config: HeldOutSet
+    config: HeldOutSet | DrawingSet
     samples: list[Sample]
     answers: list[str]
     pool: list[str]
 
     @classmethod
-    def read(cls, config: HeldOutSet, limit: int | None = None) -> ImageQuestions:
+    def read(cls, config: HeldOutSet | DrawingSet, limit: int | None = None) -> ImageQuestions:
         """Read at most ``limit`` samples of a set, or ``config.limit`` if None, and the values of its candidates.
 
         Raises:
@@ -107,7 +112,7 @@ def candidate_ids(held: HeldOutSet, value: str, tokenizer: Tokenizer) -> tuple[i
     return tuple(ids)
 
 
-def right_answer(sample: Sample, config: HeldOutSet) -> str:
+def right_answer(sample: Sample, config: HeldOutSet | DrawingSet) -> str:
     """Return the right answer of a sample.
 
     Raises:

@@ -14,8 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from mmscale.errors import ConfigError
+from mmscale.evaluate.choice import credit
+
+Table = npt.NDArray[np.float64]
+"""Values of one block, ``(samples, candidates)``."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,17 @@ def make_blocks(answers: Sequence[str], pool: Sequence[str], choices: int | None
     rng = np.random.default_rng([seed, len(answers)])
     groups = _deal_samples(answers, choices, rng)
     return [_block(group, answers, values, choices, rng) for group in groups]
+
+
+def accuracies(tables: Sequence[Table], blocks: Sequence[QuestionBlock]) -> tuple[float, float]:
+    """Return the share of right choices, and that of the control. ``tables`` has the values of each block."""
+    n = sum(len(block.samples) for block in blocks)
+    score = control = 0.0
+    for table, block in zip(tables, blocks, strict=True):
+        for row, right in enumerate(block.right):
+            score += credit(table[row], right)
+            control += credit(table[block.control_sample[row]], right)
+    return score / n, control / n
 
 
 def _deal_samples(answers: Sequence[str], choices: int, rng: np.random.Generator) -> list[list[int]]:

@@ -4,6 +4,7 @@ images       read -> blocks -> (image, candidate) pairs -> log-likelihoods or si
 choice       read -> (question, choice) pairs -> log-likelihoods -> accuracy    (``choice``)
 perplexity   documents -> log-likelihoods -> mean                               (``perplexity``)
 generation   read -> prompts -> generated answers -> metric                     (``generation``)
+drawings     texts -> drawings -> names by a classifier, Frechet distance, copies  (``drawing_scores``)
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from data_pipeline.config import DataConfig
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.dist import World
-from mmscale.evaluate.choice import credit, score_choices
+from mmscale.evaluate.choice import score_choices
 from mmscale.evaluate.config import (
     ChoiceSet,
+    DrawingSet,
     EvaluationConfig,
     EvaluationSet,
     GenerationSet,
@@ -29,6 +31,8 @@ from mmscale.evaluate.config import (
     Normalise,
     PerplexitySet,
 )
+from mmscale.evaluate.drawing_scores import score_drawings
+from mmscale.evaluate.drawings import DrawingContext
 from mmscale.evaluate.generation import score_generation
 from mmscale.evaluate.heldout import (
     EvaluationContext,
@@ -41,13 +45,10 @@ from mmscale.evaluate.heldout import (
 from mmscale.evaluate.likelihood import ScoredModel
 from mmscale.evaluate.pairs import Pair, PairScorer
 from mmscale.evaluate.perplexity import score_perplexity
-from mmscale.evaluate.questions import QuestionBlock, make_blocks
+from mmscale.evaluate.questions import QuestionBlock, Table, accuracies, make_blocks
 from mmscale.evaluate.result import HeldOutResult, SetResult, binomial_error
 from mmscale.evaluate.similarity import similarities
 from mmscale.models.contrastive import ContrastiveModel
-
-Table = npt.NDArray[np.float64]
-"""Values of one block, ``(samples, candidates)``."""
 
 
 def evaluate(
@@ -57,6 +58,7 @@ def evaluate(
     spec: MediaSpec,
     world: World,
     *,
+    drawing: DrawingContext | None = None,
     answers_folder: Path | None = None,
 ) -> dict[str, HeldOutResult]:
     """Score every held-out set that the model can answer. All ranks must call; all get the same result.
@@ -69,7 +71,9 @@ def evaluate(
         data_config: Gives the tokenizer, the transform of the first data set and the length of documents.
         spec: Media that the model accepts.
         world: Ranks that share the work.
-        answers_folder: Folder to which sets of kind ``generation`` write their answers, ``NAME.jsonl``; None: none.
+        drawing: Inputs of sets of kind ``drawings``; None draws as ``data_config`` says.
+        answers_folder: Folder to which sets of kinds ``generation`` and ``drawings`` write their answers and drawings,
+            ``NAME.jsonl``; None: none.
 
     Raises:
         ConfigError: a set is empty, or its samples cannot give ``choices`` or the control.
@@ -77,7 +81,7 @@ def evaluate(
     """
     tokenizer = load_tokenizer(data_config.tokenizer)
     context = EvaluationContext(
-        cast(ScoredModel, model), config, data_config, tokenizer, spec, world, answers_folder=answers_folder
+        cast(ScoredModel, model), config, data_config, tokenizer, spec, world, drawing, answers_folder
     )
     left_out = unanswerable_sets(config, spec)
     return {held.name: _score(context, held) for held in config.sets if held not in left_out}
@@ -88,6 +92,8 @@ def _score(context: EvaluationContext, held: EvaluationSet) -> HeldOutResult:
         return score_perplexity(context, held)
     if isinstance(held, GenerationSet):
         return score_generation(context, held)
+    if isinstance(held, DrawingSet):
+        return score_drawings(context, held)
     return score_choices(context, held) if isinstance(held, ChoiceSet) else _score_images(context, held)
 
 
@@ -157,18 +163,14 @@ def _result(
     tables: Sequence[Table], blocks: Sequence[QuestionBlock], questions: ImageQuestions, loss: float | None
 ) -> SetResult:
     n, choices = len(questions.samples), len(blocks[0].candidates)
-    score = control = 0.0
-    for table, block in zip(tables, blocks, strict=True):
-        for row, right in enumerate(block.right):
-            score += credit(table[row], right)
-            control += credit(table[block.control_sample[row]], right)
+    score, control = accuracies(tables, blocks)
     return SetResult(
-        score=score / n,
-        control=control / n,
+        score=score,
+        control=control,
         chance=1 / choices,
         n=n,
         metric=f"{questions.config.field} among {choices}",
-        error=binomial_error(score / n, n),
-        control_error=binomial_error(control / n, n),
+        error=binomial_error(score, n),
+        control_error=binomial_error(control, n),
         loss=loss,
     )

@@ -57,7 +57,7 @@ def similarities(
         replace(samples[min(number, len(samples) - 1)], fields=fields[min(number, len(fields) - 1)])
         for number in range(max(len(samples), len(fields)))
     ]
-    image_vectors, text_vectors = _vectors(context, held, documents)
+    image_vectors, text_vectors = pair_vectors(context, held, documents)
     return np.array(
         [
             image_vectors[sample] @ text_vectors[number_of[text]]
@@ -66,8 +66,14 @@ def similarities(
     )
 
 
-def _vectors(context: EvaluationContext, held: HeldOutSet, samples: Sequence[Sample]) -> tuple[Vectors, Vectors]:
-    """Return the vectors of the image and of the text of each sample, both ``(samples, dim)``."""
+def pair_vectors(context: EvaluationContext, held: HeldOutSet, samples: Sequence[Sample]) -> tuple[Vectors, Vectors]:
+    """Return the vectors of the image and of the text of each sample, both ``(samples, dim)``. All ranks must call.
+
+    The samples have the fields ``prompt`` and ``answer``.
+
+    Raises:
+        DataPipelineError: a sample is damaged or does not have exactly one image. Every rank raises.
+    """
     model, world = cast(ContrastiveModel, context.model), context.world
     builder = document_builder(held, PAIR_TEMPLATE, context.data, context.tokenizer, context.spec)
     sizes = call_on_all_ranks(world, held, lambda: [_size(builder, sample) for sample in samples])

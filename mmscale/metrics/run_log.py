@@ -200,11 +200,17 @@ class RunLog:
         """Write sample images if this step writes any. Only then ``make(limit)`` is called."""
         if not self.wants_images(step):
             return
-        images = make(self._config.num_images)
-        if images and self._tensorboard is not None:
-            self._tensorboard.images(step, images)
-        if images:
-            self._trackers.images(step, images)
+        if images := make(self._config.num_images):
+            self._send_images(step, images, "samples")
+
+    def drawings(self, step: int, images: Sequence[CaptionedImage]) -> None:
+        """Send the drawings of a step to TensorBoard and the trackers."""
+        self._send_images(step, images, "drawings")
+
+    def _send_images(self, step: int, images: Sequence[CaptionedImage], name: str) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.images(step, images, name)
+        self._trackers.images(step, images, name)
 
     def print_line(self, text: str) -> None:
         """Print a line in addition to the progress line."""
@@ -257,6 +263,9 @@ class NullLog:
         return False
 
     def images(self, step: int, make: Callable[[int], Sequence[CaptionedImage]]) -> None:
+        return None
+
+    def drawings(self, step: int, images: Sequence[CaptionedImage]) -> None:
         return None
 
     def print_line(self, text: str) -> None:

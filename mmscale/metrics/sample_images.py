@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,6 +94,18 @@ def _answer_ids(batch: MultimodalBatch, segment: int) -> list[int]:
     start, end = batch.segments.bounds[segment : segment + 2]
     labels: Tensor = batch.labels[start:end]
     return [int(label) for label in labels.tolist() if label != IGNORE]
+
+
+def contact_sheet(images: Sequence[Pixels], caption: str, gap: int = 4) -> Pixels:
+    """Return images of one size in rows and columns on white, about a square, with a caption below."""
+    height, width = images[0].shape[:2]
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = -(-len(images) // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    for number, pixels in enumerate(images):
+        top, left = number // columns * (height + gap), number % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = pixels
+    return with_caption(CaptionedImage(sheet, caption))
 
 
 def with_caption(image: CaptionedImage, min_side: int = 192) -> Pixels:

@@ -137,13 +137,13 @@ class TensorBoardSink:
 
         self._add(step, [scalar(name, value) for name, value in values.items()])
 
-    def images(self, step: int, images: Sequence[CaptionedImage]) -> None:
-        """Add the images with their captions drawn below, and a table with the full captions."""
+    def images(self, step: int, images: Sequence[CaptionedImage], name: str = "samples") -> None:
+        """Add the images with their captions drawn below, and a table with the full captions, as ``name/...``."""
         from torch.utils.tensorboard.summary import image
 
         pictures = [with_caption(one) for one in images]
-        self._add(step, [image(f"samples/{number}", each, dataformats="HWC") for number, each in enumerate(pictures)])
-        self.table(step, "samples/captions", ["image", "caption"], [[n, one.caption] for n, one in enumerate(images)])
+        self._add(step, [image(f"{name}/{number}", each, dataformats="HWC") for number, each in enumerate(pictures)])
+        self.table(step, f"{name}/captions", ["image", "caption"], [[n, one.caption] for n, one in enumerate(images)])
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Add a table as Markdown text."""

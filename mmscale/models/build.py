@@ -159,14 +159,22 @@ def check_adapters(config: ModelConfig | TokenizerConfig) -> None:
         build_weights(config)
 
 
-def media_spec(config: ModelConfig | TokenizerConfig) -> MediaSpec:
-    """Return the properties of a model that the data pipeline needs."""
+def media_spec(config: ModelConfig | TokenizerConfig, *, encodes: bool = False) -> MediaSpec:
+    """Return the properties of a model that the data pipeline needs.
+
+    Args:
+        config: Architecture.
+        encodes: Whether the model encodes images as tokens in each step, if it has an image tokenizer.
+    """
     if isinstance(config, TokenizerConfig):
         return MediaSpec(**config.media_needs())
+    tokenizer = config.image_tokenizer if encodes else None
+    code_size = None if tokenizer is None else tokenizer.stride
     if config.vision is None or config.connector is None:
-        return MediaSpec(**config.decoder.media_needs())
+        return MediaSpec(**config.decoder.media_needs(), code_size=code_size)
     return MediaSpec(
         **config.decoder.media_needs(),
+        code_size=code_size,
         **config.vision.media_needs(),
         **config.connector.media_needs(),
         cost_per_patch=cost_per_patch(config),

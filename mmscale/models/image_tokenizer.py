@@ -10,14 +10,15 @@ depend on the codes, and its layers over frames shorten a clip by ``temporal_fac
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +35,9 @@ from mmscale.nn.image_blocks import (
     make_norm,
 )
 from mmscale.nn.sizes import Channels, Layers, ShrunkTo, Vocabulary, Width
+
+_BATCH_PIXELS = 1 << 21
+"""Largest number of pixels that ``codes_of_patches`` encodes at once; one larger image is a batch of its own."""
 
 
 class _TokenizerConfig(StrictConfig):
@@ -219,6 +223,48 @@ class ImageTokenizer(nn.Module):
         quantized: Quantized = self.codebook(latents.permute(0, 2, 3, 1).flatten(0, 2))
         return quantized
 
+    def forward(self, images: Sequence[Tensor] = (), tokens: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+        """Return the tokens of batches of images ``(N, channels, H, W)``, then the images of batches of tokens.
+
+        A model whose step encodes images is sharded so that ZeRO-3 gathers the whole tokenizer in this call. The number
+        of calls must be equal on all ranks; the number and sizes of the batches of a call need not be.
+        """
+        encoded = (self._tokens_of(each) for each in images)
+        return (*encoded, *(self.images_of(self.codes_of(each)).clamp(-1, 1) for each in tokens))
+
+    def _tokens_of(self, images: Float[Tensor, "N channels H W"]) -> Int[Tensor, "N h w"]:
+        self.check_sides(images)
+        latents = self.latents(images)
+        return self.quantize(latents).tokens.view(len(images), *latents.shape[2:])
+
+    @torch.no_grad()
+    def codes_of_patches(
+        self, values: Integer[Tensor, "P patch_dim"], grids: Sequence[tuple[int, int]]
+    ) -> Int[Tensor, " P"]:
+        """Return the tokens of images that are cut into the squares of pixels of their tokens, in one call.
+
+        Args:
+            values: Bytes of the squares, image by image and row by row, each in order (channel, row, column).
+            grids: Rows and columns of tokens of each image; their products sum to P.
+        """
+        starts = list(itertools.accumulate((height * width for height, width in grids), initial=0))
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for number, grid in enumerate(grids):
+            by_size.setdefault(grid, []).append(number)
+        batches, places = list[Tensor](), list[Tensor]()
+        for (height, width), numbers in by_size.items():
+            size = max(1, _BATCH_PIXELS // (height * width * self.stride**2))
+            for chunk in (numbers[first : first + size] for first in range(0, len(numbers), size)):
+                places.append(torch.cat([torch.arange(starts[number], starts[number + 1]) for number in chunk]))
+                patches = values[places[-1].to(values.device, non_blocking=True)]
+                images = images_of_patches(patches, (height, width), self.config.channels, self.stride)
+                batches.append(images.to(self.codebook.weight.dtype))
+        tokens = self(batches)  # Also without images: ZeRO-3 gathers the weights on all ranks together.
+        codes = torch.empty(len(values), dtype=torch.int64, device=values.device)
+        for place, each in zip(places, tokens, strict=True):
+            codes[place.to(codes.device, non_blocking=True)] = each.flatten()
+        return codes
+
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "N channels H W"]) -> Int[Tensor, "N h w"]:
         """Return the tokens of images.
@@ -229,9 +275,7 @@ class ImageTokenizer(nn.Module):
         Raises:
             ValueError: a side is no multiple of ``stride``.
         """
-        self.check_sides(images)
-        latents = self.latents(images)
-        return self.quantize(latents).tokens.view(len(images), *latents.shape[2:])
+        return self([images])[0]
 
     @torch.no_grad()
     def decode(self, tokens: Int[Tensor, "N h w"]) -> Float[Tensor, "N channels H W"]:
@@ -240,7 +284,7 @@ class ImageTokenizer(nn.Module):
         Raises:
             ValueError: a token is negative or at least ``codebook_size``.
         """
-        return self.images_of(self.codes_of(tokens)).clamp(-1, 1)
+        return self(tokens=[tokens])[0]
 
     def codes_of(self, tokens: Int[Tensor, "N h w"]) -> Float[Tensor, "N C h w"]:
         """Return the codes of tokens, as ``images_of`` takes them.
@@ -413,6 +457,18 @@ class FramesUp(nn.Module):
         for conv in self.convs:
             frames = F.silu(conv(frames.repeat_interleave(2, dim=2)))
         return frames
+
+
+def images_of_patches(
+    patches: Integer[Tensor, "P patch_dim"], grid: tuple[int, int], channels: int, stride: int
+) -> Float[Tensor, "N channels H W"]:
+    """Return images of equal size in [-1, 1], in float32, from the bytes of their squares of ``stride`` pixels a side.
+
+    ``grid`` is the number of rows and columns of squares; each square is in order (channel, row, column).
+    """
+    squares = patches.view(-1, *grid, channels, stride, stride)
+    pixels = squares.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3, 4)
+    return pixels.float() / 127.5 - 1
 
 
 def build_image_tokenizer(config: VqganConfig | MovqganConfig) -> ImageTokenizer:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.batch import MediaBlock, MultimodalBatch
 from mmscale.models.config import TokenizerConfig
-from mmscale.models.image_tokenizer import build_image_tokenizer
+from mmscale.models.image_tokenizer import build_image_tokenizer, images_of_patches
 from mmscale.models.parameter_counts import describe_parameters
 from mmscale.nn.codebook import Quantized
 
@@ -72,10 +72,9 @@ class ImageTokenizerModel(nn.Module):
 
 def images_of(media: MediaBlock, config: TokenizerConfig) -> Float[Tensor, "N channels H W"]:
     """Return the images of a batch, in [-1, 1] and float32. An item has ``image_size`` pixels a side."""
-    stride, side = config.image_tokenizer.stride, config.image_size // config.image_tokenizer.stride
-    patches = media.values.view(-1, side, side, config.image_tokenizer.channels, stride, stride)
-    pixels = patches.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3, 4)
-    return pixels.float() / 127.5 - 1
+    tokenizer = config.image_tokenizer
+    side = config.image_size // tokenizer.stride
+    return images_of_patches(media.values, (side, side), tokenizer.channels, tokenizer.stride)
 
 
 class ImageFlops(NamedTuple):

@@ -14,6 +14,7 @@ from mmscale.models.config import ModelConfig
 from mmscale.models.connectors.connector import Connector
 from mmscale.models.decoder import CrossAttentionHooks, Decoder
 from mmscale.models.flops import TrainingFlops, forward_flops, training_flops
+from mmscale.models.image_tokenizer import ImageTokenizer
 from mmscale.models.image_tokens import COMPONENT as IMAGE_TOKENS
 from mmscale.models.image_tokens import TOKENIZER
 from mmscale.models.kv_cache import KVCache
@@ -31,7 +32,7 @@ class MultimodalModel(nn.Module):
     """Computes hidden rows from text and, with a tower, from images.
 
     Every batch runs every module, because sharded ranks must run the same modules: packs without an image carry a dummy
-    document. The image tokenizer is the exception: the data hold its codes, so ``forward`` does not run it.
+    document. The image tokenizer is the exception: it runs in ``with_codes``, if the data do not hold its codes.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class MultimodalModel(nn.Module):
         head: LanguageHead,
         vision: Tower | None,
         connector: Connector | None,
-        image_tokenizer: nn.Module | None = None,
+        image_tokenizer: ImageTokenizer | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -59,12 +60,44 @@ class MultimodalModel(nn.Module):
             self.image_tokenizer.eval()
         return self
 
+    @torch.no_grad()
+    def with_codes(self, batch: MultimodalBatch, device: torch.device | None = None) -> MultimodalBatch:
+        """Return the batch with the codes of its images as tokens and labels; the batch itself if it has them already.
+
+        Call it once for each microbatch, before the loss reads labels. All ranks must make equally many calls with
+        ``batch.uncoded``: under ZeRO-3 each gathers the image tokenizer.
+
+        Args:
+            batch: Packed documents.
+            device: Device of the model, if the batch is elsewhere. Only the returned token ids and labels are there.
+
+        Raises:
+            ValueError: the batch has images without codes, and the model has no image tokenizer.
+        """
+        images = batch.uncoded
+        if images is None:
+            return batch
+        if self.image_tokenizer is None:
+            raise ValueError("the batch has images without codes, and the model has no image_tokenizer to encode them")
+        values, slots, learned, ids, labels = (
+            each if device is None else each.to(device, non_blocking=True)
+            for each in (images.values, images.slots, images.learned, batch.token_ids, batch.labels)
+        )
+        codes = self.image_tokenizer.codes_of_patches(values, images.grids) + self.config.decoder.image_ids.start
+        labels = labels.index_copy(0, slots[learned] - 1, codes[learned])
+        return replace(batch, token_ids=ids.index_copy(0, slots, codes), labels=labels, uncoded=None)
+
+    def encoders(self) -> list[nn.Module]:
+        """Return the modules of ``with_codes`` that ZeRO-3 should gather in one message each."""
+        return [] if self.image_tokenizer is None else [self.image_tokenizer]
+
     def forward(self, batch: MultimodalBatch, cache: KVCache | None = None) -> ModelOutput:
         """Return the hidden rows of a batch, with the sums of the routers.
 
         Args:
-            batch: Packed documents. If ``cache`` holds prompts already: one new row per sequence, in the same order,
-                without media.
+            batch: Packed documents. Images without codes are encoded here too, but the caller does not get their
+                labels: call ``with_codes`` first for a loss. If ``cache`` holds prompts already: one new row per
+                sequence, in the same order, without media.
             cache: Keys and values of earlier rows; extended in place.
 
         Raises:
@@ -74,6 +107,7 @@ class MultimodalModel(nn.Module):
         """
         if cache is not None and batch.branched is not None:
             raise ValueError("a document with branches has several ends, so a cache cannot continue it")
+        batch = self.with_codes(batch)
         resumed = cache is not None and cache.started
         dropout = self._set_masks(batch) if self.training else None
         media, num_tokens = batch.media.get("image"), len(batch.token_ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from data_pipeline.batch import MultimodalBatch
 from mmscale.models.multimodal import MultimodalModel
@@ -19,7 +20,8 @@ from mmscale.objectives.teacher import Teacher
 class NextToken:
     """Weighted cross-entropy of each next token, plus the losses of the model's routers.
 
-    Each teacher replaces a share of the cross-entropy by the divergence from its prediction (``SoftTarget``).
+    Each teacher replaces a share of the cross-entropy by the divergence from its prediction (``SoftTarget``). For a
+    model that draws, the cross-entropy of codes of images and that of other tokens are also reported separately.
 
     Args:
         z_coefficient: Coefficient of the z loss on the logits (``ZLoss``); 0 for none.
@@ -93,4 +95,16 @@ class NextToken:
             metrics |= router_metrics
         # Sum of each segment's rows, in float32 and in a fixed order.
         segment_losses = torch.segment_reduce(rows, "sum", offsets=batch.segments.cu.long())
-        return ObjectiveOutput(loss, metrics, segment_losses, output.router)
+        parts = {} if model.config.decoder.image_tokens is None else _by_modality(rows, batch)
+        return ObjectiveOutput(loss, metrics, segment_losses, output.router, parts=parts)
+
+
+def _by_modality(rows: Tensor, batch: MultimodalBatch) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the weighted cross-entropy and the weight of codes of images, and of all other tokens."""
+    image = batch.drawn_labels
+    image = torch.zeros_like(batch.labels, dtype=torch.bool) if image is None else image
+    masks = {"cross_entropy_text": image, "cross_entropy_image": ~image}
+    return {
+        name: (rows.masked_fill(other, 0).sum(), batch.loss_weights.masked_fill(other, 0).sum())
+        for name, other in masks.items()
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -23,6 +23,8 @@ class ObjectiveOutput:
             the routers' biases. None for a model without experts.
         statistics: int64, any shape: sums that the engine adds over all microbatches and ranks and passes to the
             objective's ``after_step``. None for an objective without this method.
+        parts: Parts of the loss with weights of their own: detached ``(sum, weight)`` by name, the same names in every
+            microbatch of a run. The engine reports the quotient over the whole step, and nothing if the weight is 0.
     """
 
     loss_sum: Tensor
@@ -30,3 +32,4 @@ class ObjectiveOutput:
     document_losses: Tensor
     router: RouterTensors | None = None
     statistics: Tensor | None = None
+    parts: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)

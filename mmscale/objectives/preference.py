@@ -2,7 +2,7 @@
 
     pair = one document:  prompt | chosen answer | rejected answer      two branches that do not attend each other
 
-    reference --log-probabilities of the answers-------------+
+    reference --log-probabilities of the answers-------------+      or stored in the shards (batch.reference)
     model     --hidden rows --head without gradient----------+--> loss of each pair, gradient of each log-probability
                             --head, rows weighted by those gradients--> gradients of the model
 
@@ -72,7 +72,8 @@ class Preference(NextToken):
 
     Args:
         config: The loss.
-        teachers: The frozen reference; empty for a reference-free loss. Only its predictions are used.
+        teachers: The frozen reference, of which only its predictions are used; empty for a reference-free loss, and
+            if the batches hold its log-probabilities.
         world: The ranks that share a step; see ``NextToken``.
     """
 
@@ -98,10 +99,11 @@ class Preference(NextToken):
 
     def _loss(self, model: MultimodalModel, batch: MultimodalBatch, totals: StepTotals | None) -> ObjectiveOutput:
         # Run the reference first: its activations are freed before the model's are stored for its backward pass.
-        references = [_log_probabilities(teacher.model, teacher(batch), batch) for teacher in self.teachers]
+        references = [answer_log_probs(teacher.model, teacher(batch), batch) for teacher in self.teachers]
+        references += [] if batch.reference is None else [batch.reference]
         output = model(batch)
         with torch.no_grad():
-            own = _log_probabilities(model, output.hidden.detach(), batch)
+            own = answer_log_probs(model, output.hidden.detach(), batch)
         places = pair_places(batch)
         answers = torch.tensor([places.chosen, places.rejected], dtype=torch.int64, device=own.device)  # (2, K)
         lengths = _segment_sums(batch.loss_weights, batch)[answers].clamp(min=_LEAST_LENGTH)
@@ -172,8 +174,11 @@ def _segment_sums(rows: Tensor, batch: MultimodalBatch) -> Tensor:
 
 
 @torch.no_grad()
-def _log_probabilities(model: MultimodalModel, hidden: Tensor, batch: MultimodalBatch) -> Tensor:
-    """Return the weighted log-probability of the learned tokens of each attention segment."""
+def answer_log_probs(model: MultimodalModel, hidden: Tensor, batch: MultimodalBatch) -> Tensor:
+    """Return the log-probability of the learned tokens of each attention segment, float32.
+
+    Each token counts with its loss weight. ``hidden`` are the rows before the head, ``(T, D)``.
+    """
     rows = torch.zeros_like(batch.loss_weights)
     model.head(hidden, batch.labels, batch.loss_weights, row_losses=rows)
     return -_segment_sums(rows, batch)

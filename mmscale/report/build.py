@@ -1,14 +1,13 @@
 """Build ``report.html``, one file that shows a run, from the files in its folder. This works at any time of a run.
 
     config.yaml  report/origins.json  starts/starts.jsonl  metrics.jsonl  goodput.jsonl  result.json
-    captions.json  report/images/*.png                                            -->  report.html
+    captions.json  report/images/*.png  drawings/                                 -->  report.html
 
 Styles, charts and images are inlined, so the file can be mailed and opened without a network.
 """
 
 from __future__ import annotations
 
-import base64
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from data_pipeline.io.atomic import as_utf8, write_whole
-from data_pipeline.io.untrusted import read_bytes
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.evaluate.result import ANSWERS_FOLDER, binomial_error, read_result
 from mmscale.metrics.format import format_count, format_seconds
@@ -28,7 +26,7 @@ from mmscale.metrics.goodput import Goodput, read_goodput
 from mmscale.metrics.metrics_file import read_metrics
 from mmscale.metrics.router_log import read_router
 from mmscale.report.answers import read_answer_tables
-from mmscale.report.captions import CaptionRecord, read_captions
+from mmscale.report.captions import CaptionRecord, data_url, read_captions
 from mmscale.report.charts import Bar, Chart, Line, stage_names
 from mmscale.report.configuration import Setting, read_configuration
 from mmscale.report.curves import (
@@ -43,6 +41,7 @@ from mmscale.report.curves import (
     thin,
     total,
 )
+from mmscale.report.drawings import DrawingsOfStep, drawing_strips, read_drawings
 from mmscale.report.experts import expert_section
 from mmscale.report.heldout import heldout_charts
 from mmscale.report.page import render_page
@@ -51,7 +50,6 @@ from mmscale.report.starts import changes_of, read_starts
 from mmscale.report.step_time import goodput_rows, goodput_shares, step_charts, step_rows
 
 REPORT_FILE = "report.html"
-_MOST_IMAGE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -139,6 +137,7 @@ def render(run_dir: Path, note: Callable[[str], object] = lambda line: None) -> 
     records: list[dict[str, Any]] = _read(lambda: read_metrics(run_dir / "metrics.jsonl"), [], damage)
     result: dict[str, Any] = _read(lambda: read_result(run_dir), {}, damage)
     captions: list[CaptionRecord] = _read(lambda: read_captions(run_dir), [], damage)
+    drawings: list[DrawingsOfStep] = _read(lambda: read_drawings(run_dir), [], damage)
     configuration: dict[str, list[Setting]] = _read(lambda: read_configuration(run_dir), {}, damage)
     goodput = _read(lambda: read_goodput(run_dir), None, damage)
     router = _read(lambda: read_router(run_dir), None, damage)
@@ -155,6 +154,7 @@ def render(run_dir: Path, note: Callable[[str], object] = lambda line: None) -> 
         facts=_facts(records, result),
         cards=_cards(result),
         galleries=_galleries(run_dir, captions),
+        strips=drawing_strips(run_dir, drawings),
         answers=read_answer_tables(run_dir, result.get("heldout", {})),
         no_sets=_has_no_sets(configuration),
         charts=_charts(records, [(spike.step, page_of(run_dir, spike)) for spike in spikes]),
@@ -242,21 +242,11 @@ def _galleries(run_dir: Path, records: Sequence[CaptionRecord]) -> list[CaptionG
     galleries = []
     for name, group in groupby(records, key=lambda record: record.set):
         tiles = [
-            CaptionedImage(_data_url(run_dir, record.image), record.expected, record.generated, record.right)
+            CaptionedImage(data_url(run_dir, record.image), record.expected, record.generated, record.right)
             for record in group
         ]
         galleries.append(CaptionGallery(name, sum(tile.right for tile in tiles), tiles))
     return galleries
-
-
-def _data_url(run_dir: Path, image: str) -> str:
-    try:
-        path = (run_dir / image).resolve()
-        if not path.is_relative_to(run_dir.resolve()):
-            return ""
-        return "data:image/png;base64," + base64.b64encode(read_bytes(path, most_bytes=_MOST_IMAGE_BYTES)).decode()
-    except (OSError, ValueError):  # Absent or too large, or the name holds a null byte.
-        return ""
 
 
 def _loss_unit(records: Sequence[Record]) -> str:
@@ -279,6 +269,7 @@ def _charts(records: Sequence[Record], spikes: Sequence[tuple[int, str]]) -> lis
     wait = _smoothed(data_wait_percent(records), 4)
     return [
         Chart("Loss", loss_note, _smoothed(series(records, "loss"), 1), marks=marks, links=spikes),
+        *_modality_charts(records, marks),
         *heldout_charts(records, marks),
         Chart("Learning rate", "by component", _learning_rates(records), from_zero=True, marks=marks),
         Chart("Gradient norm", norm_note, _smoothed(series(records, "grad_norm"), 2), marks=marks),
@@ -286,6 +277,16 @@ def _charts(records: Sequence[Record], spikes: Sequence[tuple[int, str]]) -> lis
         Chart("Data wait", "share of a step spent waiting for the loader", wait, unit="%", from_zero=True, marks=marks),
         *step_charts(records, stages),
     ]
+
+
+def _modality_charts(records: Sequence[Record], marks: Sequence[tuple[float, str]]) -> list[Chart]:
+    """Return the chart of the losses of text and of image codes; none for a model that does not draw."""
+    lines = [
+        Line(label, thin(smooth(series(records, f"metric/cross_entropy_{name}")), 300), colour)
+        for colour, (name, label) in enumerate((("text", "text and marks"), ("image", "codes of images")), 1)
+    ]
+    chart = Chart("Loss of text and of images", "cross-entropy, weighted mean per token, smoothed", lines, marks=marks)
+    return [] if chart.is_empty else [chart]
 
 
 def _smoothed(points: Sequence[Point], colour: int) -> list[Line]:

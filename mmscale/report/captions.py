@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import unicodedata
@@ -14,12 +15,13 @@ from typing_extensions import TypedDict
 
 from data_pipeline.io.atomic import as_utf8, write_whole
 from data_pipeline.io.strict import first_fault
-from data_pipeline.io.untrusted import read_json
+from data_pipeline.io.untrusted import read_bytes, read_json
 from mmscale.errors import MMScaleError
 from mmscale.metrics.sample_images import Pixels
 
 CAPTIONS_FILE = "captions.json"
 IMAGES_FOLDER = "report/images"
+_MOST_IMAGE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,24 @@ def read_captions(run_dir: Path) -> list[CaptionRecord]:
         raise MMScaleError(f"{path} is damaged: {first_fault(error, value)}") from error
     except (OSError, ValueError) as error:
         raise MMScaleError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def data_url(run_dir: Path, image: str) -> str:
+    """Return a PNG or WebP file of the run folder as a data URL; an empty text if it is absent, outside or too large.
+
+    Args:
+        run_dir: The run folder.
+        image: Path relative to it, from a file of the run; not trusted.
+    """
+    try:
+        path = (run_dir / image).resolve()
+        if not path.is_relative_to(run_dir.resolve()):
+            return ""
+        kind = "webp" if path.suffix == ".webp" else "png"
+        content = read_bytes(path, most_bytes=_MOST_IMAGE_BYTES)
+        return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    except (OSError, ValueError):  # Absent or too large, or the name holds a null byte.
+        return ""
 
 
 def encode_png(pixels: Pixels) -> bytes:

@@ -125,10 +125,13 @@ class RunConfig(StrictConfig):
         problem = (stage.reconstruction or ReconstructionConfig()).problem(model, stage.train)
         if problem is not None:
             raise ValueError(f"{place}: {problem}")
-        for key, value in (("sets", self.evaluation.sets), ("captions", self.evaluation.captions)):
+        evaluation = self.evaluation
+        blocks = {"sets": evaluation.sets, "captions": evaluation.captions, "drawings": evaluation.drawings}
+        for key, value in blocks.items():
             if value:
                 raise ValueError(
-                    f"evaluation.{key}: an image tokenizer answers nothing; set sets: [] and captions: null"
+                    f"evaluation.{key}: an image tokenizer answers nothing; set sets: [] and captions: null, and leave "
+                    "drawings out"
                 )
 
     def _upcycling_problem(self, number: int) -> str | None:
@@ -196,7 +199,7 @@ class RunConfig(StrictConfig):
     @property
     def media_spec(self) -> MediaSpec:
         """The media specification of the ``model`` block without the overrides of stages; see ``stage_media``."""
-        return media_spec(self.model)
+        return _media(self.model, self.data)
 
     def stage_data(self, number: int) -> DataConfig:
         """Return the data block of stage ``number``: ``data`` with the stage's overrides.
@@ -214,6 +217,11 @@ class RunConfig(StrictConfig):
                     f"give the stage its own data.datasets"
                 )
         return _overridden(self.data, [override], f"{self._place(number)}.data")
+
+    def stored_reference(self, number: int) -> str | None:
+        """Return the checksum of the reference model of stage ``number`` whose log-probabilities its data hold."""
+        template = self.stage_data(number).datasets[0].template if self.stages[number].preference else None
+        return template.stored_reference if isinstance(template, PreferenceTemplate) else None
 
     def decoder_model(self, number: int) -> ModelConfig:
         """Return ``stage_model``, for a command that needs a decoder of text.
@@ -240,8 +248,8 @@ class RunConfig(StrictConfig):
         return _overridden(self.model, overrides, f"{self._place(number)}.model")
 
     def stage_media(self, number: int) -> MediaSpec:
-        """Return the media specification of the model of stage ``number``."""
-        return media_spec(self.stage_model(number))
+        """Return the media specification of the model of stage ``number``, for the data of that stage."""
+        return _media(self.stage_model(number), self.stage_data(number) if self.stages else self.data)
 
     def continues(self, number: int) -> bool:
         """Return whether stage ``number`` continues the previous stage's batches: same data block, same crops."""
@@ -262,8 +270,23 @@ class RunConfig(StrictConfig):
         model = self.stage_model(number)
         return self.stage_data(max(n for n in range(len(self.stages)) if self.stage_model(n) == model))
 
+    def drawing_data(self, number: int) -> DataConfig:
+        """Return the data block to draw with a model of stage ``number``.
+
+        It is that of the last stage up to this one with a data set that draws, else ``evaluation_data``: later stages
+        may no longer draw.
+        """
+        blocks = (self.stage_data(stage) for stage in range(number, -1, -1) if self.stages)
+        drawing = (data for data in blocks if any(dataset.template.draws for dataset in data.datasets))
+        return next(drawing, None) or self.evaluation_data(number)
+
     def _place(self, number: int) -> str:
         return f"stages.{number} ({self.stages[number].name})"
+
+
+def _media(model: ModelConfig | TokenizerConfig, data: DataConfig) -> MediaSpec:
+    tokens = [dataset.image_tokens for dataset in (*data.datasets, data.prompts)]
+    return media_spec(model, encodes=any(each is not None and each.encoded == "in_step" for each in tokens))
 
 
 def _preference_problem(stage: StageConfig, number: int, data: DataConfig) -> str | None:
@@ -285,6 +308,14 @@ def _preference_problem(stage: StageConfig, number: int, data: DataConfig) -> st
         return (
             f"data.packing.too_long={data.packing.too_long}: a cut pair has lost an answer; set error, which skips "
             "pairs that no pack can hold"
+        )
+    stored = {getattr(dataset.template, "stored_reference", None) for dataset in data.datasets}
+    if len(stored) > 1:
+        return "data.datasets.*.template.stored_reference: all data sets of the stage need the same value"
+    if stage.preference.reference == "none" and stored != {None}:
+        return (
+            "preference.reference=none: the loss would ignore the stored log-probabilities; name their reference "
+            "model, or leave out template.stored_reference"
         )
     whole = [source.components == (ALL,) for source in stage.weights]
     if stage.preference.reference == "start" and (whole != [True] if number == 0 or whole else False):

@@ -1,6 +1,6 @@
 """Held-out scores during and after training: when to score, which step is the best, and when the run ends early.
 
-    step that is due --score_sets--> results --> metrics.jsonl, TensorBoard
+    step that is due --score_sets--> results --> metrics.jsonl, TensorBoard; drawings/
                                         |
                          best.metric ---+--> improved: the loop saves a checkpoint, which is kept
                                         +--> not improved stop_after times in a row: the run ends
@@ -37,6 +37,7 @@ from mmscale.metrics.run_log import NullLog, RunLog
 from mmscale.models.build import AnyModel
 from mmscale.report.captions import save_captions
 from mmscale.run.config import RunConfig
+from mmscale.run.drawings import RunDrawings, drawing_context
 
 _SCORED = "scored_step"
 """Key of ``TrainState.extra``: the step that was scored last."""
@@ -67,6 +68,7 @@ class Evaluations:
 
     Attributes:
         best: The best evaluation so far; None before the first one, and if ``evaluation.best`` is null.
+        drawings: The drawings of the report.
 
     Raises:
         CheckpointError: the state of the best evaluation is damaged.
@@ -80,6 +82,7 @@ class Evaluations:
         self._scored_step: int | None = state.extra.get(_SCORED)
         self._results: dict[str, HeldOutResult] = {}
         self._noted: set[int] = set()
+        self.drawings = RunDrawings(config, world, log, state.step)
         self._last_stage = max(number for number, _ in config.stages_from(0))
         self.best = self._read_best(state, checkpoints)
         if config.evaluation.best is not None and world.is_main:
@@ -130,6 +133,7 @@ class Evaluations:
         evaluation = answerable(self._config, engine, state.stage_index, self._during, self._log if is_first else None)
         with engine.inference(ema=engine.stage.ema is not None) as model:
             self._results = _evaluate(self._config, engine, model, state.stage_index, evaluation)
+            self.drawings.draw(model, state.stage_index, state.step)
         self._scored_step = state.step
         for name, result in self._results.items():
             self._log.print_line(f"step {state.step}: held-out {name}: {result.summary}")
@@ -180,9 +184,9 @@ class Evaluations:
 
 
 def score_at_end(
-    config: RunConfig, engine: Engine, state: TrainState, log: RunLog | NullLog, known: Mapping[str, HeldOutResult]
+    config: RunConfig, engine: Engine, state: TrainState, log: RunLog | NullLog, evaluations: Evaluations
 ) -> dict[str, HeldOutResult]:
-    """Score the held-out sets with the engine's model and caption some of their images. All ranks must call.
+    """Score the held-out sets with the engine's model, caption images and draw. All ranks must call.
 
     If the stage keeps an average of its weights, the average is scored.
 
@@ -191,8 +195,9 @@ def score_at_end(
         engine: Has the model of the last stage.
         state: The state after the last step.
         log: Receives the results.
-        known: Results of sets that need not be scored again.
+        evaluations: Those during training. Sets that were scored after the last step are not scored again.
     """
+    known = evaluations.known(state)
     step, stage = state.step, state.stage_index
     data, spec = config.evaluation_data(stage), config.stage_media(stage)
     log.pause()
@@ -203,6 +208,7 @@ def score_at_end(
     with engine.inference(ema=engine.stage.ema is not None) as model:
         results = {**known, **_evaluate(config, engine, model, stage, missing)}
         captioned = caption_images(model, evaluation, data, spec, engine.world)
+        evaluations.drawings.draw(model, stage, step)
     results = {held.name: results[held.name] for held in evaluation.sets}
     for name, result in results.items():
         log.print_line(f"held-out {name}: {result.summary}")
@@ -231,5 +237,12 @@ def _evaluate(
     config: RunConfig, engine: Engine, model: object, stage: int, evaluation: EvaluationConfig
 ) -> dict[str, HeldOutResult]:
     data, spec = config.evaluation_data(stage), config.stage_media(stage)
-    answers = config.run_dir / ANSWERS_FOLDER
-    return evaluate(cast(AnyModel, model), evaluation, data, spec, engine.world, answers_folder=answers)
+    return evaluate(
+        cast(AnyModel, model),
+        evaluation,
+        data,
+        spec,
+        engine.world,
+        drawing=drawing_context(config, stage, evaluation, engine.world),
+        answers_folder=config.run_dir / ANSWERS_FOLDER,
+    )

@@ -6,32 +6,38 @@ import os
 import tempfile
 from pathlib import Path
 
+import torch
+
 from data_pipeline.config import DatasetConfig
 from data_pipeline.errors import DataConfigError
 from data_pipeline.io.missing import no_such_file
 from data_pipeline.loader.first_look import FirstLook, look_at
 from data_pipeline.loader.front_to_back import expand_shards
 from data_pipeline.loader.sample_source import with_image_tokenizer
+from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing.config import PackingConfig
 from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.packing.packer import Budget
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.manifest_check import reject_non_manifest
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
+from mmscale.dist import World
 from mmscale.errors import ConfigError
 from mmscale.evaluate import check_best, check_sets
 from mmscale.metrics.trackers.config import check_trackers
-from mmscale.models.build import media_spec
 from mmscale.models.config import ModelConfig, TokenizerConfig
+from mmscale.models.image_tokens import TOKENIZER
 from mmscale.optim.stages import ALL, StageConfig
 from mmscale.run.config import RunConfig, require_training
+from mmscale.run.drawings import check_drawings, drawing_context
 
 
 def check_files(config: RunConfig) -> list[str]:
     """Check the configuration against the files that it names. Reads the text of some samples, and decodes no image.
 
     Returns:
-        Warnings: one sentence for each stage whose model has a vision tower and whose samples have no image.
+        Warnings: one sentence for each stage whose model has a vision tower and whose samples have no image, and for
+        a first stage that encodes images with a random tokenizer.
 
     Raises:
         ConfigError: ``run_dir`` cannot be created, a manifest is missing, or there is no stage or no data set.
@@ -41,6 +47,7 @@ def check_files(config: RunConfig) -> list[str]:
             configuration.
         DataConfigError: a streamed shard is missing, the tokenizer cannot be loaded, the transforms do not fit the
             model of a stage, or a data set has no usable sample.
+        ConfigError: ``evaluation.drawings`` does not fit the model or the data.
         DataPipelineError: a manifest or a held-out sample is damaged.
     """
     require_training(config)
@@ -73,9 +80,16 @@ def check_files(config: RunConfig) -> list[str]:
                 f"model.decoder.vocab_size={read}: the tokenizer of stage {stage.name} has {tokens} ids; "
                 f"set at least {tokens} rows"
             )
-        looks = [_look_at(dataset, data.packing, tokenizer, model, stage) for dataset in data.datasets]
+        spec = config.stage_media(number)
+        looks = [_look_at(dataset, data.packing, tokenizer, model, spec, stage) for dataset in data.datasets]
         if model.vision is not None and not any(look is None or look.holds_images for look in looks):
             notes.append(_without_images(config, number))
+        if spec.code_size is not None and not number and not _loads_tokenizer(stage):
+            notes.append(
+                f"stages.{number} ({stage.name}): encodes images in each step, and no checkpoint of its weights gives "
+                f"the image tokenizer, whose values are random; name one: weights: [{{checkpoint: RUN, components: "
+                f"[{TOKENIZER}]}}]"
+            )
     _check_evaluation(config)
     return notes
 
@@ -84,16 +98,18 @@ def _check_evaluation(config: RunConfig) -> None:
     """Check the held-out sets for the model at the end, and if they are scored during training, of each stage."""
     reached = [number for number, _ in config.stages_from(0)]
     check_best(config.evaluation, config.stage_media(reached[-1]))
+    check_drawings(config)
     checked: list[object] = []
     for number in reversed(reached):
-        data, spec = config.evaluation_data(number), config.stage_media(number)
+        data, spec, model = config.evaluation_data(number), config.stage_media(number), config.stage_model(number)
         for block, is_scored in (
             (config.evaluation, number == reached[-1]),
             (config.evaluation.during_training, config.evaluation.every_steps is not None),
         ):
-            if is_scored and (block, data, spec) not in checked:
-                checked.append((block, data, spec))
-                check_sets(block, data, spec)
+            if is_scored and (block, data, model) not in checked:
+                checked.append((block, data, model))
+                drawing = drawing_context(config, number, block, World(0, 1, 0, torch.device("cpu")))
+                check_sets(block, data, spec, drawing=drawing, model=model)
 
 
 def _check_run_dir(run_dir: Path) -> None:
@@ -117,11 +133,11 @@ def _look_at(
     packing: PackingConfig,
     tokenizer: Tokenizer,
     model: ModelConfig | TokenizerConfig,
+    spec: MediaSpec,
     stage: StageConfig,
 ) -> FirstLook | None:
     """Inspect some samples of a data set. Return None for a streamed or remote one, which takes longer to read."""
     try:
-        spec = media_spec(model)
         if isinstance(dataset.manifest, Path):
             dataset = with_image_tokenizer(dataset, Manifest.open(dataset.manifest))
         builder = DocumentBuilder(dataset, tokenizer, spec)
@@ -166,6 +182,10 @@ def _check_image_ids(dataset: DatasetConfig, model: ModelConfig, stage: StageCon
             f"model.decoder.vocab_size={decoder.num_ids}: {where} uses the ids up to {tokens.num_ids - 1} for codes "
             f"of images (image_tokens); set at least {tokens.num_ids} rows, or model.decoder.image_tokens"
         )
+
+
+def _loads_tokenizer(stage: StageConfig) -> bool:
+    return any(name in (ALL, TOKENIZER) for source in stage.weights for name in source.components)
 
 
 def _without_images(config: RunConfig, number: int) -> str:

@@ -47,7 +47,7 @@ def finalize_run(
     reason, best = evaluations.end_reason(state), evaluations.best
     if reason is not None:
         log.print_line(f"the run ends at step {state.step} of {config.total_steps}: {reason}")
-    heldout = score_at_end(config, engine, state, log, evaluations.known(state))
+    heldout = score_at_end(config, engine, state, log, evaluations)
     log_results(log, state.step, heldout)
     ranks_memory = _gather_memory(world)
     if not world.is_main:

@@ -13,6 +13,7 @@ trackers/              ids, progress and offline data of trackers
 profile/               traces of a few steps           goodput.jsonl         time spent outside of steps
 captions.json report/  captions of held-out images     report.html result.json
 answers/               generated answers of held-out questions
+drawings/              what the model drew at each evaluation, small
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ the teacher's run has written newer ones since.
 
 A reference model is found and recorded in the same way. If it is the model at the beginning of the stage
 (``preference.reference: start``), the checkpoint of the previous stage is linked to ``RUN/references/STAGE``, because
-``checkpoint.keep_last`` removes it from the run's checkpoints.
+``checkpoint.keep_last`` removes it from the run's checkpoints. If the data hold its log-probabilities
+(``template.stored_reference``), the stage only compares its checksum and does not load it.
 
 Source: the setting is that of Llama 3.2 1B and 3B, with the logits of 8B and 70B (Meta 2024, model card).
 """
@@ -55,15 +56,23 @@ from mmscale.run.stage_weights import newest_on_rank_0
 
 _KEY = "teachers"
 """Key of ``TrainState.extra``. Its value maps a configured path to (checkpoint, checksum of its manifest)."""
+_STORED = "stored"
+"""Key for the checksum of a reference whose log-probabilities the data hold; it has no checkpoint."""
 
 _Recorded = Mapping[str, tuple[str, str]]
 
 
 def teacher_sources(config: RunConfig, number: int) -> tuple[DistillConfig, ...]:
-    """Return the frozen models of stage ``number``: its teachers, or the reference of its preference optimisation."""
+    """Return the frozen models that stage ``number`` loads: its teachers, or the reference of its preference loss."""
+    if config.stored_reference(number) is not None:
+        return ()
+    return reference_source(config, number) if config.stages[number].preference else config.stages[number].distill
+
+
+def reference_source(config: RunConfig, number: int) -> tuple[DistillConfig, ...]:
+    """Return the reference of the preference loss of stage ``number``, loaded or not; empty without a reference."""
     stage = config.stages[number]
-    if stage.preference is None:
-        return stage.distill
+    assert stage.preference is not None, "the caller checked it"
     reference = stage.preference.reference
     if isinstance(reference, Path):
         return (DistillConfig(checkpoint=reference),)
@@ -74,10 +83,62 @@ def teacher_sources(config: RunConfig, number: int) -> tuple[DistillConfig, ...]
     return (DistillConfig(checkpoint=config.run_dir / REFERENCES / stage.name),)
 
 
-def _links_start(config: RunConfig, number: int) -> bool:
+def reference_is_previous(config: RunConfig, number: int) -> bool:
     """Return whether the reference of stage ``number`` is the end of the stage before, so that no file exists yet."""
     preference = config.stages[number].preference
     return preference is not None and preference.reference == "start" and not config.stages[number].weights
+
+
+def _links_start(config: RunConfig, number: int) -> bool:
+    """Return whether the stage keeps the end of the stage before as its reference."""
+    return reference_is_previous(config, number) and config.stored_reference(number) is None
+
+
+def reference_checksum(path: Path, ema: bool) -> str:
+    """Return the checksum of a reference model, as ``template.stored_reference`` names it.
+
+    Args:
+        path: The checkpoint.
+        ema: Whether its averaged weights are the reference.
+
+    Raises:
+        CheckpointError: it has no manifest.
+    """
+    return manifest_checksum(path) + ("-ema" if ema else "")
+
+
+def _other_reference(config: RunConfig, number: int, state: TrainState, *, begins: bool) -> str | None:
+    """Return why the stored log-probabilities of stage ``number`` are not of its reference; None if they are.
+
+    Args:
+        config: The run.
+        number: The stage.
+        state: The state of the run.
+        begins: Whether the stage begins now, so that the run's newest checkpoint can be its reference.
+    """
+    stored = config.stored_reference(number)
+    if stored is None:
+        return None
+    if number == state.stage_index and state.stage_step:
+        _, begun = _recorded(state).get(_STORED, ("", stored))
+        reason = f"template.stored_reference={stored}, but this stage began with log-probabilities of the model {begun}"
+        return None if begun == stored else reason
+    (source,) = reference_source(config, number)
+    path = source.checkpoint
+    if reference_is_previous(config, number):
+        if not begins:
+            return None  # The reference does not exist yet.
+        path = config.run_dir / CHECKPOINTS / folder_name(state.step)
+    try:
+        found = reference_checksum(newest_of(path), source.ema)
+    except CheckpointError as error:
+        return str(error)
+    if found == stored:
+        return None
+    return (
+        f"template.stored_reference={stored}, but the reference model {path} has the checksum {found}; compute its "
+        "log-probabilities with: mmscale data reference"
+    )
 
 
 def check_teachers(config: RunConfig, world: World, state: TrainState) -> None:
@@ -98,14 +159,16 @@ def check_teachers(config: RunConfig, world: World, state: TrainState) -> None:
 def _problems(config: RunConfig, state: TrainState) -> Iterator[str]:
     is_over = state.stage_step == config.stages[state.stage_index].steps
     for number, stage in config.stages_from(state.stage_index + is_over):
+        if (other := _other_reference(config, number, state, begins=False)) is not None:
+            yield f"stages.{number}.preference.reference: {other}"
         if _links_start(config, number) and not (number == state.stage_index and state.stage_step):
             continue
         for index, source in enumerate(teacher_sources(config, number)):
             try:
                 path = _find(source, _recorded(state) if number == state.stage_index else {})
                 manifest = read_manifest(path)
-                reason = missing_or_truncated(path, manifest) or _unfit(
-                    manifest, path, config.decoder_model(number), source
+                reason = missing_or_truncated(path, manifest) or unfit(
+                    manifest, path, config.decoder_model(number), source, distills=bool(stage.distill)
                 )
             except CheckpointError as error:
                 reason = str(error)
@@ -122,9 +185,11 @@ def record_teachers(config: RunConfig, world: World, state: TrainState) -> Train
     Raises:
         CheckpointError: a teacher is missing, or the reference cannot be linked.
     """
+    raise_on_any_rank(world, _other_reference(config, state.stage_index, state, begins=True), CheckpointError)
     if _links_start(config, state.stage_index) and not state.stage_step:
         _link_start(config, world, state)
-    chosen = {}
+    stored = config.stored_reference(state.stage_index)
+    chosen = {} if stored is None else {_STORED: ("", stored)}
     for source in teacher_sources(config, state.stage_index):
         key = str(source.checkpoint)
         recorded = _recorded(state)
@@ -188,7 +253,7 @@ def _open(config: RunConfig, world: World, source: DistillConfig, path: Path) ->
 
 
 def teacher_models(config: RunConfig, number: int) -> list[ModelConfig]:
-    """Return the model configurations of the ``teacher_sources`` of stage ``number``.
+    """Return the model configurations of the ``teacher_sources`` of stage ``number``, which it loads.
 
     The reference of a stage that begins with it has the configuration of that model, also if its checkpoint is missing.
 
@@ -196,7 +261,7 @@ def teacher_models(config: RunConfig, number: int) -> list[ModelConfig]:
         CheckpointError: a teacher is missing, or cannot teach.
     """
     preference = config.stages[number].preference
-    if preference is not None and preference.reference == "start":
+    if preference is not None and preference.reference == "start" and config.stored_reference(number) is None:
         return [config.decoder_model(max(number - 1, 0))]
     paths = [newest_of(source.checkpoint) for source in teacher_sources(config, number)]
     return [_configuration(read_manifest(path), path) for path in paths]
@@ -233,14 +298,14 @@ def _configuration(manifest: Manifest, path: Path) -> ModelConfig:
     return model
 
 
-def _unfit(manifest: Manifest, path: Path, student: ModelConfig, source: DistillConfig) -> str | None:
+def unfit(manifest: Manifest, path: Path, student: ModelConfig, source: DistillConfig, *, distills: bool) -> str | None:
     """Return why the checkpoint cannot teach ``student``, or None."""
     teacher = _configuration(manifest, path)
     if source.ema and not manifest.ema:
         return f"{path} holds no average of the weights: it was saved without stages.*.ema"
     if not (report := match(build_weights(teacher), manifest)).complete:
         return f"{path} does not hold the weights of its own model configuration: {report}"
-    if student.decoder.separate_image_tokens is not None:
+    if distills and student.decoder.separate_image_tokens is not None:
         return (
             "the student has model.decoder.image_tokens.kind=separate, whose head has no distillation loss; leave out "
             "distill in stages that draw"

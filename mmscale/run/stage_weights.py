@@ -29,13 +29,17 @@ from mmscale.engine.engine import Engine
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.models.adapters import COMPONENT as ADAPTERS
 from mmscale.models.build import build_weights
+from mmscale.models.image_tokens import TOKENIZER
 from mmscale.optim.stages import ALL, WeightsConfig
 from mmscale.run.config import RunConfig
 from mmscale.run.folder import CHECKPOINTS
+from mmscale.run.image_tokens import foreign_codes
 
 
 def check_stage_weights(config: RunConfig, world: World, state: TrainState) -> None:
-    """Check the sources of all stages that have not begun. Reads no weights. All ranks must call.
+    """Check the sources of all stages that have not begun. All ranks must call.
+
+    Reads no weights but those of an image tokenizer, on rank 0, if a stage has images as stored codes.
 
     Args:
         config: The run.
@@ -43,9 +47,10 @@ def check_stage_weights(config: RunConfig, world: World, state: TrainState) -> N
         state: The state that the run resumes from. A stage that has begun no longer needs its sources.
 
     Raises:
-        ConfigError: a source is missing or incomplete, or has no weights that fit; every rank raises.
+        ConfigError: a source is missing or incomplete, or has no weights that fit; or it is an image tokenizer, and
+            another one encoded the images of the stage. Every rank raises.
     """
-    raise_on_any_rank(world, next(_problems(config, state), None), ConfigError)
+    raise_on_any_rank(world, next(_problems(config, state, world), None), ConfigError)
 
 
 def check_initial_weights(loaded: Loaded[RunConfig]) -> None:
@@ -70,7 +75,7 @@ def check_initial_weights(loaded: Loaded[RunConfig]) -> None:
             )
 
 
-def _problems(config: RunConfig, state: TrainState) -> Iterator[str]:
+def _problems(config: RunConfig, state: TrainState, world: World) -> Iterator[str]:
     for number, stage in config.stages_from(state.stage_index + (state.stage_step > 0)):
         if not stage.weights:
             continue
@@ -85,6 +90,8 @@ def _problems(config: RunConfig, state: TrainState) -> Iterator[str]:
                 reason = reason or warm_start_problem(
                     manifest, path, model, _components(source), ema=source.ema, upcycle=stage.upcycle
                 )
+                if reason is None and world.is_main and {ALL, TOKENIZER} & set(source.components):
+                    reason = foreign_codes(config.stage_data(number), path, ema=source.ema)
             except CheckpointError as error:
                 reason = str(error)
             if reason is not None:

@@ -137,6 +137,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "AnnotationsTemplate": {"max_annotations": 2},
     "BestConfig": {"metric": "a/score", "stop_after": 2},
     "CompareConfig": {"seeds": [1], "variants": [{"name": "a"}, {"name": "b"}]},
+    "DrawingsConfig": {"prompts": ["a"], "size": 32},
     "DatasetConfig": {"name": "a", "manifest": "a"},  # Without weight, which excludes repeats.
     "DrawingTemplate": {"kind": "drawing", "caption_last": 0.5, "text_dropout": 0.1},
     "ImageTokensConfig": {"codebook_size": 1, "first_id": 7, "grid": [2, 3]},

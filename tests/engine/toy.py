@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,7 @@ class ToyOutput:
     document_losses: Tensor
     router: None = None
     statistics: None = None
+    parts: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class ToyObjective:

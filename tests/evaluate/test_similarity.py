@@ -27,10 +27,10 @@ from tests.evaluate.emoji_models import ALONE, EMOJI, data_config, evaluation, h
 DATA = data_config()
 
 
-def one_by_one(model: Any, sample: Sample, answer: str) -> float:
+def one_by_one(model: Any, sample: Sample, answer: str, prompt: str = "name:") -> float:
     """Return the cosine of a pair that is alone in its batch, built with the training template."""
     tokenizer, spec = load_tokenizer(DATA.tokenizer), media_spec(model.config)
-    template = CaptionTemplate(prompts=("name:",), answers=(f" {answer}",))
+    template = CaptionTemplate(prompts=(prompt,), answers=(f" {answer}",))
     transforms = DATA.datasets[0].transforms.model_copy(update={"augment": None})
     dataset = DATA.datasets[0].model_copy(update={"template": template, "transforms": transforms})
     document = DocumentBuilder(dataset, tokenizer, spec)(replace(sample, fields={}))

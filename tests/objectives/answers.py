@@ -85,19 +85,39 @@ def batch_of(spec: MediaSpec, numbers: list[int]) -> MultimodalBatch:
 
 
 def answer_log_prob(model: MultimodalModel, document: Document) -> Tensor:
-    """Return the log-probability of the learned tokens of a document without branches, from whole logits."""
+    """Return the log-probability of the learned tokens of a document without branches, from whole logits.
+
+    Each token counts with its loss weight. The logits of image tokens with a head of their own are computed apart.
+    """
     batch = collate([Pack((document,), 0)], media_spec(model.config))
-    logits = model.head(model(batch).hidden)
-    return -F.cross_entropy(logits, batch.labels, reduction="none", ignore_index=IGNORE).sum()
+    hidden = model(batch).hidden
+    logits, labels = model.head(hidden), batch.labels
+    rows = F.cross_entropy(
+        logits, labels.where(labels < logits.shape[1], IGNORE), reduction="none", ignore_index=IGNORE
+    )
+    if model.head.image is not None:
+        codes = labels - model.head.first_image_id
+        rows = rows + F.cross_entropy(
+            model.head.image(hidden), codes.where(codes >= 0, IGNORE), reduction="none", ignore_index=IGNORE
+        )
+    return -(rows * batch.loss_weights).sum()
 
 
 def written_out(
     loss: PreferenceConfig, model: MultimodalModel, reference: MultimodalModel | None, documents: list[Document]
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the loss of each pair and the metrics, from one forward pass for each prompt with one answer."""
+    return written_out_of(
+        loss, model, reference, [[answer_document(document, number) for number in (0, 1)] for document in documents]
+    )
+
+
+def written_out_of(
+    loss: PreferenceConfig, model: MultimodalModel, reference: MultimodalModel | None, pairs: list[list[Document]]
+) -> tuple[Tensor, dict[str, float]]:
+    """As ``written_out``, for prompts with their chosen and their rejected answer as two documents."""
     losses, metrics = [], []
-    for document in documents:
-        answers = [answer_document(document, number) for number in (0, 1)]
+    for answers in pairs:
         own = [answer_log_prob(model, answer) for answer in answers]
         with torch.no_grad():
             other = [0.0 if reference is None else answer_log_prob(reference, answer) for answer in answers]

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.packing.collate import collate
+from data_pipeline.packing.collate import collate, concatenate
+from data_pipeline.packing.document_builder import dummy_document
 from data_pipeline.packing.packer import Pack
 from mmscale.models.build import build_model, media_spec
 from mmscale.objectives.preference import Preference, pair_places
@@ -28,7 +29,7 @@ from tests.hf.decoders import reference_model
 from tests.hf.reference_models import imported, their_gradients
 from tests.models.reference_models import distance
 from tests.models.tiny import MOE, config
-from tests.objectives.answers import batch_of, pair_document, written_out
+from tests.objectives.answers import answer_document, answer_log_prob, batch_of, pair_document, written_out
 
 LOSSES: dict[str, dict[str, Any]] = {
     "sigmoid": {},
@@ -91,6 +92,28 @@ def test_the_images_of_a_prompt_are_shared_by_its_answers(kind: str) -> None:
 
 def test_without_a_reference_its_log_probabilities_are_0() -> None:
     check(None, {"beta": 0.5}, is_free=True, deals=DEALS[:1])
+
+
+def test_stored_log_probabilities_replace_the_reference() -> None:
+    model, other = (build_model(config(None), attention="sdpa", seed=seed) for seed in (1, 2))
+    spec, loss = media_spec(model.config), PreferenceConfig(beta=0.5, next_token=0.2)
+    documents = [pair_document(spec, number) for number in range(3)]
+    expected, _ = written_out(loss, model, other, documents)
+    expected.sum().backward()
+    wanted = gradients(model)
+    for number, document in enumerate(documents):
+        answers = [float(answer_log_prob(other, answer_document(document, each)).detach()) for each in (0, 1)]
+        documents[number] = replace(document, reference=tuple(answers))
+    packs = [Pack((*documents[:2], dummy_document(spec, 0)), 0), Pack((documents[2],), 1)]
+    parts = [collate([pack], spec) for pack in (Pack((dummy_document(spec, 0),), 2), *packs)]
+    for batch in (collate(packs, spec), concatenate(parts, spec)):
+        output = Preference(loss)(model, batch)
+        output.loss_sum.backward()
+        assert output.loss_sum.item() == pytest.approx(expected.sum().item(), rel=1e-5)
+        for name, gradient in gradients(model).items():
+            torch.testing.assert_close(
+                gradient, wanted[name], rtol=0, atol=6e-5 * float(wanted[name].abs().max()) + 1e-6
+            )
 
 
 def test_a_model_that_equals_its_reference_has_no_preference() -> None:

@@ -187,6 +187,20 @@ def test_held_out_values_of_the_training_are_curves_with_their_standard_error(ru
     assert losses[1]["low"] == [], "the error is that of the score"
 
 
+def test_a_model_that_draws_has_a_chart_of_the_loss_of_each_modality(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[1:]:  # The first step has no image.
+        line["metric/cross_entropy_image"] = 7.0
+    for line in lines:
+        line["metric/cross_entropy_text"] = 3.0
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(build_report(run).read_text())
+    assert "Loss of text and of images" in page.text
+    (text, images) = page.charts[1]["lines"]
+    assert (text["label"], text["x"], set(text["y"])) == ("text and marks", [1, 2, 3, 4, 5, 6], {3.0})
+    assert (images["label"], images["x"], set(images["y"])) == ("codes of images", [2, 3, 4, 5, 6], {7.0})
+
+
 def test_each_chart_has_a_table_for_readers_without_scripts(run: Path) -> None:
     page = Page(build_report(run).read_text())
     assert sum(tag == "noscript" for tag, _ in page.tags) == len(page.charts)

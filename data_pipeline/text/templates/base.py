@@ -78,6 +78,17 @@ class DrawnPiece:
 Piece = TextPiece | TokenPiece | EndPiece | BranchPiece | ImagePart | DrawnPiece
 
 
+@dataclass(frozen=True)
+class OpeningPiece:
+    """The marks before the codes of an image of ``rows`` x ``columns`` codes that the model is to draw.
+
+    No document of training has it.
+    """
+
+    rows: int
+    columns: int
+
+
 def images_of(sample: Sample) -> list[ImagePart]:
     """Return the images of a sample in reading order."""
     return [part for part in sample.parts if isinstance(part, ImagePart)]
@@ -114,12 +125,8 @@ ImagesRule = Literal["required", "optional"]
 class TemplateBase(StrictConfig, ABC):
     """Base class of templates. A subclass has a field ``kind``, and ``loss_weight`` as a field or property."""
 
-    takes_images: ClassVar[bool] = True
-    """Whether documents can hold images."""
     no_pair: ClassVar[str | None] = None
     """Reason why documents cannot be pairs of one image and one text (``no image``); None if they can."""
-    draws: ClassVar[bool] = False
-    """Whether documents hold images as tokens, which needs ``data.image_tokens``."""
 
     @abstractmethod
     def pieces(self, sample: Sample, rng: Rng | None) -> list[Piece]:
@@ -132,6 +139,16 @@ class TemplateBase(StrictConfig, ABC):
     @abstractmethod
     def prompt(self, sample: Sample) -> list[Piece]:
         """Return the pieces before the answer."""
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether documents can hold images that a tower encodes or that the model reads."""
+        return True
+
+    @property
+    def draws(self) -> bool:
+        """Whether documents hold images as tokens, which needs ``data.image_tokens``."""
+        return False
 
     @property
     def requires_images(self) -> bool:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.order.randomness import Rng
-from data_pipeline.sample import ImagePart, Sample
+from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.text.templates.base import (
     DrawnPiece,
     DroppableText,
     EndPiece,
+    OpeningPiece,
     Piece,
     TextPiece,
     draw,
@@ -34,9 +36,7 @@ class DrawingTemplate(DroppableText):
     dropped.
     """
 
-    takes_images: ClassVar[bool] = False
     no_pair: ClassVar[str | None] = "an image as tokens"
-    draws: ClassVar[bool] = True
     kind: Literal["drawing"] = "drawing"
     prompts: tuple[str, ...] = ("{caption}",)
     """Format strings with the sample's fields, of which one is drawn for each sample and epoch. ``{caption}`` is one of
@@ -56,6 +56,14 @@ class DrawingTemplate(DroppableText):
     dropped_text: Literal["empty", "pad"] = "empty"
     """Replacement of a dropped text: nothing (``empty``), or one padding token for each token (``pad``, Janus)."""
 
+    @property
+    def takes_images(self) -> bool:
+        return False
+
+    @property
+    def draws(self) -> bool:
+        return True
+
     @field_validator("prompts")
     @classmethod
     def _check_formats(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
@@ -74,23 +82,67 @@ class DrawingTemplate(DroppableText):
             SampleError: the sample does not have exactly one image, a field is missing, or the text is empty.
         """
         image = self._image(sample)
-        words = self._text(sample, rng)
+        words = self.words(sample, rng)
         image_first = self.caption_last == 1 or (
             self.caption_last > 0 and rng is not None and bool(rng.random() < self.caption_last)
         )
-        drawn = DrawnPiece(image, self.image_weight, self.mark_weight)
+        drawn, end = self.drawn(image)
         if image_first:
             return [drawn, *text(words, self.text_weight), EndPiece(self.text_weight)]
         if self.drops(rng):
-            padding = [TextPiece(words, 0.0, is_padding=True)] if self.dropped_text == "pad" else []
-            return [*padding, drawn, EndPiece(self.mark_weight)]
-        return [*text(words, self.text_weight), drawn, EndPiece(self.mark_weight)]
+            return [*self._dropped(words), drawn, end]
+        return [*text(words, self.text_weight), drawn, end]
 
     def prompt(self, sample: Sample) -> list[Piece]:
-        """Return the text before the image. ``DrawnImages.opening`` gives the marks between text and codes."""
-        return [*text(self._text(sample, None))]
+        """Return the text before the image, without the marks between text and codes."""
+        return [*text(self.words(sample, None))]
 
-    def _text(self, sample: Sample, rng: Rng | None) -> str:
+    def drawn(self, image: ImagePart) -> list[Piece]:
+        """Return an image and the end of its document."""
+        return [DrawnPiece(image, self.image_weight, self.mark_weight), EndPiece(self.mark_weight)]
+
+    def text_to_draw(self, given: str | Mapping[str, Any]) -> str:
+        """Return the first prompt with a user's text in its field.
+
+        Args:
+            given: The text; it replaces the whole prompt if the prompt has no field or several. Or the prompt's fields.
+
+        Raises:
+            SampleError: a field is missing, or the text is empty.
+        """
+        fields: Any = given
+        if isinstance(given, str):
+            if not given.strip():
+                raise SampleError("the text to draw is empty", kind=FaultKind.TEXT)
+            names = {name for _, name in parse(self.prompts[0]) if name is not None}
+            if len(names) != 1:
+                return given
+            for key in reversed(names.pop().split(".")):
+                fields = {key: fields}
+        return self.words(Sample((), fields, Provenance("text", "", "", 0)), None)
+
+    def drawing_prompt(
+        self, words: str, rows: int, columns: int, *, drop_text: bool = False
+    ) -> list[Piece | OpeningPiece]:
+        """Return the pieces before the first code of an image to draw: a text of ``text_to_draw``, and the marks.
+
+        Args:
+            words: The text.
+            rows: Rows of codes.
+            columns: Columns of codes.
+            drop_text: Replace the text as ``dropped_text`` does in training, for classifier-free guidance.
+        """
+        return [*(self._dropped(words) if drop_text else text(words)), OpeningPiece(rows, columns)]
+
+    def _dropped(self, words: str) -> list[Piece]:
+        return [TextPiece(words, 0.0, is_padding=True)] if self.dropped_text == "pad" else []
+
+    def words(self, sample: Sample, rng: Rng | None) -> str:
+        """Return the text of a sample, drawn with ``rng``.
+
+        Raises:
+            SampleError: a field is missing, or the text is empty.
+        """
         prompt, fields = draw(self.prompts, rng), sample.fields
         if any(name == "caption" for _, name in parse(prompt)):
             fields = {**fields, "caption": draw(_CAPTIONS.stored_answers(sample), rng)}

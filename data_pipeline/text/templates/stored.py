@@ -62,9 +62,12 @@ class InterleavedTemplate(DroppableText):
 class TextTemplate(LearnedText):
     """Text alone. All of it is learned, with the weight of its part."""
 
-    takes_images: ClassVar[bool] = False
     no_pair: ClassVar[str | None] = "no image"
     kind: Literal["text"] = "text"
+
+    @property
+    def takes_images(self) -> bool:
+        return False
 
     def pieces(self, sample: Sample, rng: Rng | None) -> list[Piece]:
         """Return the text parts.

@@ -99,10 +99,10 @@ class Trackers:
         """Send values of a step that are not in its line of ``metrics.jsonl``. ``what`` names the kind of values."""
         self._write(what, Record(step, scalars=dict(values)))
 
-    def images(self, step: int, images: Sequence[CaptionedImage]) -> None:
-        """Send sample images with their captions."""
-        named = {f"samples/{number}": Image(_png(image), image.caption) for number, image in enumerate(images)}
-        self._write("samples", Record(step, images=named))
+    def images(self, step: int, images: Sequence[CaptionedImage], name: str = "samples") -> None:
+        """Send images with their captions as ``name/0`` and so on."""
+        named = {f"{name}/{number}": Image(_png(image), image.caption) for number, image in enumerate(images)}
+        self._write(name, Record(step, images=named))
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Send a table."""
