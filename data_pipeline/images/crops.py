@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +32,12 @@ from data_pipeline.order.randomness import Rng
 
 TORCH_HAS_LANCZOS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
 """Whether torch has a Lanczos filter; older versions use Pillow's."""
+Byte = Annotated[int, Field(ge=0, le=255)]
 Box = tuple[int, int, int, int]
 """(top, left, height, width) in pixels of the decoded image; may extend beyond the image."""
+
+Color = tuple[Byte, Byte, Byte]
+"""Red, green and blue."""
 
 _IDENTITY = np.eye(3, dtype=np.float32)
 # Maps a row (red, green, blue) to three copies of its gray value. Weights: ITU-R BT.601.
@@ -108,7 +113,7 @@ class Canvas:
         content: Size of the resized image.
         size: Size of the canvas.
         at: Corner of the image on the canvas.
-        fill: Value of all channels outside the image, 0 to 255.
+        fill: Value of all channels outside the image, or of each channel, 0 to 255.
         via: Sizes to which the image is resized before ``content``, in order (Idefics3); empty with ``source``.
         source: Index of an earlier canvas and a box of it, to resize instead of the image; the box must lie within it.
     """
@@ -116,7 +121,7 @@ class Canvas:
     content: Size
     size: Size
     at: tuple[int, int] = (0, 0)
-    fill: int = 255
+    fill: int | Color = 255
     via: tuple[Size, ...] = ()
     source: tuple[int, Box] | None = None
 
@@ -124,6 +129,16 @@ class Canvas:
     def steps(self) -> tuple[Size, ...]:
         """All sizes to which the image is resized, in order."""
         return (*self.via, self.content)
+
+
+def on_square(size: Size, side: int, least: int, fill: Color) -> Canvas:
+    """Return the canvas of an image in the middle of a square of ``side`` pixels, with sides of at least ``least``.
+
+    Source: JanusImageProcessor in transformers, whose order of operations the rounding follows.
+    """
+    scale = side / max(size)
+    height, width = (max(least, round(length * scale)) for length in size)
+    return Canvas((height, width), (side, side), ((side - height) // 2, (side - width) // 2), fill)
 
 
 @dataclass(frozen=True)

@@ -216,6 +216,20 @@ class DrawnImages:
         return [self.marks[field]] if field in self.marks else []
 
 
+def example_tokens(config: ImageTokensConfig, height: int, width: int) -> DrawnTokens:
+    """Return the tokens of an image of ``height`` rows and ``width`` columns of codes, without a text tokenizer.
+
+    All codes are code 0 and all marks have the id 0. The size in ``size`` counts as one token for each character.
+    """
+    first = (config.first_id or 0) if config.ids is None else config.ids[0]
+    size = "" if config.size is None else config.size.format(height=height, width=width)
+    before = sum(mark is not None for mark in (config.start, config.content)) + len(size)
+    after = sum(mark is not None for mark in (config.frame_end, config.end))
+    row = [True] * width + [False] * (config.row_end is not None)
+    is_code = np.array([False] * before + row * height + [False] * after)
+    return DrawnTokens(np.where(is_code, first, 0).astype(np.int32), is_code)
+
+
 def other_tokenizer(found: str, expected: str) -> str:
     """Return the reason why data of the image tokenizer ``found`` are refused where ``expected`` is named."""
     return (

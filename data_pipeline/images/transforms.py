@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline.document import MediaItem
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
-from data_pipeline.images.crops import AugmentConfig, Canvas, Crop, ImagePlan, content_area, render
+from data_pipeline.images.crops import AugmentConfig, Canvas, Color, Crop, ImagePlan, content_area, on_square, render
 from data_pipeline.images.decode import DecodeMode, Scratch, decode_image, too_many_pixels
 from data_pipeline.images.image_tokens import ImageLayoutConfig
 from data_pipeline.images.native_sizes import Size, area_size, longest_side_size, round_up, shrunk_size
@@ -60,7 +60,11 @@ class FixedTransform(_TransformConfig):
     size: int | None = Field(default=None, ge=1)
     """Side in pixels, a multiple of patch size times merge. null uses the vision tower's fixed size."""
     keep_aspect: bool = False
-    """Pad the shorter side with white instead of stretching the image to a square."""
+    """Pad the shorter side with ``background`` instead of stretching the image to a square."""
+    background: Color = (255, 255, 255)
+    """Red, green and blue of the padding, each from 0 to 255: white by default, [127, 127, 127] (Janus)."""
+    min_side: int = Field(default=1, ge=1, le=1 << 16)
+    """Least shorter side of the image inside the padding, in pixels: 14 (Janus). A narrower image is stretched."""
     crop: Literal["center", "random"] | None = None
     """Resize the shorter side to ``size`` and crop a square (CLIP). ``center``: from the middle. ``random``: from a
     random position in training, else from the middle. null uses the whole image."""
@@ -69,6 +73,8 @@ class FixedTransform(_TransformConfig):
     def _one_way(self) -> FixedTransform:
         if self.keep_aspect and self.crop is not None:
             raise ValueError("keep_aspect pads the image and crop cuts it; set only one of them")
+        if not self.keep_aspect and (self.background, self.min_side) != ((255, 255, 255), 1):
+            raise ValueError("background, min_side: only keep_aspect pads an image; set keep_aspect: true")
         return self
 
 
@@ -395,19 +401,8 @@ class ImageTransform:
             rows, columns = height // patch, width // patch
             area = content_area(canvas, tile.top, tile.left, rows, columns, patch) if self.spec.padding else None
             grid = (1, rows, columns)
-            crops.append(
-                Crop(
-                    tile.canvas,
-                    tile.top,
-                    tile.left,
-                    grid,
-                    embedded,
-                    tile.kept_region,
-                    tile.cell,
-                    area,
-                    tiling_grid,
-                )
-            )
+            place = (tile.canvas, tile.top, tile.left, grid)
+            crops.append(Crop(*place, embedded, tile.kept_region, tile.cell, area, tiling_grid))
         if self.spec.padding and isinstance(config, TilesTransform):
             return tiled.canvases, config.tiling.with_reported_padding(tuple(crops))
         return tiled.canvases, tuple(crops)
@@ -451,9 +446,7 @@ class ImageTransform:
             return ScaledCrop(config.longer, config.shorter, multiple).canvas(size)
         side = self._size
         if isinstance(config, FixedTransform) and config.keep_aspect and height != width:
-            longer = max(height, width)
-            content = (max(1, round(height * side / longer)), max(1, round(width * side / longer)))
-            return Canvas(content, (side, side), ((side - content[0]) // 2, (side - content[1]) // 2))
+            return on_square(size, side, min(config.min_side, side), config.background)
         return Canvas((side, side), (side, side))
 
 

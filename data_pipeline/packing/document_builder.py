@@ -374,7 +374,12 @@ def _size_of(data: bytes) -> tuple[int, int]:
 
 
 def example_document(
-    transforms: TransformConfig, spec: MediaSpec, image_sizes: Sequence[tuple[int, int]], text_tokens: int
+    transforms: TransformConfig,
+    spec: MediaSpec,
+    image_sizes: Sequence[tuple[int, int]],
+    text_tokens: int,
+    drawn: DrawnTokens | None = None,
+    drawn_weight: float = 1.0,
 ) -> Document:
     """Return a document of given sizes: images, then learned text. It needs no sample, tokenizer or layout.
 
@@ -385,6 +390,8 @@ def example_document(
         spec: The model's inputs.
         image_sizes: (height, width) of each image in pixels.
         text_tokens: Number of text tokens, at least 1.
+        drawn: An image as tokens, after the text.
+        drawn_weight: Loss weight of its codes.
 
     Raises:
         DataConfigError: the transforms do not fit the model.
@@ -396,6 +403,8 @@ def example_document(
         for size in image_sizes:
             draft.add_image(transform.dry_run(size, None, len(image_sizes)), 0, None)
     draft.add_tokens((0,) * text_tokens, 1.0)
+    if drawn is not None:
+        draft.add_drawn(drawn, drawn_weight, 0.0)
     return draft.finish(Provenance("example", "", "", 0))
 
 

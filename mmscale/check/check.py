@@ -30,7 +30,6 @@ from mmscale.check.recorder import Call
 from mmscale.dist import prepare_deepspeed
 from mmscale.errors import EngineError
 from mmscale.evaluate import EvaluationConfig
-from mmscale.models.build import build_weights
 from mmscale.models.config import TokenizerConfig
 from mmscale.run.config import RunConfig
 from mmscale.run.stage_teachers import teacher_sources
@@ -137,7 +136,7 @@ def _num_blocks(config: RunConfig) -> int:
     """Return the largest number of blocks of the model of any stage."""
     models = [config.stage_model(number) for number, _ in config.stages_from(0)]
     return max(
-        len(build_weights(model).checkpoint_units())
+        2 * len(model.image_tokenizer.multipliers) + 2  # The levels and the middle of encoder and decoder.
         if isinstance(model, TokenizerConfig)
         else model.decoder.num_layers + getattr(model.vision, "num_layers", 0)
         for model in models

@@ -70,7 +70,7 @@ def evaluate_run(
     trained = load_trained(run, checkpoint)
     console.print(f"scoring {trained.checkpoint}")
     data, spec = run.evaluation_data(trained.stage), run.stage_media(trained.stage)
-    if left_out := unanswerable_sets(run.evaluation, spec):
+    if left_out := unanswerable_sets(run.evaluation, spec, data):
         console.print(f"not scored, because the model cannot answer them: {', '.join(held.name for held in left_out)}")
     answers = run.run_dir / ANSWERS_FOLDER
     drawing = drawing_context(run, trained.stage, run.evaluation, trained.world)

@@ -189,7 +189,7 @@ def check_comparison(comparison: Comparison, ranks: int) -> None:
             check_world(variant.run, ranks)
             _check_weights(variant.run)
             for number in range(len(variant.run.stages)):
-                count_parameters(variant.run.decoder_model(number))
+                count_parameters(variant.run.stage_model(number))
         except (MMScaleError, DataPipelineError) as error:
             complaints.append(f"variant {variant.name}: {error}")
     if complaints:

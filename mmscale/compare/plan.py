@@ -34,7 +34,7 @@ from data_pipeline.packing.packer import Pack
 from mmscale.compare.config import Comparison, EqualBudget, Variant
 from mmscale.config import dump
 from mmscale.errors import ConfigError, MMScaleError
-from mmscale.models.config import ModelConfig
+from mmscale.models.config import ModelConfig, TokenizerConfig
 from mmscale.models.flops import training_flops
 from mmscale.optim.schedule import trained_components
 from mmscale.optim.stages import StageConfig
@@ -44,7 +44,7 @@ from mmscale.run.stage_teachers import teacher_models
 PLAN_FILE = "plan.json"
 _VERSION = "1"
 """Version of the measurement and of the file's format."""
-_StepModel = tuple[ModelConfig, Sequence[str]]
+_StepModel = tuple[ModelConfig | TokenizerConfig, Sequence[str]]
 """A model that a step runs, and its trained components (none for a teacher)."""
 
 
@@ -254,7 +254,7 @@ def _stage_steps(config: RunConfig) -> Iterator[Iterator[StepLoad]]:
         spec = config.stage_media(number)
         if replay is None or not config.continues(number):
             replay = Replay(config.stage_data(number), spec, config.seed, give_up=True)
-        model = config.decoder_model(number)
+        model = config.stage_model(number)
         learning = (model, trained_components(model.components, stage))
         yield _steps(replay, [learning, *((each, ()) for each in teacher_models(config, number))], spec, stage)
 

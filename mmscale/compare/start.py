@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from mmscale.compare.config import Comparison
-from mmscale.models.build import build_model
+from mmscale.models.build import build_unset
 from mmscale.nn.init import value_rule
 from mmscale.optim.schedule import component_of_parameters
 from mmscale.run.config import RunConfig
@@ -38,7 +38,7 @@ def same_initial_values(comparison: Comparison) -> dict[str, dict[str, bool]]:
 def init_rules(run: RunConfig) -> InitRules:
     """Return what determines the initial values of the first stage's model, besides the seed."""
     with torch.device("meta"):
-        model = build_model(run.decoder_model(0), attention="sdpa")
+        model = build_unset(run.stage_model(0), attention="sdpa")
     owner = component_of_parameters(model, model.components())
     rules: InitRules = {}
     seen = set()

@@ -1,7 +1,6 @@
 """One optimizer step over the microbatches of all ranks.
 
     _global_weight      loss weights, summed over microbatches and ranks
-    with_codes          a frozen tokenizer encodes images, if the data do not hold their codes
     _forward_backward   microbatch --LossGraph--> loss sum --x W / global weight--> backward     (once per microbatch)
     _global_means       loss, metrics and the components' gradient norms of the whole step
     _update             norm of the whole gradient --> a rank rejects: nothing changes | clip, optimizer's step
@@ -31,16 +30,17 @@ from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
 from mmscale.engine.expert_parallel import check_placement
 from mmscale.engine.gradient_norms import square_sums
 from mmscale.engine.graph import (
-    OWN_WEIGHT,
-    EncodingModel,
     LossGraph,
     ObjectiveLike,
     RouterSums,
     SavedWeights,
     Undo,
-    WholeStepObjective,
+    encoders,
     gather_whole,
+    prepare_runs,
+    prepare_step,
     recompute,
+    weighted_means,
 )
 from mmscale.engine.loss_scaler import loss_scaler_state, set_loss_scaler_state
 from mmscale.engine.optimizers.build import ShardAwareOptimizer, build_optimizer
@@ -193,8 +193,7 @@ class Engine:
 
     def _arrange(self, units: list[nn.Module]) -> list[Undo]:
         undo = [recompute(units)] if self.config.activation_checkpointing else []
-        gathered = [*units, *(unit for teacher in self.teachers for unit in teacher.units())]
-        gathered += self.model.encoders() if isinstance(self.model, EncodingModel) else []
+        gathered = [*units, *(unit for teacher in self.teachers for unit in teacher.units()), *encoders(self.model)]
         return [*undo, gather_whole(gathered)] if self.config.zero_stage == 3 else undo
 
     def _prepare_optimizer(self) -> None:
@@ -261,13 +260,8 @@ class Engine:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = rates[group["component"]]
         try:
-            objective, model = self._objective, self.model
-            if isinstance(model, EncodingModel):
-                with self.clock.phase(FORWARD):
-                    microbatches = [model.with_codes(each, self.world.device) for each in microbatches]
-            if isinstance(objective, WholeStepObjective) and objective.needs_prepare(self.model, len(microbatches)):
-                with self.clock.phase(FORWARD), torch.no_grad():
-                    microbatches = objective.prepare(self.model, microbatches)
+            with self.clock.phase(FORWARD):
+                microbatches = prepare_step(self.model, self._objective, microbatches, self.world.device)
             sums, losses, routed, statistics = self._forward_backward(microbatches, self.world.world_size / weight)
             squares = self._square_sums() if component_norms or self._clips else {}
             loss, metrics, norms = self._global_means(sums, weight, squares)
@@ -282,7 +276,7 @@ class Engine:
         if applied and self._biased_blocks:
             self._rebalance(router)
         if statistics:
-            metrics |= update_rows(self, objective, statistics, applied=applied)
+            metrics |= update_rows(self, self._objective, statistics, applied=applied)
         if applied and self.stage.ema and self.partition.optimizer_steps() % self.stage.ema.every_steps == 0:
             self.partition.update_average(self.stage.ema.decay)
         return StepReport(
@@ -301,8 +295,7 @@ class Engine:
 
     def runs_forward_twice(self, num_microbatches: int) -> bool:
         """Return whether a step runs the model on all microbatches first, without gradients."""
-        objective = self._objective
-        return isinstance(objective, WholeStepObjective) and objective.prepare_runs(self.model, num_microbatches)
+        return prepare_runs(self.model, self._objective, num_microbatches)
 
     def _update(
         self, loss: float, norms: dict[str, float], rejection_reason: Callable[[float, float], str | None] | None
@@ -452,8 +445,7 @@ class Engine:
         mine = dict(zip(names, local, strict=True)) | {f"grad_square/{name}": value for name, value in squares.items()}
         with self.clock.communicating():
             whole = all_reduce_sum(self.world, mine)
-        weights = {name: whole.get(name + OWN_WEIGHT, weight) for name in names if not name.endswith(OWN_WEIGHT)}
-        means = {name: whole[name] / own for name, own in weights.items() if own}
+        means = weighted_means({name: whole[name] for name in names}, weight)
         squares = {name: whole[f"grad_square/{name}"] for name in squares}
         norms = {name: math.sqrt(value) if math.isfinite(value) else math.inf for name, value in squares.items()}
         return means.pop("loss"), means, norms

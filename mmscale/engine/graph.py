@@ -13,7 +13,7 @@ has the measurements.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Undo = Callable[[], None]
-OWN_WEIGHT = "/weight"
+_OWN_WEIGHT = "/weight"
 """Ends the name of the sum that a metric is divided by instead of the weight of the step."""
 
 
@@ -143,10 +143,46 @@ class LossGraph(nn.Module):
         output = self.objective(self.model, batch)
         metrics = {name: value.detach() for name, value in output.metrics.items()}
         for name, (part, weight) in output.parts.items():
-            metrics |= {name: part.detach(), name + OWN_WEIGHT: weight.detach()}
+            metrics |= {name: part.detach(), name + _OWN_WEIGHT: weight.detach()}
         found = output.router
         router = None if found is None else RouterSums(found.load, found.entropy, found.dropped)
         return output.loss_sum, metrics, output.document_losses.detach(), router, output.statistics
+
+
+def weighted_means(sums: Mapping[str, float], weight: float) -> dict[str, float]:
+    """Return the means of the loss and of the metrics of a step. A metric whose own weight is 0 is left out.
+
+    Args:
+        sums: Sums over the step of what ``LossGraph`` returns.
+        weight: Weight of the step.
+    """
+    weights = {name: sums.get(name + _OWN_WEIGHT, weight) for name in sums if not name.endswith(_OWN_WEIGHT)}
+    return {name: sums[name] / own for name, own in weights.items() if own}
+
+
+def encoders(model: nn.Module) -> Sequence[nn.Module]:
+    """Return the frozen encoders of a model, which ZeRO-3 should gather in one message each; none for most models."""
+    return model.encoders() if isinstance(model, EncodingModel) else ()
+
+
+@torch.no_grad()
+def prepare_step(
+    model: nn.Module, objective: ObjectiveLike, microbatches: Sequence[Any], device: torch.device
+) -> Sequence[Any]:
+    """Return the microbatches with the codes of frozen encoders, and what the objective needs of the whole step.
+
+    All ranks must call.
+    """
+    if isinstance(model, EncodingModel):
+        microbatches = [model.with_codes(microbatch, device) for microbatch in microbatches]
+    if isinstance(objective, WholeStepObjective) and objective.needs_prepare(model, len(microbatches)):
+        microbatches = objective.prepare(model, microbatches)
+    return microbatches
+
+
+def prepare_runs(model: nn.Module, objective: ObjectiveLike, num_microbatches: int) -> bool:
+    """Return whether ``prepare_step`` runs the model on all microbatches."""
+    return isinstance(objective, WholeStepObjective) and objective.prepare_runs(model, num_microbatches)
 
 
 def recompute(units: list[nn.Module]) -> Undo:

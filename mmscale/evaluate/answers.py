@@ -27,13 +27,15 @@ from data_pipeline.packing.document_builder import DocumentBuilder, dummy_docume
 from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.text.templates import LITERAL, CaptionTemplate, DialogueTemplate
+from data_pipeline.text.templates.base import images_of
 from data_pipeline.text.templates.dialogue import USER
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from mmscale.dist import World
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.evaluate import CaptionsConfig, EvaluationConfig, HeldOutSet
 from mmscale.evaluate.generation import AnswerWriter
-from mmscale.evaluate.heldout import ImageQuestions, PromptBuilder
+from mmscale.evaluate.heldout import ImageQuestions, PromptBuilder, reads_images
+from mmscale.models.image_tokenizer import ImageTokenizer
 from mmscale.models.sampling import SamplingConfig
 
 if TYPE_CHECKING:
@@ -94,22 +96,52 @@ def respond(
         MMScaleError: a file cannot be read.
     """
     tokenizer = load_tokenizer(data.tokenizer)
-    document, closing = prompt_document(data, spec, images, prompt)
+    prompts, spec = _encoding(data.prompts, spec, model)
+    document, closing = prompt_document(prompts, tokenizer, spec, images, prompt)
     prompt_of = _Prompt(tokenizer, spec, document, closing)
     return prompt_of.answers(model, num, max_new_tokens, sampling, stop, show)
 
 
 def prompt_document(
-    data: DataConfig, spec: MediaSpec, images: Sequence[Path | Image.Image], prompt: str | None
+    prompts: DatasetConfig,
+    tokenizer: Tokenizer,
+    spec: MediaSpec,
+    images: Sequence[Path | Image.Image],
+    prompt: str | None,
 ) -> tuple[Document, Sequence[str]]:
     """Return the document of a prompt, and the names of the tokens that end an answer besides the end token.
 
-    Arguments and errors are those of ``respond``.
+    Args:
+        prompts: Template and transform of the prompt.
+        tokenizer: Tokenizer of the text.
+
+    The other arguments and the errors are those of ``respond``.
     """
     _require_text(spec)
-    dataset, sample = _prompt_sample(data.prompts, images, prompt, spec)
-    document = DocumentBuilder(dataset, load_tokenizer(data.tokenizer), spec).build_prompt(sample)
+    dataset, sample = _prompt_sample(prompts, images, prompt, spec)
+    document = DocumentBuilder(dataset, tokenizer, spec).build_prompt(sample)
     return document, dataset.template.closing
+
+
+def _encoding(prompts: DatasetConfig, spec: MediaSpec, model: nn.Module) -> tuple[DatasetConfig, MediaSpec]:
+    """Return the settings with which the model encodes images of files as tokens, if it has an image tokenizer."""
+    tokens, tokenizer = prompts.image_tokens, getattr(model, "image_tokenizer", None)
+    if tokens is None or tokens.ids is not None or not isinstance(tokenizer, ImageTokenizer):
+        return prompts, spec
+    encoded = tokens.model_copy(update={"encoded": "in_step", "tokenizer": None})
+    return prompts.model_copy(update={"image_tokens": encoded}), replace(spec, code_size=tokenizer.stride)
+
+
+def _require_images(prompts: DatasetConfig, spec: MediaSpec, remedy: str = "") -> None:
+    """Raise for a model that cannot read the images of files."""
+    if spec.placement is not Placement.NONE or spec.code_size is not None:
+        return
+    if prompts.image_tokens is None:
+        raise ConfigError(f"this model has no vision tower, so it cannot read images{remedy}")
+    raise ConfigError(
+        "this model reads images as tokens, and its checkpoint has no image tokenizer to encode a file with "
+        "(model.image_tokenizer); store token grids with: mmscale data encode, and score them with: mmscale eval"
+    )
 
 
 def _require_text(spec: MediaSpec) -> None:
@@ -172,6 +204,7 @@ class Chat:
         sampling: SamplingConfig = SamplingConfig(),
     ) -> None:
         _require_text(spec)
+        prompts, spec = _encoding(data.prompts, spec, model)
         templates = [data.prompts.template.branch_template, data.template]
         template = next((one for one in templates if isinstance(one, DialogueTemplate)), None)
         if template is None:
@@ -183,9 +216,8 @@ class Chat:
         self._model, self._spec = model, spec
         self._max_new_tokens, self._sampling = max_new_tokens, sampling
         self._tokenizer = load_tokenizer(data.tokenizer)
-        self._builder = DocumentBuilder(
-            data.prompts.model_copy(update={"template": self._template}), self._tokenizer, spec
-        )
+        self._prompts = prompts.model_copy(update={"template": self._template})
+        self._builder = DocumentBuilder(self._prompts, self._tokenizer, spec)
         self._messages: list[dict[str, Any]] = []
         self._images: tuple[ImagePart, ...] = ()
 
@@ -204,8 +236,8 @@ class Chat:
             SampleError: a file is not such an image, or the conversation does not fit the template.
             MMScaleError: a file cannot be read.
         """
-        if images and self._spec.placement is Placement.NONE:
-            raise ConfigError("this model has no vision tower, so it cannot read images")
+        if images:
+            _require_images(self._prompts, self._spec)
         first = len(self._images)
         shown = tuple(
             replace(part, name=f"{number}.{part.name.rpartition('.')[2]}")
@@ -233,8 +265,8 @@ def _prompt_sample(
     dataset: DatasetConfig, images: Sequence[Path | Image.Image], prompt: str | None, spec: MediaSpec
 ) -> tuple[DatasetConfig, Sample]:
     """Return a sample with these images, and the data set whose template turns it into the prompt."""
-    if images and spec.placement is Placement.NONE:
-        raise ConfigError("this model has no vision tower, so it cannot read images; leave out --image")
+    if images:
+        _require_images(dataset, spec, "; leave out --image")
     template = dataset.template.branch_template
     sample = _sample_from(images)
     if prompt is None and images and not template.takes_images:
@@ -313,11 +345,11 @@ def caption_images(
     Every rank generates all captions in lock-step: for a few dozen images, sharing the work would not pay off.
 
     Returns:
-        The same list on every rank. Empty if ``config.captions`` is null, if the model has no vision tower, or if it is
-        contrastive.
+        The same list on every rank. Empty if ``config.captions`` is null, if the model reads no images, or if it is
+        contrastive. Samples with token grids alone are left out, because their images cannot be shown.
     """
     captions = config.captions
-    if captions is None or spec.placement in (Placement.NONE, Placement.PAIR):
+    if captions is None or spec.placement is Placement.PAIR or not reads_images(data, spec):
         return []
     chosen = [held for held in config.image_sets if captions.sets is None or held.name in captions.sets]
     return [one for held in chosen for one in _caption_set(model, held, captions, data, spec, world)]
@@ -333,6 +365,7 @@ def _caption_set(
     return [
         CaptionedImage(held.name, _thumbnail(sample), expected, text.strip())
         for sample, expected, text in zip(questions.samples, questions.answers, texts, strict=True)
+        if images_of(sample)[0].data
     ]
 
 

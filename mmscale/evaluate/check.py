@@ -96,7 +96,7 @@ def check_sets(
             if not manifest.exists():
                 raise ConfigError(f"evaluation set {held.name}: {manifest}: no such file")
             reject_non_manifest(manifest, str(manifest), f"evaluation set {held.name}: manifest")
-        if held in unanswerable_sets(config, spec):
+        if held in unanswerable_sets(config, spec, data):
             continue
         if spec.placement is Placement.PAIR and isinstance(held, HeldOutSet):
             _check_contrastive(held)
@@ -113,7 +113,7 @@ def check_sets(
             raise DataPipelineError(_named(held, error)) from error
 
 
-def check_best(config: EvaluationConfig, spec: MediaSpec) -> None:
+def check_best(config: EvaluationConfig, spec: MediaSpec, data: DataConfig) -> None:
     """Check that a model gives the value of ``best.metric``.
 
     Raises:
@@ -123,7 +123,7 @@ def check_best(config: EvaluationConfig, spec: MediaSpec) -> None:
         return
     held = next(held for held in config.sets if held.name == config.best.set)
     missing = None
-    if held in unanswerable_sets(config, spec):
+    if held in unanswerable_sets(config, spec, data):
         missing = f"the model of the last stage cannot answer set {held.name}"
     elif spec.placement is Placement.PAIR and config.best.value != "score":
         missing = f"a contrastive model gives no {config.best.value}"
@@ -168,7 +168,7 @@ def _check_samples(held: _AskedSet, data: DataConfig, tokenizer: Tokenizer, spec
             question = _question(sample, held)
             asked = sample if question is None else question.sample
             document = builder.build_prompt(asked) if is_decoded else builder.dry_run_prompt(asked)
-            if isinstance(held, HeldOutSet) and not document.items:
+            if isinstance(held, HeldOutSet) and not document.images:
                 origin = sample.provenance
                 raise SampleError(
                     "no image: a set of kind images asks about images", shard=origin.shard, key=origin.key

@@ -169,7 +169,7 @@ class PromptBuilder:
         """
         documents = [self._builder.build_prompt(sample) for sample in samples]
         for document in documents:
-            if self._needs_images and not document.items:
+            if self._needs_images and not document.images:
                 origin = document.provenance
                 shard, key = ("?", "?") if origin is None else (origin.shard, origin.key)
                 raise SampleError("no image: a set of kind images asks about images", shard=shard, key=key)
@@ -208,12 +208,18 @@ def template_of(held: EvaluationSet) -> TemplateConfig | None:
     return CaptionTemplate(prompts=(held.prompt,))
 
 
-def unanswerable_sets(config: EvaluationConfig, spec: MediaSpec) -> tuple[EvaluationSet, ...]:
+def reads_images(data: DataConfig, spec: MediaSpec) -> bool:
+    """Return whether prompts can hold images: through a vision tower, or as tokens (``data.image_tokens``)."""
+    return spec.placement is not Placement.NONE or data.prompts.image_tokens is not None
+
+
+def unanswerable_sets(config: EvaluationConfig, spec: MediaSpec, data: DataConfig) -> tuple[EvaluationSet, ...]:
     """Return the sets that a model cannot answer.
 
-    A model without a vision tower cannot answer sets of kind ``images``; a contrastive model answers only these.
+    A model that reads no images (``reads_images``) cannot answer sets of kind ``images``; a contrastive model answers
+    only these.
     """
-    if spec.placement is Placement.NONE:
+    if not reads_images(data, spec):
         return config.image_sets
     return tuple(held for held in config.sets if spec.placement is Placement.PAIR and held not in config.image_sets)
 

@@ -26,6 +26,7 @@ class ScoredModel(Protocol):
     """Interface of a model that can be scored; ``MultimodalModel`` has it, sharded or not."""
 
     def __call__(self, batch: MultimodalBatch) -> HasHidden: ...
+    def with_codes(self, batch: MultimodalBatch) -> MultimodalBatch: ...
     @property
     def head(self) -> torch.nn.Module: ...
 
@@ -60,10 +61,11 @@ def label_likelihoods(
 
     Args:
         model: Called once; its head is called exactly ``head_calls`` times. Under ZeRO-3 all ranks must call together.
-        batch: Batch on the model's device.
+        batch: Batch on the model's device. Images without codes are encoded first.
         rows_per_head: Rows per call of the head; bounds the memory of the logits.
         head_calls: At least labels / ``rows_per_head``. Must be the same on all ranks.
     """
+    batch = batch if batch.uncoded is None else model.with_codes(batch)
     hidden = model(batch).hidden
     rows = torch.nonzero(batch.labels != IGNORE).squeeze(1)
     assert len(rows) <= rows_per_head * head_calls

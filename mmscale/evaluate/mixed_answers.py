@@ -97,7 +97,7 @@ def respond_with_drawings(
         raise ConfigError(f"data set {dataset.name}: image_tokens.start is null, so no text can begin an image")
     writes_size = size is None and images.config.grid is None and images.config.size is not None
     fixed = None if writes_size and "content" in images.marks else grid_of(dataset, size, decoder.stride)
-    document, closing = prompt_document(data, spec, (), prompt)
+    document, closing = prompt_document(data.prompts, tokenizer, spec, (), prompt)
     ends = [tokenizer.special_id(name, "template.special_tokens") for name in closing]
     dropped = DocumentBuilder(dataset, tokenizer, spec)
     writer = _Writer(model, spec, tokenizer, images, sampling, ends)

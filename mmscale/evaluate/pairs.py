@@ -104,6 +104,8 @@ class PairScorer:
         prompts = call_on_all_ranks(
             self.context.world, self.held, lambda: self.prompts([self.samples[sample] for sample in samples])
         )
+        if prompts.uncoded is not None:  # Before the prompts are copied, so that each image is encoded once.
+            prompts = self.context.model.with_codes(prompts.to(self.context.world.device)).to("cpu")
         continuations = [Continuation(segment[pair.sample], pair.answer) for pair in pairs]
         return continue_prompts(prompts, continuations).to(self.context.world.device)
 

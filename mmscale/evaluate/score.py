@@ -83,7 +83,7 @@ def evaluate(
     context = EvaluationContext(
         cast(ScoredModel, model), config, data_config, tokenizer, spec, world, drawing, answers_folder
     )
-    left_out = unanswerable_sets(config, spec)
+    left_out = unanswerable_sets(config, spec, data_config)
     return {held.name: _score(context, held) for held in config.sets if held not in left_out}
 
 

@@ -450,7 +450,8 @@ def forward_config(config: AnyModelConfig) -> dict[str, Any]:
     # ``extra_tokens`` matters only if the model predicts tokens and cannot predict some of the extra ids.
     if not config.predicts_tokens or decoder.predicted_rows == decoder.num_ids - decoder.vocab_size:
         del block["extra_tokens"]
-    del block["dropout"], block["dropout_rows"], block["init_std"]  # Used in training or for initial values only.
+    for name in ("dropout", "attention_dropout", "dropout_rows", "init_std"):  # Of training or initial values only.
+        del block[name]
     if decoder.separate_image_tokens is None:
         del block["image_tokens"]  # Names rows of the vocabulary, which the computation does not need.
     for name in decoder.mlp.training_fields:

@@ -86,6 +86,9 @@ class DecoderConfig(StrictConfig):
     """Use the embedding matrix as the output projection."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout rate in training on the output of each sub-layer, those of cross-attention blocks included."""
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout rate in training on the probabilities of self-attention (Emu3's code: 0.1). Needs
+    ``engine.attention: sdpa``, and memory that grows with the square of a document's length."""
     dropout_rows: Literal["all", "learned"] = "all"
     """Rows that dropout applies to: ``all``, or ``learned`` for those whose label carries loss (Molmo's captioner)."""
     init_std: float | None = Field(default=None, gt=0)

@@ -14,7 +14,7 @@ from data_pipeline.batch import MultimodalBatch
 from data_pipeline.media_spec import Placement
 from mmscale.models.adapters import COMPONENT, adapter_products
 from mmscale.models.config import ModelConfig, TokenizerConfig
-from mmscale.models.image_tokenizer_model import batch_flops
+from mmscale.models.image_tokenizer_model import batch_flops, encoding_flops
 from mmscale.models.image_tokens import COMPONENT as IMAGE_TOKENS
 from mmscale.nn.adapters import adapted_layers
 from mmscale.nn.flops import Product
@@ -110,11 +110,15 @@ def training_flops(
 
 
 def learned_counts(config: ModelConfig, batch: MultimodalBatch) -> dict[str, int]:
-    """Return the counts of a training step: logits only of rows that carry loss, each from the head of its label."""
+    """Return the counts of a training step: logits only of rows that carry loss, each from the head of its label.
+
+    The images that the model encodes in the step count too, so pass the batch as the loader gives it.
+    """
     learned = batch.loss_weights != 0
     drawn = learned & (batch.labels >= config.decoder.num_ids)  # Empty without separate image tokens.
     counts = batch_counts(config, batch, int((learned & ~drawn).count_nonzero()))
-    return {**counts, "image_logit_rows": int(drawn.count_nonzero()), "image_head_rows": batch.segments.total}
+    counts |= {"image_logit_rows": int(drawn.count_nonzero()), "image_head_rows": batch.segments.total}
+    return {**counts, "encoded_codes": 0 if batch.uncoded is None else len(batch.uncoded.slots)}
 
 
 def batch_counts(config: ModelConfig, batch: MultimodalBatch, logit_rows: int) -> dict[str, int]:
@@ -123,7 +127,7 @@ def batch_counts(config: ModelConfig, batch: MultimodalBatch, logit_rows: int) -
     ``logit_rows`` is the number of rows with logits of text. The head of separate image tokens is left out.
     """
     counts = {**config.decoder.counts(batch), "logit_rows": logit_rows, "new_logit_rows": logit_rows, "passes": 1}
-    counts |= {"image_logit_rows": 0, "image_head_rows": 0}
+    counts |= {"image_logit_rows": 0, "image_head_rows": 0, "encoded_codes": 0}
     if config.vision is not None and config.connector is not None:
         counts |= config.vision.counts(batch.media["image"]) | config.connector.counts(config.vision, batch)
     return counts
@@ -165,6 +169,8 @@ def _base_products(config: ModelConfig, trained: frozenset[str], reached: frozen
 
     decoder, connector = config.decoder, config.connector
     found = list[Product]()
+    if config.image_tokenizer is not None:
+        found.append(Product("encoded_codes", encoding_flops(config.image_tokenizer), 0, 0))
     if config.vision is not None and connector is not None:
         found += kept("vision", config.vision.products(learns="vision" in reached))
         found += kept("connector", connector.products(config.vision, decoder, reached))

@@ -32,6 +32,7 @@ from mmscale.nn.image_blocks import (
     FrameBlock,
     Level,
     Middle,
+    images_of_patches,
     make_norm,
 )
 from mmscale.nn.sizes import Channels, Layers, ShrunkTo, Vocabulary, Width
@@ -457,18 +458,6 @@ class FramesUp(nn.Module):
         for conv in self.convs:
             frames = F.silu(conv(frames.repeat_interleave(2, dim=2)))
         return frames
-
-
-def images_of_patches(
-    patches: Integer[Tensor, "P patch_dim"], grid: tuple[int, int], channels: int, stride: int
-) -> Float[Tensor, "N channels H W"]:
-    """Return images of equal size in [-1, 1], in float32, from the bytes of their squares of ``stride`` pixels a side.
-
-    ``grid`` is the number of rows and columns of squares; each square is in order (channel, row, column).
-    """
-    squares = patches.view(-1, *grid, channels, stride, stride)
-    pixels = squares.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3, 4)
-    return pixels.float() / 127.5 - 1
 
 
 def build_image_tokenizer(config: VqganConfig | MovqganConfig) -> ImageTokenizer:

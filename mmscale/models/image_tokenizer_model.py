@@ -13,9 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.batch import MediaBlock, MultimodalBatch
 from mmscale.models.config import TokenizerConfig
-from mmscale.models.image_tokenizer import build_image_tokenizer, images_of_patches
+from mmscale.models.image_tokenizer import ImageTokenizerConfig, build_image_tokenizer
 from mmscale.models.parameter_counts import describe_parameters
 from mmscale.nn.codebook import Quantized
+from mmscale.nn.image_blocks import images_of_patches
+
+_COUNTED_SIDE = 32
+"""Rows and columns of codes of the image for which ``encoding_flops`` counts."""
 
 
 class Reconstruction(NamedTuple):
@@ -75,6 +79,21 @@ def images_of(media: MediaBlock, config: TokenizerConfig) -> Float[Tensor, "N ch
     tokenizer = config.image_tokenizer
     side = config.image_size // tokenizer.stride
     return images_of_patches(media.values, (side, side), tokenizer.channels, tokenizer.stride)
+
+
+@lru_cache(maxsize=16)
+def encoding_flops(config: ImageTokenizerConfig) -> int:
+    """Return the operations of encoding an image, for each of its codes, without the search for codes.
+
+    torch counts them (``FlopCounterMode``) for an image of 32 x 32 codes. The share of attention grows with the size.
+    """
+    with torch.device("meta"):
+        tokenizer = build_image_tokenizer(config)
+        side = _COUNTED_SIDE * config.stride
+        images = torch.empty(1, config.channels, side, side)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tokenizer.latents(images)
+    return counter.get_total_flops() // _COUNTED_SIDE**2
 
 
 class ImageFlops(NamedTuple):

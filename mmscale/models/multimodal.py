@@ -146,13 +146,14 @@ class MultimodalModel(nn.Module):
             masks = self._masks(batch, adapters.dropout, "adapters.dropout")
             for path, layer in adapted_layers(self).items():
                 layer.masks = masks.for_layer(path)
-        rates = {"decoder.dropout": decoder.dropout}
+        rates = {"decoder.dropout": decoder.dropout, "decoder.attention_dropout": decoder.attention_dropout}
         if isinstance(decoder.mlp, MoeConfig):
             rates |= {f"decoder.mlp.{key}": getattr(decoder.mlp, key) for key in ("expert_dropout", "jitter")}
         used = [key for key, rate in rates.items() if rate]
         if not used:
             return None
-        masks = replace(self._masks(batch, rates[used[0]], used[0]), rate=decoder.dropout)
+        masks = self._masks(batch, rates[used[0]], used[0])
+        masks = replace(masks, rate=decoder.dropout, attention_rate=decoder.attention_dropout)
         return replace(masks, chosen=batch.loss_weights > 0) if decoder.dropout_rows == "learned" else masks
 
     def _masks(self, batch: MultimodalBatch, rate: float, key: str) -> Dropout:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from data_pipeline.batch import Segments
 from mmscale.errors import UnsupportedError
+from mmscale.nn.dropout import Dropout
 
 Backend = Literal["sdpa", "flash", "torch_varlen"]
 """A kernel that this machine has, as returned by ``resolve_backend``."""
@@ -90,6 +92,7 @@ def varlen_attention(
     key_segments: Segments,
     causal: bool,
     backend: Backend,
+    dropout: Dropout | None = None,
 ) -> Float[Tensor, "Tq H K"]:
     """Return softmax attention of each query segment over the key segment with the same index; scale ``1 / sqrt(K)``.
 
@@ -103,16 +106,48 @@ def varlen_attention(
         causal: Query i of a segment attends to keys up to ``i + (num_keys - num_queries)``. If a segment has fewer
             queries than keys, its queries are the last rows (decoding with a cache).
         backend: From ``resolve_backend``.
+        dropout: Masks; those with an ``attention_rate`` apply to the probabilities, which are then computed segment by
+            segment and kept for the backward pass. None for no dropout.
 
     Raises:
-        UnsupportedError: a CUDA kernel was called with a dtype other than bfloat16 or float16.
+        UnsupportedError: a CUDA kernel was called with a dtype other than bfloat16 or float16, or with dropout.
     """
+    if dropout is not None and dropout.attention_rate:
+        check_dropout(backend, dropout.attention_rate)
+        return _with_dropout(q, k, v, query_segments, key_segments, causal, dropout)
     if backend == "sdpa":
         return _sdpa(q, k, v, query_segments, key_segments, causal)
     _require_kernel_dtype(backend, q.dtype)
     if backend == "flash":
         return _flash(q, k, v, query_segments, key_segments, causal)
     return _torch_varlen(q, k, v, query_segments, key_segments, causal)
+
+
+def check_dropout(backend: Backend, rate: float) -> None:
+    """Raise ``UnsupportedError`` if a kernel cannot drop attention probabilities with the masks of ``Dropout``."""
+    if rate and backend != "sdpa":
+        raise UnsupportedError(
+            f"decoder.attention_dropout={rate:g}: {backend} draws masks that depend on the number of ranks and has no "
+            "other; set engine.attention=sdpa, whose memory then grows with the square of a document's length, or "
+            "decoder.attention_dropout=0"
+        )
+
+
+def _with_dropout(
+    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, dropout: Dropout
+) -> Tensor:
+    repeats, scale, outputs = q.shape[1] // k.shape[1], q.shape[2] ** -0.5, list[Tensor]()
+    bounds = zip(itertools.pairwise(queries.bounds), itertools.pairwise(keys.bounds), strict=True)
+    for (first, stop), (first_key, last_key) in bounds:
+        own, key, value = q[first:stop], k[first_key:last_key], v[first_key:last_key]
+        key, value = (each.repeat_interleave(repeats, 1).transpose(0, 1) for each in (key, value))
+        scores = (own.transpose(0, 1) @ key.transpose(1, 2)).float() * scale  # (H, Tq, Tk)
+        if causal:
+            hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device)
+            scores = scores.masked_fill(hidden.triu(scores.shape[2] - scores.shape[1] + 1), -torch.inf)
+        probabilities = dropout.on_probabilities(scores.softmax(-1).to(value.dtype), first)
+        outputs.append((probabilities @ value).transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def num_pairs(queries: Segments, keys: Segments) -> int:

@@ -190,6 +190,7 @@ class SelfAttention(_Projections):
         rotation: Rotation | None,
         segments: AttentionSegments,
         cache: LayerCache | None = None,
+        dropout: Dropout | None = None,
     ) -> Float[Tensor, "T D"]:
         """Return the output rows. Extends ``cache`` in place by the keys and values of these rows."""
         q = self.queries(hidden)
@@ -204,7 +205,7 @@ class SelfAttention(_Projections):
         if cache is not None:
             k, v = cache.extend(k, v)
             keys = cache.segments
-        mixed = varlen_attention(q, k, v, queries, keys, self.causal, self.backend)
+        mixed = varlen_attention(q, k, v, queries, keys, self.causal, self.backend, dropout)
         return self.o_proj(mixed.flatten(1))
 
 
@@ -441,7 +442,7 @@ class TransformerBlock(nn.Module):
         """
         pre = self.placement is NormPlacement.PRE
         branch = self.input_layernorm(hidden) if pre else hidden
-        branch = self.self_attn(branch, rotation, segments, cache)
+        branch = self.self_attn(branch, rotation, segments, cache, dropout)
         branch = self.attention_scale(branch if pre else self.input_layernorm(branch))
         hidden = hidden + (branch if dropout is None else dropout(branch, SubLayer.ATTENTION))
         branch = self.post_attention_layernorm(hidden) if pre else hidden

@@ -3,8 +3,8 @@
     (seed, step) --lane, offset in the lane--> key of a row --block, sub-layer, channel--> dropped or not
 
 A mask therefore does not depend on the rank, the microbatch or the device. It is the same when activation
-checkpointing recomputes a block and after a resume, and no generator state has to be saved. Not for attention
-probabilities: the attention kernels do not expose them.
+checkpointing recomputes a block and after a resume, and no generator state has to be saved. Fused attention kernels do
+not expose their probabilities, so dropout of probabilities computes them (``attention_backends``).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _STRIDE, _FIRST, _SECOND = (
 _LEVELS = 1 << 16
 """Number of values of the 16 bits that decide one channel. One 64-bit hash serves four channels: hashing takes nearly
 all of the time."""
+_PROBABILITIES = int.from_bytes(b"attends", "little")
 _JITTER = int.from_bytes(b"jitter", "little")
 """Separates the numbers of ``Dropout.jitter`` from those of the masks."""
 
@@ -49,6 +50,7 @@ class Dropout:
         rows: int64 ``(T,)``, hash of seed, step, lane and offset in the lane of each row.
         block: Number of the block; different blocks have independent masks.
         chosen: bool ``(T,)``, rows that dropout applies to; None for all. The mask of a row does not depend on it.
+        attention_rate: As ``rate``, for the probabilities of self-attention.
 
     Source: Srivastava et al. 2014, "Dropout" (here in the inverted form: kept values are multiplied by
     ``1 / (1 - rate)`` in training, and evaluation changes nothing); Vaswani et al. 2017, "Attention is all you need",
@@ -60,6 +62,7 @@ class Dropout:
     rows: Int[Tensor, " T"]
     block: int = 0
     chosen: Bool[Tensor, " T"] | None = None
+    attention_rate: float = 0.0
 
     @classmethod
     def for_microbatch(
@@ -135,6 +138,29 @@ class Dropout:
         kept = values.masked_fill(self.dropped(sub_layer, values.shape[1]), 0.0)
         kept = kept.mul_(_LEVELS / (_LEVELS - self._threshold))
         return kept if self.chosen is None else torch.where(self.chosen.unsqueeze(1), kept, values)
+
+    def on_probabilities(self, values: Float[Tensor, "H Tq Tk"], first: int) -> Float[Tensor, "H Tq Tk"]:
+        """Return attention probabilities with dropped ones set to 0 and the others scaled up.
+
+        A bit depends on the query's row, the head, and the key's offset in its segment.
+
+        Args:
+            values: Probabilities of consecutive queries.
+            first: Index of the first query in ``rows``.
+
+        Source: Vaswani et al. 2017, in the code of its authors: on the weights of attention.
+        """
+        heads, queries, keys = values.shape
+        words, device = -(-keys // (_WORD_BITS // 16)), self.rows.device
+        numbers = torch.arange(heads, device=device) + self.block * heads + 1
+        own = _mix(self.rows[first : first + queries] ^ _PROBABILITIES).unsqueeze(1)
+        hashed = _mix(_mix(own + numbers * _STRIDE).unsqueeze(2) + torch.arange(words, device=device) * _STRIDE)
+        bits = hashed.view(torch.int16)[:, :, :keys].transpose(0, 1)
+        masks = replace(self, rate=self.attention_rate)
+        kept = values.masked_fill(bits < masks._threshold - _LEVELS // 2, 0.0)
+        kept = kept * (_LEVELS / (_LEVELS - masks._threshold))
+        chosen = None if self.chosen is None else self.chosen[first : first + queries, None]
+        return kept if chosen is None else torch.where(chosen, kept, values)
 
     @property
     def _threshold(self) -> int:

@@ -14,6 +14,7 @@ import math
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -204,3 +205,15 @@ class FrameBlock(nn.Module):
         inner = self.conv2(F.silu(self.norm2(inner)))
         out: Tensor = frames + inner
         return out
+
+
+def images_of_patches(
+    patches: Integer[Tensor, "P patch_dim"], grid: tuple[int, int], channels: int, stride: int
+) -> Float[Tensor, "N channels H W"]:
+    """Return images of equal size in [-1, 1], in float32, from the bytes of their squares of ``stride`` pixels a side.
+
+    ``grid`` is the number of rows and columns of squares; each square is in order (channel, row, column).
+    """
+    squares = patches.view(-1, *grid, channels, stride, stride)
+    pixels = squares.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3, 4)
+    return pixels.float() / 127.5 - 1

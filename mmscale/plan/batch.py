@@ -54,7 +54,7 @@ def largest_batch(
     documents = (*chosen, *_text(budget, data, spec, [each for each in chosen if not each.is_dummy]))
 
     def join(arrays: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
-        return torch.empty(sum(map(len, arrays)), spec.patch_dim, dtype=torch.uint8, device="meta")
+        return torch.empty(sum(map(len, arrays)), arrays[0].shape[1], dtype=torch.uint8, device="meta")
 
     batch = collate([Pack(documents, lane) for lane in range(micro_lanes)], spec, join)
     return replace(batch.to("meta"), dropout_key=(0, 0))

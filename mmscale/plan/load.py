@@ -8,6 +8,7 @@ Every count is a mean over packs, so it need not be a whole number.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.document import Document
 from data_pipeline.errors import SampleError
 from data_pipeline.history.replay import Replay
-from data_pipeline.media_spec import MediaSpec
+from data_pipeline.images.drawn_images import DrawnTokens, example_tokens
+from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.collate import collate, join_nothing
 from data_pipeline.packing.document_builder import dummy_document, example_document
 from data_pipeline.packing.packer import Pack
@@ -31,6 +33,8 @@ from mmscale.run.stage_teachers import teacher_models
 _LANES, _STEPS = 4, 3
 """Lanes and steps of a replay. Twelve packs of the quickstart have the mean of all packs within 5 %."""
 _IMAGE_TOKENS = 256
+_CODE_PIXELS = 8
+"""Assumed pixels of a code, a side, for stored token grids: those of Emu3. The data decide, and do not exist here."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,9 @@ def replay_packs(data: DataConfig, spec: MediaSpec, seed: int) -> list[Pack]:
 def example_documents(data: DataConfig, spec: MediaSpec, example: ExampleDocument) -> list[Document]:
     """Return one document of each data set with the size of ``example``, cut to what a pack holds.
 
+    An image as tokens has the rows and columns of ``image_tokens.grid``, or follows from the size of ``example``. One
+    that no pack could hold is assumed to be reduced.
+
     Raises:
         ConfigError: the image of ``example`` does not fit the transforms.
     """
@@ -149,12 +156,32 @@ def example_documents(data: DataConfig, spec: MediaSpec, example: ExampleDocumen
     for dataset in data.datasets:
         takes_images = spec.needs_embedded or spec.needs_unembedded
         images = [(example.height, example.width)] * (takes_images and dataset.template.takes_images)
-        tokens = example.tokens or (min(_IMAGE_TOKENS, longest) if images else longest)
+        drawn = _example_image(dataset, spec, example, longest - min(_IMAGE_TOKENS, longest // 4))
+        room_for_text = longest - (0 if drawn is None else len(drawn.ids))
+        tokens = example.tokens or (min(_IMAGE_TOKENS, room_for_text) if images or drawn else room_for_text)
+        tokens, weight = min(tokens, room_for_text), float(dataset.template.draws)
         try:
-            documents.append(example_document(dataset.transforms, spec, images, min(tokens, longest)))
+            documents.append(example_document(dataset.transforms, spec, images, tokens, drawn, weight))
         except SampleError as error:
             raise ConfigError(f"data set {dataset.name}, image of {example.width}x{example.height}: {error}") from error
     return documents
+
+
+def _example_image(dataset: DatasetConfig, spec: MediaSpec, example: ExampleDocument, most: int) -> DrawnTokens | None:
+    """Return the image as tokens of a document, of at most ``most`` tokens; None if documents have none."""
+    config, template = dataset.image_tokens, dataset.template
+    if config is None or not (template.draws or (template.takes_images and spec.placement is Placement.NONE)):
+        return None
+    if config.grid is not None:
+        return example_tokens(config, *config.grid)
+    stride = _CODE_PIXELS if config.encoded == "stored" else spec.of_codes.patch_size
+    height, width = max(1, example.height // stride), max(1, example.width // stride)
+    drawn = example_tokens(config, height, width)
+    while len(drawn.ids) > most and height * width > 1:
+        scale = math.sqrt(most / len(drawn.ids))
+        height, width = (max(1, min(side - (side > 1), int(side * scale))) for side in (height, width))
+        drawn = example_tokens(config, height, width)
+    return drawn
 
 
 def _assumed(
@@ -172,7 +199,7 @@ def _assumed(
     counts, tokens_of_one, _ = _mean_counts([[each] for each in documents], shares, models, spec, 1)
     scaled = tuple({name: value * per_pack for name, value in count.items()} for count in counts)
     what = f"{mean_tokens:,.0f} tokens"
-    if any(each.items for each in documents):
+    if any(each.items or each.drawn is not None for each in documents):
         what += f" (image of {example.width}x{example.height} pixels)"
     source = f"assumed: {per_pack:,.1f} documents of {what} in a pack"
     return scaled, min(tokens_of_one * per_pack, packing.max_tokens), per_pack, source

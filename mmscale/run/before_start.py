@@ -29,7 +29,8 @@ from mmscale.errors import CheckpointError, ConfigError, DamagedError, Unsupport
 from mmscale.io.lock import holder_of
 from mmscale.metrics.faults import quarantine_lists
 from mmscale.models.build import build_weights
-from mmscale.nn.attention_backends import check_backend
+from mmscale.models.config import ModelConfig
+from mmscale.nn.attention_backends import check_backend, check_dropout, resolve_backend
 from mmscale.optim.config import MuonConfig
 from mmscale.optim.schedule import freeze
 from mmscale.run.config import RunConfig
@@ -54,8 +55,11 @@ def check_before_start(loaded: Loaded[RunConfig]) -> list[str]:
         notes = check_files(config)
     check_initial_weights(loaded)
     device = torch.device(device_type(config.engine.device))
-    check_backend(config.engine.attention, choose_precision(config.engine, device).dtype)
+    dtype = choose_precision(config.engine, device).dtype
+    check_backend(config.engine.attention, dtype)
     for number, stage in enumerate(config.stages):
+        if isinstance(model := config.stage_model(number), ModelConfig):
+            check_dropout(resolve_backend(config.engine.attention, dtype), model.decoder.attention_dropout)
         if isinstance(stage.optimizer, MuonConfig):
             try:
                 check_muon()

@@ -231,7 +231,10 @@ class RunConfig(StrictConfig):
         """
         model = self.stage_model(number)
         if isinstance(model, TokenizerConfig):
-            raise ConfigError("model.image_tokenizer: this command needs a model with a decoder of text")
+            raise ConfigError(
+                "model.image_tokenizer: this command needs a model with a decoder of text; an image tokenizer alone "
+                "can be trained, checked, compared, reported and exported, and encodes data (mmscale data encode)"
+            )
         return model
 
     def stage_model(self, number: int) -> ModelConfig | TokenizerConfig:

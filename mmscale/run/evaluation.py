@@ -225,7 +225,7 @@ def answerable(
 ) -> EvaluationConfig:
     """Return the block without the sets that the stage's model cannot answer; ``log`` receives a line about them."""
     spec = config.stage_media(stage)
-    left_out = unanswerable_sets(evaluation, spec)
+    left_out = unanswerable_sets(evaluation, spec, config.evaluation_data(stage))
     if left_out and log is not None:
         what = "takes no images" if spec.placement is Placement.NONE else "only compares images with texts"
         names = ", ".join(held.name for held in left_out)

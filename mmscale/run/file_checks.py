@@ -97,7 +97,7 @@ def check_files(config: RunConfig) -> list[str]:
 def _check_evaluation(config: RunConfig) -> None:
     """Check the held-out sets for the model at the end, and if they are scored during training, of each stage."""
     reached = [number for number, _ in config.stages_from(0)]
-    check_best(config.evaluation, config.stage_media(reached[-1]))
+    check_best(config.evaluation, config.stage_media(reached[-1]), config.evaluation_data(reached[-1]))
     check_drawings(config)
     checked: list[object] = []
     for number in reversed(reached):

@@ -50,6 +50,18 @@ def if_images() -> list[Patch]:
     return [mock.patch.object(CrossAttentionConnector, "connect", connect)]
 
 
+def conditional_encoder() -> list[Patch]:
+    """Run the image tokenizer only if the batch has an image without codes."""
+    original = MultimodalModel.with_codes
+
+    def with_codes(self: MultimodalModel, batch: Any, *rest: Any) -> Any:
+        if batch.uncoded is None or batch.uncoded.grids:
+            return original(self, batch, *rest)
+        return replace(batch, uncoded=None)
+
+    return [mock.patch.object(MultimodalModel, "with_codes", with_codes)]
+
+
 class ListOfExperts(Experts):
     """Experts as a list of modules, of which a forward pass calls those that have rows."""
 
@@ -139,6 +151,7 @@ BUGS: dict[str, Callable[[], list[Patch]]] = {
     for each in (
         conditional_tower,
         if_images,
+        conditional_encoder,
         list_of_experts,
         loss_of_rank,
         loss_of_rank_if_deep,

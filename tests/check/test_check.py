@@ -25,6 +25,12 @@ from tests.engine.fork_server import fork_server
 TINY = "tests/system/tiny.yaml"
 MOE = ["model.decoder.mlp={kind: moe, num_experts: 4, experts_per_token: 1, expert_dim: 16}"]
 HYBRID = "model.connector={kind: hybrid, every: 2, mlp: {hidden_dim: 64}, projector: {kind: mlp, merge: 2}}"
+ENCODING = [
+    "model.decoder.image_tokens={kind: separate, codes: 64, code_dim: 4}",
+    "model.image_tokenizer={kind: vqgan, base_dim: 8, multipliers: [1, 1], blocks_per_level: 1, attention_levels: [], "
+    "latent_dim: 8, codebook_size: 64, code_dim: 4, norm_groups: 4}",
+    "data.image_tokens={codebook_size: 64, first_id: 1064, encoded: in_step}",
+]
 SHALLOW = ["model.decoder.num_layers=4", "model.vision.num_layers=1"]
 
 
@@ -40,8 +46,8 @@ def checked(folder: Path, *cases: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """Return for each bug that shows in the first steps the two calls that differ."""
-    overrides = {"list_of_experts": MOE}
-    bugs = ["conditional_tower", "if_images", "list_of_experts", "loss_of_rank", "early_break"]
+    overrides = {"list_of_experts": MOE, "conditional_encoder": ENCODING}
+    bugs = ["conditional_tower", "if_images", "list_of_experts", "loss_of_rank", "early_break", "conditional_encoder"]
     cases = [{"config": TINY, "overrides": [*SHALLOW, *overrides.get(bug, [])], "bug": bug} for bug in bugs]
     reports = checked(tmp_path_factory.mktemp("planted"), *cases)
     assert not any(report["ok"] for report in reports)
@@ -61,6 +67,13 @@ def test_a_connector_that_runs_only_with_images_is_named(differences: dict[str, 
     calls = [side["call"] for side in differences["if_images"]]
     (connector,) = [call for call in calls if call["place"].startswith("connector.projector")]
     assert "images only" in connector["where"]
+
+
+@pytest.mark.dist
+def test_a_tokenizer_that_runs_only_with_images_is_named(differences: dict[str, Any]) -> None:
+    calls = [side["call"] for side in differences["conditional_encoder"]]
+    (encoder,) = [call for call in calls if call["place"] == "image_tokenizer"]
+    assert encoder["where"].endswith("step 1, batch: text and image")
 
 
 @pytest.mark.dist
@@ -112,6 +125,8 @@ ARCHITECTURES = {
     "hybrid": (TINY, [*SHALLOW, "model.vision.positions={kind: rotary_2d}", HYBRID]),
     "stages": ("configs/recipes/emoji-stages.yaml", []),
     "contrastive": ("configs/recipes/emoji-contrast.yaml", []),
+    "image tokenizer": ("configs/recipes/emoji-vq.yaml", []),
+    "images encoded in the step": (TINY, [*SHALLOW, *ENCODING]),
     "preferences": ("tests/system/preference.yaml", []),
     "experts on two ranks": (TINY, [*SHALLOW, *MOE, "engine.expert_parallel=2"]),
     "distillation": (

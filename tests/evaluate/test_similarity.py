@@ -66,7 +66,7 @@ def test_what_such_a_model_cannot_be_asked() -> None:
     read = {"name": "read", "kind": "perplexity", "manifest": texts, "template": {"kind": "text"}}
     config = EvaluationConfig.model_validate({"sets": [held_out(limit=4), read]})
     check_sets(config, DATA, spec)
-    assert [held.name for held in unanswerable_sets(config, spec)] == ["read"]
+    assert [held.name for held in unanswerable_sets(config, spec, DATA)] == ["read"]
     assert list(evaluate(model, config, DATA, spec, ALONE)) == ["both"]
     assert caption_images(model, config, DATA, spec, ALONE) == []
     for name, value in (("ends", False), ("normalise", "tokens")):

@@ -73,7 +73,8 @@ def test_the_same_logits_loss_and_gradients(tmp_path: Path, parity: Recorder) ->
     theirs.save_pretrained(tmp_path / "theirs")
     ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
     assert ours.config.decoder.image_ids == range(FIRST, FIRST + CODES)
-    assert ours.config.decoder.dropout == theirs.config.text_config.attention_dropout == 0.1
+    block = ours.config.decoder
+    assert block.dropout == block.attention_dropout == theirs.config.text_config.attention_dropout == 0.1
     ours.eval()
     docs, logits = [], []
     for seed, (before, after) in enumerate([([1, 5], [7, 8, 9]), ([1, 20, 30, 40], [2])]):

@@ -26,8 +26,9 @@ from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig
-from mmscale.models.image_tokenizer import ImageTokenizer, images_of_patches
+from mmscale.models.image_tokenizer import ImageTokenizer
 from mmscale.models.multimodal import MultimodalModel
+from mmscale.nn.image_blocks import images_of_patches
 from mmscale.nn.init import initialise_
 from mmscale.objectives.next_token import NextToken
 from mmscale.optim.stages import StageConfig
@@ -96,12 +97,8 @@ def batch(found: list[Document], spec: MediaSpec, lane: int = 0) -> MultimodalBa
     return collate([Pack((*found, dummy_document(spec, 0)), lane)], spec)
 
 
-def run(world: World, tokenizer_path: str) -> dict[str, Any]:
+def run(world: World, kind: str, tokenizer_path: str) -> list[dict[str, float]]:
     """Return the metrics of two steps under ZeRO-3; the last two of four lanes have no image."""
-    return {kind: _train(world, kind, Path(tokenizer_path)) for kind in TOKENS}
-
-
-def _train(world: World, kind: str, tokenizer_path: Path) -> list[dict[str, float]]:
     config = settings(kind)
     options = EngineConfig(
         zero_stage=3,
@@ -114,7 +111,7 @@ def _train(world: World, kind: str, tokenizer_path: Path) -> list[dict[str, floa
     whole = build_model(config, seed=SEED)
     assert isinstance(whole, MultimodalModel)
     assert whole.image_tokenizer is not None
-    found, spec = documents(kind, tokenizer_path, "in_step", samples(whole.image_tokenizer, 6))
+    found, spec = documents(kind, Path(tokenizer_path), "in_step", samples(whole.image_tokenizer, 6))
     model = construct(partial(build_model, config, seed=None), options, world, partial(initialise_, seed=SEED))
     learned = [name for name in config.components if name != "image_tokenizer"]
     stage = StageConfig.model_validate({"name": "all", "steps": 2, "train": learned, "learning_rate": 1e-2})

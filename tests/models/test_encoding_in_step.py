@@ -8,19 +8,26 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.batch import MultimodalBatch
+from data_pipeline.errors import DataConfigError, SampleError
+from data_pipeline.images.transforms import TilesTransform
 from data_pipeline.packing.collate import collate, concatenate
+from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Pack
 from data_pipeline.packing.truncation import split
-from mmscale.models.build import build_model
+from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, load_tokenizer
+from mmscale.models.build import build_model, media_spec
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.objectives.next_token import NextToken
 from tests.data_pipeline.conftest import tokenizer_path as tokenizer_path
 from tests.engine.ranks import run_ranks
-from tests.models.encoders import SEED, TOKENS, batch, documents, samples, settings
+from tests.models.encoders import CODES, SEED, TOKENS, batch, dataset, documents, samples, settings
 
 
 def net_of(kind: str) -> MultimodalModel:
@@ -59,7 +66,7 @@ def by_modality(net: MultimodalModel, coded: MultimodalBatch) -> list[float]:
     means = []
     for chosen in (~is_code, is_code):
         weights = coded.loss_weights * chosen
-        means.append(float((losses * weights).sum() / weights.sum()))
+        means.append(float((losses.detach() * weights).sum() / weights.sum()))
     return means
 
 
@@ -118,6 +125,26 @@ def test_joined_packs_and_cut_documents_keep_whole_images(kind: str, tokenizer_p
                 assert coded.labels.tolist()[:unknown] == other.labels.tolist()[:unknown]
 
 
+@pytest.mark.fault
+def test_settings_and_images_that_do_not_fit_are_refused(tokenizer_path: Path) -> None:
+    net = net_of("vocabulary")
+    assert net.image_tokenizer is not None
+    (sample,) = samples(net.image_tokenizer, 1)
+    text, spec = load_tokenizer(HuggingFaceTokenizerConfig(path=tokenizer_path)), media_spec(net.config, encodes=True)
+    one = dataset("vocabulary", encoded="in_step")
+    grid = dataset("vocabulary", encoded="in_step", grid=[4, 4])
+    with pytest.raises(SampleError, match=r"image png is a grid of 3x4 codes, but the model draws 4x4"):
+        DocumentBuilder(grid, text, spec)(sample)
+    with pytest.raises(DataConfigError, match="the model has no image tokenizer"):
+        DocumentBuilder(one, text, media_spec(net.config))
+    tiles = one.model_copy(update={"transforms": TilesTransform(size=8)})
+    with pytest.raises(DataConfigError, match=r"transforms\.kind=tiles: cuts an image into several crops"):
+        DocumentBuilder(tiles, text, spec)
+    for wrong in ({"tokenizer": "ab" * 32}, {"first_id": None, "ids": list(range(CODES))}):
+        with pytest.raises(ValidationError, match="encoded=in_step: the model's own tokenizer encodes"):
+            dataset("vocabulary", encoded="in_step", **wrong)
+
+
 def test_a_batch_with_images_needs_a_tokenizer(tokenizer_path: Path) -> None:
     net, (pixels, spec), _ = both("vocabulary", tokenizer_path, 1)
     net.image_tokenizer = None
@@ -125,20 +152,37 @@ def test_a_batch_with_images_needs_a_tokenizer(tokenizer_path: Path) -> None:
         net(batch(pixels, spec))
 
 
+@pytest.mark.parametrize("kind", TOKENS)
+def test_the_operations_of_a_step_include_those_of_the_encoder(kind: str, tokenizer_path: Path) -> None:
+    net, (pixels, spec), _ = both(kind, tokenizer_path, 3)
+    tokenizer = net.image_tokenizer
+    assert tokenizer is not None
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        tokenizer.encode(torch.zeros(1, 3, 64, 64))
+    rows, search = 32 * 32, 2 * tokenizer.codebook_size * 4  # Distances to codes of 4 channels.
+    ours = batch(pixels, spec)
+    found = (
+        net.training_flops(ours, ["decoder"]).forward - net.training_flops(net.with_codes(ours), ["decoder"]).forward
+    )
+    assert ours.uncoded is not None
+    expected = len(ours.uncoded.slots) * (counter.get_total_flops() / rows - search)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.dist
-def test_two_sharded_ranks_train_as_one_process_with_stored_codes(tokenizer_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["vocabulary", pytest.param("separate", marks=pytest.mark.slow)])
+def test_two_sharded_ranks_train_as_one_process_with_stored_codes(kind: str, tokenizer_path: Path) -> None:
     """The second rank has a pack without images, and ranks have grids of different sizes."""
-    results = run_ranks("tests.models.encoders:run", 2, {"tokenizer_path": str(tokenizer_path)})
+    results = run_ranks("tests.models.encoders:run", 2, {"kind": kind, "tokenizer_path": str(tokenizer_path)})
     assert results[0] == results[1]
-    for kind in TOKENS:
-        first, second = results[0][kind]
-        net, _, (grids, spec) = both(kind, tokenizer_path, 3)
-        stored = batch(grids, spec)
-        loss, gradients = loss_and_gradients(net, stored)
-        learned = [each for name, each in gradients.items() if not name.startswith("image_tokenizer")]
-        norm = torch.stack([each.square().sum() for each in learned]).sum().sqrt()
-        text, image = by_modality(net, stored)
-        expected = {"loss": loss / stored.weight, "norm": norm / stored.weight}
-        expected |= {"cross_entropy_text": text, "cross_entropy_image": image}
-        assert {name: first[name] for name in expected} == pytest.approx(expected, rel=1e-5)
-        assert second["loss"] < first["loss"]
+    first, second = results[0]
+    net, _, (grids, spec) = both(kind, tokenizer_path, 3)
+    stored = batch(grids, spec)
+    loss, gradients = loss_and_gradients(net, stored)
+    learned = [each for name, each in gradients.items() if not name.startswith("image_tokenizer")]
+    norm = torch.stack([each.square().sum() for each in learned]).sum().sqrt()
+    text, image = by_modality(net, stored)
+    expected = {"loss": float(loss) / stored.weight, "norm": float(norm) / stored.weight}
+    expected |= {"cross_entropy_text": text, "cross_entropy_image": image}
+    assert {name: first[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert second["loss"] < first["loss"]

@@ -37,7 +37,7 @@ def _to_model(keys: Keys) -> ModelConfig:
         mlp_bias=text.read("mlp_bias", bool, False),
         drops=True,
         tie_embeddings=keys.read("tie_word_embeddings", bool),
-        dropout=text.read("attention_dropout", float),
+        **dict.fromkeys(("dropout", "attention_dropout"), text.read("attention_dropout", float)),
         image_tokens=_image_tokens(keys),
     )
     text.raise_on_unread()

@@ -88,11 +88,12 @@ class ContrastiveConnectorConfig(ConnectorBase):
             raise ValueError(f"decoder.{name}: a contrastive model predicts no tokens and has no head; set it to false")
         if decoder.image_tokens is not None:
             raise ValueError("decoder.image_tokens: a contrastive model draws no images; set it to null")
-        if decoder.dropout:
-            raise ValueError(
-                f"decoder.dropout={decoder.dropout:g}: a contrastive step may compute its vectors twice, and they must "
-                "be equal; set it to 0"
-            )
+        for key, rate in (("dropout", decoder.dropout), ("attention_dropout", decoder.attention_dropout)):
+            if rate:
+                raise ValueError(
+                    f"decoder.{key}={rate:g}: a contrastive step may compute its vectors twice, and they must be "
+                    "equal; set it to 0"
+                )
         if isinstance(decoder.mlp, MoeConfig):
             raise ValueError("decoder.mlp.kind=moe: a contrastive loss does not include router losses; use dense")
 

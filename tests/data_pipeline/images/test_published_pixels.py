@@ -18,6 +18,7 @@ from transformers import (
     CLIPImageProcessor,
     FuyuImageProcessor,
     GotOcr2ImageProcessor,
+    JanusImageProcessor,
     MllamaImageProcessor,
     PixtralImageProcessor,
     Qwen2VLImageProcessor,
@@ -66,6 +67,16 @@ def test_internvl(size: tuple[int, int]) -> None:
     assert len(ours) == len(theirs)
     for crop, tile in zip(ours, theirs, strict=True):
         _assert_close(crop, tile)
+
+
+@pytest.mark.parametrize("size", [*SIZES, (300, 7), (61, 96)])
+def test_janus(size: tuple[int, int]) -> None:
+    """Grey around an image whose shorter side has at least 14 pixels; equal bytes."""
+    processor = JanusImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    (theirs,) = processor(_image(*size), **RAW)["pixel_values"]
+    grey = {"keep_aspect": True, "background": [127, 127, 127], "min_side": 14}
+    (ours,) = _crops(size, MediaSpec(Placement.EMBEDDING, patch_size=8), kind="fixed", size=32, **grey)
+    np.testing.assert_array_equal(ours, theirs.numpy())
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -178,3 +189,5 @@ def test_a_strip_whose_middle_would_be_cut_out_of_too_large_an_image_is_refused(
 def test_crop_and_padding_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="keep_aspect pads the image and crop cuts it"):
         _crops((40, 40), MediaSpec(Placement.EMBEDDING, patch_size=8), kind="fixed", crop="center", keep_aspect=True)
+    with pytest.raises(ValueError, match="background, min_side: only keep_aspect pads an image; set keep_aspect: true"):
+        _crops((40, 40), MediaSpec(Placement.EMBEDDING, patch_size=8), kind="fixed", min_side=14)

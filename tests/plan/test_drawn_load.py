@@ -1,0 +1,59 @@
+"""The plan counts images as tokens of the decoder, for data that do not exist here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from data_pipeline.config import DataConfig
+from data_pipeline.media_spec import MediaSpec, Placement
+from mmscale.plan.load import ExampleDocument, example_documents
+
+EMU3 = {"start": "s", "size": "{height}*{width}", "content": "c", "row_end": "r", "frame_end": "f", "end": "e"}
+TOWER = MediaSpec(Placement.EMBEDDING, patch_size=16, fixed_grid=(2, 2))
+
+
+def data(template: dict[str, Any], max_tokens: int = 5120, **tokens: Any) -> DataConfig:
+    dataset = {"name": "x", "manifest": "none", "template": template}
+    block = {"codebook_size": 50, "first_id": 300, **tokens}
+    return DataConfig.model_validate(
+        {
+            "tokenizer": {"kind": "tokenizers", "path": "none"},
+            "datasets": [dataset],
+            "image_tokens": block,
+            "packing": {"max_tokens": max_tokens},
+            "lanes": 1,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "spec", "codes", "marks"),
+    [
+        ({"grid": [24, 24], "start": "s", "end": "e"}, TOWER, 24 * 24, 2),  # Janus
+        (EMU3, MediaSpec(), 64 * 48, 2 + 5 + 64 + 2),  # Emu3: 512 x 384 pixels, 8 a code
+        ({"encoded": "in_step"}, MediaSpec(code_size=16), 32 * 24, 0),
+    ],
+)
+def test_an_assumed_document_has_the_tokens_of_its_image(tokens: Any, spec: MediaSpec, codes: int, marks: int) -> None:
+    example = ExampleDocument(tokens=100, height=512, width=384)
+    (document,) = example_documents(data({"kind": "drawing"}, **tokens), spec, example)
+    assert document.drawn is not None
+    assert (int(document.drawn.sum()), document.num_tokens) == (codes, codes + marks + 100)
+    learned = document.labels[document.loss_weights > 0]
+    assert int((learned >= 300).sum()) == codes
+    (read,) = example_documents(data({"kind": "caption"}, **tokens), spec, example)
+    if spec is TOWER:
+        assert read.drawn is None
+    else:
+        assert int((read.labels[read.loss_weights > 0] >= 300).sum()) == 0
+        assert read.num_tokens == document.num_tokens
+
+
+def test_an_image_that_no_pack_holds_is_reduced_with_its_aspect() -> None:
+    for most in (64, 700, 5000):
+        (document,) = example_documents(data({"kind": "drawing"}, most, **EMU3), MediaSpec(), ExampleDocument())
+        assert 0.6 * most < document.num_tokens < most
+        assert document.drawn is not None
+        assert document.drawn.any()
