@@ -61,7 +61,10 @@ def tokenizer_block(folder: Path) -> dict[str, Any]:
 
 
 def evaluation_block(folder: Path, spec: MediaSpec) -> EvaluationConfig:
-    """Return held-out sets of every kind that a model with these inputs can answer."""
+    """Return held-out sets of the kinds that a model with these inputs can answer, without drawings.
+
+    Drawings need the run of a classifier.
+    """
     common = {"manifest": folder / (_TEXTS if spec.placement is Placement.NONE else _IMAGES)}
     sets: list[dict[str, Any]] = []
     if spec.placement is not Placement.NONE:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmscale.cli.console import emit
+from mmscale.cli.console import console, emit
 
 if TYPE_CHECKING:
     from mmscale.metrics.sample_images import Pixels
@@ -41,6 +41,7 @@ class DrawingRequest:
         """
         from mmscale.cli.trained import open_trained
         from mmscale.errors import ConfigError
+        from mmscale.evaluate.drawings import drawing_dataset
         from mmscale.metrics.sample_images import contact_sheet
 
         if prompt is None:
@@ -53,6 +54,12 @@ class DrawingRequest:
         contact = self.output / CONTACT_SHEET
         refuse_existing([*paths, contact])
         trained = open_trained(run)
+        _, template = drawing_dataset(trained.config.drawing_data(trained.stage))
+        if self.guidance > 1 and not template.text_dropout:
+            console.print(
+                "note: the model has not learned images without text (template.text_dropout is 0), so --guidance may "
+                "not help"
+            )
         images = trained.draw(
             prompt, num, size=size, guidance=self.guidance, sampling=sampling, tokenizer=self.tokenizer
         )
@@ -78,6 +85,7 @@ class DrawingRequest:
         refuse_existing(paths)
         trained = open_trained(run)
         config, data = trained.config, trained.config.drawing_data(trained.stage)
+        path, device = self.tokenizer, trained.world.device
         parts = respond_with_drawings(
             trained.model,
             config.evaluation_data(trained.stage),
@@ -88,7 +96,7 @@ class DrawingRequest:
             max_new_tokens=length,
             sampling=sampling,
             guidance=self.guidance,
-            image_tokenizer=self.tokenizer and tokenizer_of_data(self.tokenizer, data, trained.world.device),
+            image_tokenizer=None if path is None else tokenizer_of_data(path, data, device),
         )
         images = [part.pixels for part in parts if not isinstance(part, str)]
         write_images(images, paths[: len(images)])

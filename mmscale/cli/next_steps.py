@@ -17,6 +17,7 @@ def next_steps(config: RunConfig) -> list[tuple[str, str]]:
     from data_pipeline.text.templates import DialogueTemplate
     from mmscale.errors import CheckpointError
     from mmscale.hf.layouts import layout_for
+    from mmscale.models.config import ModelConfig
     from mmscale.report.captions import IMAGES_FOLDER
 
     stage = max(number for number, _ in config.stages_from(0))
@@ -30,6 +31,14 @@ def next_steps(config: RunConfig) -> list[tuple[str, str]]:
             steps.append((f"mmscale generate {run} --prompt 'Once'", "continue a text"))
         if any(isinstance(dataset.template.branch_template, DialogueTemplate) for dataset in data.datasets):
             steps.append((f"mmscale chat {run}", "talk with the model"))
+    drawings = config.evaluation.drawings
+    if drawings is not None and drawings.prompts and isinstance(model, ModelConfig) and model.decoder.image_ids:
+        words = [run, "--prompt", shlex.quote(drawings.prompts[0]), "--images", "4"]
+        words += [] if drawings.size is None else ["--size", str(drawings.size)]
+        words += [] if drawings.guidance == 1 else ["--guidance", f"{drawings.guidance:g}"]
+        words += [] if drawings.tokenizer is None else ["--tokenizer", shlex.quote(str(drawings.tokenizer))]
+        words += ["--output", shlex.quote(str(config.run_dir / "drawn"))]
+        steps.append((f"mmscale generate {' '.join(words)}", "draw"))
     if config.evaluation.sets:
         steps.append((f"mmscale eval {run}", "score the held-out sets again"))
     export = f"mmscale checkpoint export {run} {shlex.quote(f'{config.run_dir}-exported')}"

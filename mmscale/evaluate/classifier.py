@@ -17,6 +17,7 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from data_pipeline.config import DataConfig
 from data_pipeline.images.decode import Pixels
@@ -87,7 +88,8 @@ class Classifier:
         """
         checkpoint, model_config = _contrastive(path)
         data = _data_of(path, checkpoint)
-        model = build_model(model_config, seed=None)
+        with torch.random.fork_rng(devices=[]):  # Training continues with the random state that it had.
+            model = build_model(model_config, seed=None)
         try:
             load_weights(model, checkpoint, ema=read_manifest(checkpoint).ema)
         except CheckpointError as error:
@@ -168,14 +170,17 @@ class Classifier:
         return log_probabilities
 
 
-def check_classifier(path: Path) -> None:
-    """Check that ``Classifier.open`` finds a contrastive run. Reads no weights.
+def check_classifier(path: Path) -> Path:
+    """Return the checkpoint that ``Classifier.open`` would load, after checking that its run is contrastive.
+
+    Reads no weights.
 
     Raises:
         ConfigError: as ``Classifier.open``; files of weights are not verified.
     """
     checkpoint, _ = _contrastive(path)
     load_tokenizer(_data_of(path, checkpoint).tokenizer)
+    return checkpoint
 
 
 def as_sample(image: Pixels) -> Sample:

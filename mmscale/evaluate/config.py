@@ -209,8 +209,9 @@ class DrawingSet(_Named):
     """How codes are chosen. Drawing i uses ``seed`` plus i."""
     guidance: float = Field(default=1.0, ge=1, le=1000)
     """Scale of classifier-free guidance, at least 1; 1 for none."""
-    batch_size: int = Field(default=16, ge=1)
-    """Most drawings that a rank draws together; limits memory. Guidance doubles the sequences."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Drawings that a rank draws together; limits memory. Guidance doubles the sequences. Null for 16, or fewer if they
+    have many codes."""
     tokenizer: Path | None = None
     """Run folder or checkpoint of the image tokenizer that encoded the data, for a model without ``image_tokenizer``.
     Null for that of the model."""

@@ -35,7 +35,15 @@ from mmscale.dist import World, all_reduce_sum_list, broadcast_bytes, gather_byt
 from mmscale.errors import ConfigError
 from mmscale.evaluate.classifier import Classifier, as_png, as_sample, check_classifier
 from mmscale.evaluate.config import DrawingSet
-from mmscale.evaluate.drawings import DrawingContext, DrawingPrompts, Text, check_model, draw_images, pixels_of_a_code
+from mmscale.evaluate.drawings import (
+    MOST_TOGETHER,
+    DrawingContext,
+    DrawingPrompts,
+    Text,
+    check_model,
+    draw_images,
+    pixels_of_a_code,
+)
 from mmscale.evaluate.heldout import EvaluationContext, ImageQuestions, call_on_all_ranks
 from mmscale.evaluate.pairs import chunks_of_rank
 from mmscale.evaluate.questions import QuestionBlock, Table, accuracies, make_blocks
@@ -118,16 +126,14 @@ def score_drawings(context: EvaluationContext, held: DrawingSet) -> DrawingsResu
     world = context.world
     questions = call_on_all_ranks(world, held, lambda: ImageQuestions.read(held))
     blocks = make_blocks(questions.answers, questions.pool, held.choices, held.seed)
+    newest = call_on_all_ranks(world, held, lambda: check_classifier(held.classifier))
+    # The run of the classifier may be saving: all ranks load the checkpoint that rank 0 found.
+    checkpoint = Path(broadcast_bytes(world, str(newest).encode()).decode())
+    tokens = context.config.tokens_per_forward
     classifier = call_on_all_ranks(
         world,
         held,
-        lambda: Classifier.open(
-            held.classifier,
-            world,
-            template=held.template,
-            name=held.name,
-            tokens_per_forward=context.config.tokens_per_forward,
-        ),
+        lambda: Classifier.open(checkpoint, world, template=held.template, name=held.name, tokens_per_forward=tokens),
     )
     drawings = _draw(context, held, [_text(held, sample) for sample in questions.samples])
     real = call_on_all_ranks(world, held, lambda: _real_images(held, len(drawings)))
@@ -305,7 +311,7 @@ def _draw(context: EvaluationContext, held: DrawingSet, texts: Sequence[Text]) -
     # Check all texts on every rank: one that raised alone would leave the others in a forward pass.
     stride = getattr(getattr(model, "image_tokenizer", None), "stride", None)
     call_on_all_ranks(world, held, lambda: _prompts(held, drawing, context.spec, stride).check(texts))
-    count = min(held.batch_size, len(texts))
+    count = min(held.batch_size or MOST_TOGETHER, len(texts))
     chunks = [(start, min(start + count, len(texts))) for start in range(0, len(texts), count)]
     own: dict[int, Pixels] = {}
     for is_own, (start, end) in chunks_of_rank(chunks, world):
@@ -319,7 +325,7 @@ def _draw(context: EvaluationContext, held: DrawingSet, texts: Sequence[Text]) -
             size=held.size,
             sampling=held.sampling.for_sequence(start),
             guidance=held.guidance,
-            batch_size=count,
+            batch_size=held.batch_size,
             image_tokenizer=given,
             device=world.device,
         )

@@ -38,6 +38,9 @@ from mmscale.models.sampling import SamplingConfig
 
 MOST_PIXELS = 8192
 """Longest side of a drawing, pixels."""
+MOST_TOGETHER = 16
+"""Images that are drawn together without a ``batch_size``, if they have few codes."""
+_MOST_TOKENS = 1 << 16
 FREE = SamplingConfig(temperature=1.0)
 """Draw each code from its whole distribution. The most likely code each time gives flat images."""
 
@@ -82,7 +85,7 @@ def draw_images(
     size: Size | None = None,
     sampling: SamplingConfig = FREE,
     guidance: float = 1.0,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     image_tokenizer: ImageTokenizer | None = None,
     device: torch.device | None = None,
 ) -> list[Drawing]:
@@ -102,7 +105,8 @@ def draw_images(
         sampling: How codes are chosen.
         guidance: Scale of classifier-free guidance, at least 1; 1 for none. The document without the text is that of
             ``template.text_dropout``.
-        batch_size: Most images drawn together; guidance doubles the sequences.
+        batch_size: Images drawn together; guidance doubles the sequences. None for 16, or fewer if their sequences
+            would have more than 65,536 tokens: the cache of a model of 8 billion parameters has about 9 GB for them.
         image_tokenizer: Decodes the codes. None for the tokenizer that is part of the model.
         device: Device of the model's computation; None for that of its parameters.
 
@@ -115,6 +119,8 @@ def draw_images(
     prompts = DrawingPrompts.open(data, spec, size, decoder.stride)
     prompts.check(texts)
     device = device or next(model.parameters()).device
+    longest = prompts.grid.num_steps * (1 if guidance == 1 else 2)
+    batch_size = batch_size or max(1, min(MOST_TOGETHER, _MOST_TOKENS // longest))
     drawings = list[Drawing]()
     for start in range(0, len(texts), batch_size):
         chosen = texts[start : start + batch_size]

@@ -339,7 +339,7 @@ _open = with_config(ConfigDict(extra="allow"))  # Another version may write more
 
 @_open
 class _Scored(TypedDict):
-    kind: NotRequired[Literal["images", "choice", "drawings"]]
+    kind: NotRequired[Literal["images", "choice"]]
     score: _Share
     chance: Annotated[float, Field(gt=0, le=1)]
     control: NotRequired[_Share]
@@ -347,6 +347,21 @@ class _Scored(TypedDict):
     metric: str
     error: NotRequired[_Number]
     control_error: NotRequired[_Number]
+
+
+@_open
+class _Drawings(TypedDict):
+    kind: Literal["drawings"]
+    score: _Share
+    control: _Share
+    chance: Annotated[float, Field(gt=0, le=1)]
+    n: Annotated[int, Field(ge=1, lt=2**63)]
+    metric: str
+    error: _Number
+    control_error: _Number
+    frechet: _Number
+    frechet_real: _Number
+    near_copies: _Share | None
 
 
 @_open
@@ -374,13 +389,14 @@ class _Generation(TypedDict):
 
 def _kind(held: Any) -> str:
     kind = held.get("kind") if isinstance(held, dict) else None
-    return kind if kind in ("perplexity", "generation") else "scored"
+    return kind if kind in ("perplexity", "generation", "drawings") else "scored"
 
 
 # Discriminate by kind, so that the error for a damaged set lists the keys of its own kind.
 _Set = Annotated[
     Annotated[_Perplexity, Tag("perplexity")]
     | Annotated[_Generation, Tag("generation")]
+    | Annotated[_Drawings, Tag("drawings")]
     | Annotated[_Scored, Tag("scored")],
     Discriminator(_kind),
 ]

@@ -1,4 +1,4 @@
-"""Read examples of the generated answers of a run, for the report."""
+"""Read examples of the generated answers and of the scored drawings of a run, for the report."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from data_pipeline.io.untrusted import parse_json, read_lines
 from mmscale.evaluate.result import ANSWERS_FOLDER
+from mmscale.report.captions import data_url
 
 _MOST_ROWS = 8
+_MOST_TILES = 16
 _MOST_CHARACTERS = 240
 _MOST_LINE_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -40,6 +42,33 @@ class AnswerTable:
     rows: list[AnswerRow]
 
 
+@dataclass(frozen=True)
+class DrawingTile:
+    """A scored drawing and its nearest training image.
+
+    Attributes:
+        drawing: Data URL; empty if the file cannot be read.
+        nearest: Data URL; empty if the file cannot be read, or without training images.
+        expected: The right name.
+        said: The classifier's name.
+        distance: Distance of the two images, such as ``0.151``; empty without training images.
+    """
+
+    drawing: str
+    nearest: str
+    expected: str
+    said: str
+    distance: str
+
+
+@dataclass(frozen=True)
+class DrawingGallery:
+    """The first drawings of a set of kind ``drawings``."""
+
+    name: str
+    tiles: list[DrawingTile]
+
+
 class _Line(TypedDict):
     prompt: str | None
     answer: str
@@ -47,7 +76,16 @@ class _Line(TypedDict):
     score: float
 
 
+class _DrawingLine(TypedDict):
+    drawing: str
+    answer: str
+    reference: str
+    nearest: NotRequired[str]
+    distance: NotRequired[float]
+
+
 _LINE = TypeAdapter(_Line)
+_DRAWING_LINE = TypeAdapter(_DrawingLine)
 
 
 def read_answer_tables(run_dir: Path, heldout: Mapping[str, Mapping[str, Any]]) -> list[AnswerTable]:
@@ -58,6 +96,35 @@ def read_answer_tables(run_dir: Path, heldout: Mapping[str, Mapping[str, Any]]) 
             rows = _rows(run_dir / ANSWERS_FOLDER / f"{name}.jsonl")
             tables += [AnswerTable(name, held["metric"], rows)] if rows else []
     return tables
+
+
+def read_drawing_galleries(run_dir: Path, heldout: Mapping[str, Mapping[str, Any]]) -> list[DrawingGallery]:
+    """Return the drawings of each set of ``heldout`` (of ``result.json``) with a file of drawings that can be read."""
+    galleries = []
+    for name, held in heldout.items():
+        if held.get("kind") == "drawings" and _NAME.fullmatch(name):
+            tiles = _tiles(run_dir, run_dir / ANSWERS_FOLDER / f"{name}.jsonl")
+            galleries += [DrawingGallery(name, tiles)] if tiles else []
+    return galleries
+
+
+def _tiles(run_dir: Path, path: Path) -> list[DrawingTile]:
+    try:
+        lines = islice(read_lines(path, most_bytes=_MOST_LINE_BYTES), _MOST_TILES)
+        return [_tile(run_dir, _DRAWING_LINE.validate_python(parse_json(line))) for line in lines]
+    except (OSError, ValueError):  # Absent or damaged.
+        return []
+
+
+def _tile(run_dir: Path, line: _DrawingLine) -> DrawingTile:
+    near, distance = line.get("nearest", ""), line.get("distance")
+    return DrawingTile(
+        drawing=data_url(run_dir, f"{ANSWERS_FOLDER}/{line['drawing']}"),
+        nearest=data_url(run_dir, f"{ANSWERS_FOLDER}/{near}") if near else "",
+        expected=_cut(line["reference"]),
+        said=_cut(line["answer"]),
+        distance="" if distance is None else f"{distance:.3f}",
+    )
 
 
 def _rows(path: Path) -> list[AnswerRow]:

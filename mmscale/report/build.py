@@ -25,7 +25,7 @@ from mmscale.metrics.format import format_count, format_seconds
 from mmscale.metrics.goodput import Goodput, read_goodput
 from mmscale.metrics.metrics_file import read_metrics
 from mmscale.metrics.router_log import read_router
-from mmscale.report.answers import read_answer_tables
+from mmscale.report.answers import read_answer_tables, read_drawing_galleries
 from mmscale.report.captions import CaptionRecord, data_url, read_captions
 from mmscale.report.charts import Bar, Chart, Line, stage_names
 from mmscale.report.configuration import Setting, read_configuration
@@ -156,6 +156,7 @@ def render(run_dir: Path, note: Callable[[str], object] = lambda line: None) -> 
         galleries=_galleries(run_dir, captions),
         strips=drawing_strips(run_dir, drawings),
         answers=read_answer_tables(run_dir, result.get("heldout", {})),
+        scored_drawings=read_drawing_galleries(run_dir, result.get("heldout", {})),
         no_sets=_has_no_sets(configuration),
         charts=_charts(records, [(spike.step, page_of(run_dir, spike)) for spike in spikes]),
         experts=expert_section(records, router, stage_names(stage_marks(records))),
@@ -235,6 +236,12 @@ def _card(name: str, score_record: Mapping[str, Any]) -> HeldoutCard:
         bars.append(Bar("permuted", control, score_record.get("control_error", binomial_error(control, n)), 3))
         about = f"{score / control:.1f}× its control" if control else "control: none right"
     bars.append(Bar("chance", score_record["chance"], 0.0, 0))
+    if score_record.get("kind") == "drawings":
+        about += f" · Frechet distance {score_record['frechet']:.3f} (real images {score_record['frechet_real']:.3f})"
+        copies = score_record["near_copies"]
+        about += (
+            f" · {100 * copies:.0f} % nearer to a training image than 19 of 20 real ones" if copies is not None else ""
+        )
     return HeldoutCard(name, score_record["metric"], f"{n:,} samples", f"{100 * score:.1f}", "%", about, bars)
 
 

@@ -26,6 +26,8 @@ DRAWINGS_FOLDER = "drawings"
 DRAWINGS_FILE = f"{DRAWINGS_FOLDER}/drawings.jsonl"
 _MOST_SIDE = 256
 """Longest side of an image in the report, pixels; a larger drawing is scaled down."""
+_MOST_LETTERS = 1000
+"""Letters of a text in its record; the rest of a longer one is left out."""
 _MOST_STEPS = 10
 """Steps in a strip of the report. More are thinned evenly; the first and the last stay."""
 
@@ -72,7 +74,7 @@ def save_drawings(run_dir: Path, step: int, drawings: Sequence[tuple[str, Pixels
         for number, (text, pixels) in enumerate(drawings):
             image = f"{DRAWINGS_FOLDER}/step-{step:08d}/{number:04d}.webp"
             write_whole(run_dir / image, _encode_webp(pixels), parents=True)
-            records.append(asdict(DrawingRecord(text, image)))
+            records.append(asdict(DrawingRecord(text[:_MOST_LETTERS], image)))
         line = json.dumps({"step": step, "drawings": records}, ensure_ascii=False) + "\n"
         append_whole(run_dir / DRAWINGS_FILE, as_utf8(line))
     except OSError as error:

@@ -11,16 +11,18 @@ _PREFIX = "heldout/"
 
 
 def heldout_charts(records: Sequence[Record], marks: Sequence[tuple[float, str]]) -> list[Chart]:
-    """Return a chart of the scores and one of the losses, each with a line per set; none without such values.
+    """Return charts of scores, losses and Frechet distances, each with a line per set; none without such values.
 
     Bands are one standard error wide on each side.
     """
     sets = sorted({key.split("/")[1] for record in records for key in record if key.startswith(_PREFIX)})
     scores = [_line(records, name, "score", number, 100.0) for number, name in enumerate(sets)]
     losses = [_line(records, name, "loss", number, 1.0) for number, name in enumerate(sets)]
+    distances = [_line(records, name, "frechet", number, 1.0) for number, name in enumerate(sets)]
     charts = [
         Chart("Held-out score", "share of right answers, with its standard error", scores, unit="%", marks=marks),
         Chart("Held-out loss", "mean per token of the right answers or documents", losses, marks=marks),
+        Chart("Frechet distance", "of drawings to real images", distances, from_zero=True, marks=marks),
     ]
     return [chart for chart in charts if not chart.is_empty]
 

@@ -79,7 +79,7 @@ def finalize_run(
     log.print_line(f"wrote {build_report(config.run_dir, log.print_line)}")
 
 
-_COLUMNS = ("score", "control", "chance", "error", "loss", "perplexity", "bits_per_byte", "n")
+_COLUMNS = ("score", "control", "chance", "error", "loss", "perplexity", "bits_per_byte", "frechet", "near_copies", "n")
 
 
 def log_results(log: RunLog | NullLog, step: int, results: Mapping[str, HeldOutResult]) -> None:

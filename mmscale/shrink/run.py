@@ -100,6 +100,7 @@ def dropped_settings(config: RunConfig) -> list[str]:
         for index, teacher in enumerate(stage.distill)
     ]
     sets = ", ".join(held.name for held in config.evaluation.sets)
+    drawings = [] if config.evaluation.drawings is None else ["evaluation.drawings"]
     references = [
         f"stages.{number}.preference.reference: {stage.preference.reference}"
         for number, stage in enumerate(config.stages)
@@ -107,7 +108,7 @@ def dropped_settings(config: RunConfig) -> list[str]:
         and stage.preference is not None
         and kept["reference"] != stage.preference.reference
     ]
-    return [*weights, *upcycled, *teachers, *references, *([f"evaluation.sets: {sets}"] if sets else [])]
+    return [*weights, *upcycled, *teachers, *references, *([f"evaluation.sets: {sets}"] if sets else []), *drawings]
 
 
 def _shrink_stage(config: RunConfig, number: int, steps: int, lanes: int, keep_depth: bool) -> dict[str, Any]:

@@ -87,7 +87,7 @@ DrawingTemplate.text_weight
 DrawingTemplate.image_weight DrawingTemplate.mark_weight DrawingTemplate.caption_last DrawingTemplate.text_dropout
 EngineConfig.zero_stage
 EngineConfig.gather_bucket_elements EngineConfig.persistent_parameter_elements EngineConfig.live_parameter_elements
-GenerationSet.seed HeldOutSet.seed HybridConnectorConfig.gate_init ImageTokensConfig.first_id
+DrawingSet.seed GenerationSet.seed HeldOutSet.seed HybridConnectorConfig.gate_init ImageTokensConfig.first_id
 InterleavedTemplate.text_dropout
 LinearProjectorConfig.norm_eps
 MetricsConfig.smoothing MlpProjectorConfig.norm_eps MoeConfig.shared_dim MoeConfig.balance_coefficient
@@ -140,6 +140,17 @@ _MORE: dict[str, dict[str, Any]] = {
     "CompareConfig": {"seeds": [1], "variants": [{"name": "a"}, {"name": "b"}]},
     "DrawingsConfig": {"prompts": ["a"], "size": 32},
     "DatasetConfig": {"name": "a", "manifest": "a"},  # Without weight, which excludes repeats.
+    "DrawingSet": {
+        "kind": "drawings",
+        "name": "a",
+        "manifest": "a",
+        "field": "a",
+        "classifier": "a",
+        "train": "a",
+        "train_limit": 2,
+        "size": 8,
+        "limit": 2,
+    },
     "DrawingTemplate": {"kind": "drawing", "caption_last": 0.5, "text_dropout": 0.1},
     "ImageTokensConfig": {"codebook_size": 1, "first_id": 7, "grid": [2, 3]},
     "GenerationSet": {"kind": "generation", "name": "a", "manifest": "a", "limit": 2},

@@ -32,7 +32,7 @@ def test_set(block: dict[str, object]) -> None:
 
 def test_every_kind_is_shown() -> None:
     shown = {block["sets"][0].get("kind", "images") for block in SETS}
-    assert shown == {"images", "choice", "perplexity", "generation"}
+    assert shown == {"images", "choice", "perplexity", "generation", "drawings"}
 
 
 def test_comparison() -> None:

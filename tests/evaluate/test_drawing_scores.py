@@ -59,13 +59,13 @@ def test_frechet_distance_is_that_of_the_formula() -> None:
     assert frechet_distance(first, first) == pytest.approx(0, abs=1e-12)
 
 
-def vector(model: Any, sample: Sample) -> Any:
-    """Return the vector of an image that is alone in its batch; ``one_by_one`` gives its cosines with texts."""
+def vectors(model: Any, sample: Sample, name: str = "x") -> tuple[Any, Any]:
+    """Return the vectors of an image and of a name that are alone in their batch."""
     found: list[Any] = []
-    handle = model.register_forward_hook(lambda module, inputs, output: found.append(output.images))
-    one_by_one(model, sample, "x")
+    handle = model.register_forward_hook(lambda module, inputs, output: found.extend((output.images, output.texts)))
+    one_by_one(model, sample, name, "")
     handle.remove()
-    return found[0][0].double().numpy()
+    return found[0][0].double().numpy(), found[1][0].double().numpy()
 
 
 def thumbnail(sample: Sample) -> Any:
@@ -90,11 +90,15 @@ def test_scores_are_those_of_brute_force(classifier: Path, scored: tuple[dict[st
     assert len({image.tobytes() for image in drawings}) == 9
     questions = ImageQuestions.read(held)  # type: ignore[arg-type]
     assert [line["reference"] for line in lines] == [line["prompt"] for line in lines] == questions.answers
+    of_drawings = np.stack([vectors(model, as_sample(image))[0] for image in drawings])
+    blocks = make_blocks(questions.answers, questions.pool, 4, 0)
+    asked = {name for block in blocks for name in block.candidates}
+    of_names = {name: vectors(model, as_sample(drawings[0]), name)[1] for name in asked}
     right, control = [0.0] * 9, [0.0] * 9
-    for block in make_blocks(questions.answers, questions.pool, 4, 0):
+    for block in blocks:
         for sample, other in zip(block.samples, block.control_sample, strict=True):
             for into, shown in ((right, sample), (control, block.samples[other])):
-                values = {name: one_by_one(model, as_sample(drawings[shown]), name, "") for name in block.candidates}
+                values = {name: float(of_drawings[shown] @ of_names[name]) for name in block.candidates}
                 best = max(values, key=lambda name: values[name])
                 into[sample] = float(best == questions.answers[sample])
                 assert shown != sample or lines[sample]["answer"] == best
@@ -104,8 +108,7 @@ def test_scores_are_those_of_brute_force(classifier: Path, scored: tuple[dict[st
     own = list(read_samples(held.manifest))
     order = np.random.default_rng([0, len(own), 1]).permutation(len(own))[:18]
     real = [own[number] for number in order]
-    of_real = np.stack([vector(model, sample) for sample in real])
-    of_drawings = np.stack([vector(model, as_sample(image)) for image in drawings])
+    of_real = np.stack([vectors(model, sample)[0] for sample in real])
     assert result["frechet_n"] == 9
     assert result["frechet"] == pytest.approx(by_formula(of_drawings, of_real[:9]), abs=1e-5)
     assert result["frechet_real"] == pytest.approx(by_formula(of_real[9:], of_real[:9]), abs=1e-5)

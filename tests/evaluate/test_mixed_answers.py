@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from data_pipeline.config import DataConfig
 from data_pipeline.packing.collate import collate
 from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Pack
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from mmscale.errors import ConfigError
+from mmscale.evaluate.answers import Chat
 from mmscale.evaluate.drawings import Drawing
 from mmscale.evaluate.mixed_answers import respond_with_drawings
 from mmscale.models.build import media_spec
@@ -114,3 +116,15 @@ def test_mistakes_are_refused() -> None:
         answer(drawing_model("separate"), "separate")
     with pytest.raises(ConfigError, match="guidance 0"):
         answer(net, "vocabulary", guidance=0.5)
+
+
+def test_an_answer_without_drawings_leaves_codes_out() -> None:
+    tokenizer, block = tokenizer_of("vocabulary"), drawing_data("vocabulary").model_dump()
+    net = drawing_model("vocabulary")
+    with torch.no_grad():
+        net.head.weight[: FIRST["vocabulary"]].zero_()  # Some code always has a logit above 0.
+    data = DataConfig.model_validate({**block, "template": {"kind": "dialogue"}})
+    chat = Chat(net, data, media_spec(net.config), max_new_tokens=5)
+    assert chat.ask("a red fox") == ""
+    codes = continued(net, [1, *tokenizer.encode("a red fox")], slice(None))
+    assert codes >= FIRST["vocabulary"]

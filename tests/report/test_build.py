@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import mmscale.report.page as report_page
 from mmscale.errors import ConfigError
 from mmscale.evaluate.result import (
     ChoiceResult,
+    DrawingsResult,
     GenerationResult,
     HeldOutResult,
     Memory,
@@ -133,6 +135,45 @@ def test_generated_answers_are_shown_and_cannot_leave_their_place(run: Path) -> 
         assert words in page.text
     assert "number 6" not in page.text  # Eight rows.
     assert "x" * 300 not in html
+
+
+def test_scored_drawings_are_shown_beside_their_nearest_training_images(run: Path) -> None:
+    values = (
+        0.4,
+        0.04,
+        0.02,
+        50,
+        "name of drawings among 50",
+        0.069,
+        0.028,
+        0.328,
+        0.345,
+        50,
+        0.147,
+        0.165,
+        0.14,
+        "ab",
+    )
+    _result(run, {name: DrawingsResult(*values) for name in ("drawn", "damaged", "../../drawn")})
+    (run / "answers" / "drawn").mkdir(parents=True)
+    for name, colour in (("0000.png", 10), ("0000-nearest.png", 20), ("0001.png", 30)):
+        (run / "answers" / "drawn" / name).write_bytes(encode_png(np.full((2, 2, 3), colour, np.uint8)))
+    shutil.copy(run / "answers" / "drawn" / "0000.png", run.parent / "outside.png")
+    row = {"prompt": "moon", "answer": HOSTILE, "reference": "moon", "drawing": "drawn/0000.png"}
+    near = {"nearest": "drawn/0000-nearest.png", "distance": 0.25, "nearest_key": "k"}
+    rows = [row | near, row | {"drawing": "drawn/0001.png", "answer": "moon"}, row | {"drawing": "../../outside.png"}]
+    (run / "answers" / "drawn.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    (run / "answers" / "damaged.jsonl").write_text('{"drawing": 3}\n')
+    html = build_report(run).read_text()
+    page = Page(html)
+    for words in ("10.0× its control", "Frechet distance 0.328 (real images 0.345)", "14 % nearer", "moon 0.250"):
+        assert words in page.text
+    assert page.text.count("Drawings of set drawn") == 1
+    assert "Drawings of set damaged" not in page.text
+    assert HOSTILE not in html
+    shown = [base64.b64decode(str(attrs["src"]).partition(",")[2]) for tag, attrs in page.tags if tag == "img"]
+    drawn = [(run / "answers" / "drawn" / name).read_bytes() for name in ("0000.png", "0000-nearest.png", "0001.png")]
+    assert [image for image in shown if image in drawn] == drawn
 
 
 def test_components_with_one_learning_rate_share_a_line(run: Path) -> None:

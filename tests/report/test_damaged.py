@@ -147,6 +147,7 @@ def test_half_a_pair_of_utf_16_is_shown_escaped(tmp_path: Path) -> None:
         ("result.json", ["heldout", "text"], {"kind": "perplexity"}, "heldout.text.loss: required, and missing"),
         ("result.json", ["heldout", "text"], 3, "heldout.text: expected a mapping"),
         ("result.json", ["heldout", "text"], {"kind": "generation"}, "heldout.text.score: required, and missing"),
+        ("result.json", ["heldout", "text"], {"kind": "drawings"}, "heldout.text.score: required, and missing"),
     ],
 )
 def test_a_wrong_value_is_named_in_words_of_files(

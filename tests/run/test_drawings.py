@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmscale.cli.main import main
+from mmscale.cli.next_steps import next_steps
 from mmscale.cli.trained import open_trained
 from mmscale.config import load
 from mmscale.errors import ConfigError
@@ -22,10 +24,30 @@ from mmscale.models.sampling import SamplingConfig
 from mmscale.report.build import render
 from mmscale.run.config import RunConfig
 from mmscale.run.drawings import check_drawings
+from mmscale.shrink.run import dropped_settings
 from tests.evaluate.drawing_models import drawing_run
 from tests.system.conftest import Run
 
 SAMPLING = SamplingConfig(temperature=1.0, seed=7)
+
+
+def test_a_finished_run_proposes_to_draw(tmp_path: Path) -> None:
+    words = ["evaluation.drawings.tokenizer='a b'"]
+    config = load(drawing_run(tmp_path, "vocabulary"), words, RunConfig).value
+    (command,) = (command for command, what in next_steps(config) if what == "draw")
+    drawn = ["--prompt", "fox", "--images", "4", "--size", "6", "--guidance", "2", "--tokenizer", "a b"]
+    place = str(config.run_dir)
+    assert "evaluation.drawings" in dropped_settings(config)
+    assert shlex.split(command) == ["mmscale", "generate", place, *drawn, "--output", f"{place}/drawn"]
+
+
+def test_the_data_to_draw_with_are_those_of_the_last_stage_that_draws(tmp_path: Path) -> None:
+    talk = "{name: talk, steps: 2, data: {datasets: [{name: texts, manifest: x, template: {kind: text}}]}}"
+    stages = f"stages=[{{name: draw, steps: 2}}, {talk}]"
+    config = load(drawing_run(tmp_path, "vocabulary"), [stages], RunConfig).value
+    assert [config.evaluation_data(number).datasets[0].name for number in (0, 1)] == ["texts", "texts"]
+    assert [config.drawing_data(number).datasets[0].name for number in (0, 1)] == ["drawn", "drawn"]
+    check_drawings(config)
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +224,29 @@ def test_drawings_that_cannot_be_made_are_found_before_the_run(tmp_path: Path, o
 def test_blocks_that_do_not_fit_are_refused(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(drawing_run(tmp_path, "vocabulary"), [override], RunConfig)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_ranks_and_a_resumed_run_draw_the_same(tmp_path: Path, run: Path) -> None:
+    """ZeRO-3 on two ranks for two steps, then on one rank: the drawings of the run on one rank."""
+    path, folder = drawing_run(tmp_path, "vocabulary"), tmp_path / "run"
+    two = ["launch", "local", str(path), "--ranks", "2", "max_steps=2", "evaluation.sets.0.limit=4"]
+    Run(folder, two, forked=True).finish()
+    assert [line["step"] for line in records(folder)] == [2], "the end of the run repeats no drawing"
+    stale = {**records(folder)[0], "step": 3}
+    with (folder / "drawings/drawings.jsonl").open("a") as file:
+        file.write(json.dumps(stale) + "\n")
+    Run(folder, ["train", str(path)], forked=True).finish()
+    lines = records(folder)
+    assert [line["step"] for line in lines] == [2, 4]
+    assert lines == records(run)
+    for record in (record for line in lines for record in line["drawings"]):
+        assert (folder / record["image"]).read_bytes() == (run / record["image"]).read_bytes()
+
+    without = tmp_path / "without"
+    words = ["train", str(path), f"run_dir={without}", "evaluation.drawings=null"]
+    Run(without, words, forked=True).finish()
+    losses = [[line["loss"] for line in Run(each, []).metrics()] for each in (run, without)]
+    assert losses[0] == losses[1]
+    assert not (without / "drawings").exists()

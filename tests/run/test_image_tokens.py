@@ -11,18 +11,30 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.config import DataConfig
 from data_pipeline.images.transforms import FixedTransform, NativeTransform
 from data_pipeline.sample import ImagePart
 from data_pipeline.shards.manifest import Manifest, write_manifest
 from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.shards.token_grid import decode_grid
 from data_pipeline.shards.writer import ShardWriter
+from mmscale.checkpoint import TrainState
 from mmscale.checkpoint.imports import import_folder
 from mmscale.cli.main import main
+from mmscale.config import load
+from mmscale.dist import World
 from mmscale.errors import ConfigError
 from mmscale.models.image_tokenizer import image_tokenizer_digest
-from mmscale.run.image_tokens import CheckpointEncoder, encoding_transforms, load_image_tokenizer
+from mmscale.run.config import RunConfig
+from mmscale.run.image_tokens import (
+    CheckpointEncoder,
+    encoding_transforms,
+    load_image_tokenizer,
+    tokenizer_of_data,
+)
+from mmscale.run.stage_weights import check_stage_weights
 from tests.data_pipeline.conftest import picture
+from tests.evaluate.drawing_models import drawing_data
 from tests.models.reference_models import randomise
 
 
@@ -60,10 +72,30 @@ def test_encoded_tokens_are_those_of_transformers(tmp_path: Path, capsys: pytest
         assert part.grid is not None
         np.testing.assert_array_equal(decode_grid(part.grid, part.name).codes, expected.numpy())
 
+    _check_the_tokenizer_of_a_drawing_model(tmp_path, digest)
     assert main([*words, "--output", str(tmp_path / "out"), *native]) == 2
     assert "exists already" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="device cuda:99"):
         CheckpointEncoder.open(tmp_path / "run", "cuda:99")
+
+
+def _check_the_tokenizer_of_a_drawing_model(folder: Path, digest: str) -> None:
+    """The tokenizer must be the one that the configuration, or else the manifest, names."""
+
+    def found(manifest: str, tokenizer: str | None) -> str:
+        (block,) = drawing_data("separate").model_dump()["datasets"]
+        tokens = {**block["image_tokens"], "tokenizer": tokenizer}
+        dataset = {**block, "manifest": folder / manifest, "image_tokens": tokens}
+        data = DataConfig.model_validate({**drawing_data("separate").model_dump(), "datasets": [dataset]})
+        return image_tokenizer_digest(tokenizer_of_data(folder / "run", data, torch.device("cpu")))
+
+    assert found("out/data.manifest", None) == found("absent.manifest", digest) == digest
+    with pytest.raises(ConfigError, match=r"but abababababab\.\.\. encoded the images of data set drawn"):
+        found("out/data.manifest", "ab" * 32)
+    with pytest.raises(ConfigError, match="it is unknown which image tokenizer encoded"):
+        found("absent.manifest", None)
+    with pytest.raises(ConfigError, match="it is unknown which image tokenizer encoded"):
+        found("in/a.manifest", None)
 
 
 def test_transforms_are_those_of_the_run_or_of_the_command_line(tmp_path: Path) -> None:
@@ -85,3 +117,55 @@ def test_the_run_of_another_model_is_refused(tmp_path: Path) -> None:
     import_folder(tmp_path / "tower", tmp_path / "run" / "checkpoints")
     with pytest.raises(ConfigError, match="its model is no image tokenizer"):
         load_image_tokenizer(tmp_path / "run")
+
+
+@pytest.mark.fault
+def test_weights_of_a_tokenizer_that_did_not_encode_the_data_are_refused(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1, "latent_channels": 16}
+    config = transformers.JanusVQVAEConfig(**sizes, num_embeddings=80, embed_dim=6, num_patches=6)
+    for name, seed in (("own", 1), ("other", 2)):
+        torch.manual_seed(seed)
+        transformers.JanusVQVAE(config).save_pretrained(tmp_path / "hf" / name)
+        import_folder(tmp_path / "hf" / name, tmp_path / name / "checkpoints")
+    with ShardWriter(tmp_path / "in", "a") as writer:
+        writer.write("k", {"png": picture(1, 16, 16), "txt": b"a text"})
+    write_manifest(tmp_path / "in" / "a.manifest", writer.shards)
+    transforms = ["--transforms", "{kind: fixed, size: 16}"]
+    words = ["data", "encode", str(tmp_path / "own"), str(tmp_path / "in" / "a.manifest"), *transforms]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+
+    def check(tokenizer: str, manifest: Path) -> None:
+        encoder = load_image_tokenizer(tmp_path / tokenizer).config.image_tokenizer.model_dump(mode="json")
+        drawn = {"kind": "separate", "codes": 80, "code_dim": 4}
+        sizes = {
+            "hidden_dim": 32,
+            "num_layers": 1,
+            "attention": {"num_heads": 2},
+            "mlp": {"kind": "dense", "hidden_dim": 32},
+        }
+        weights = {"checkpoint": str(tmp_path / tokenizer), "components": ["image_tokenizer"]}
+        dataset = {"name": "drawing", "manifest": str(manifest), "template": {"kind": "drawing"}}
+        run = {
+            "run_dir": str(tmp_path / "run"),
+            "data": {
+                "tokenizer": {"kind": "sentencepiece", "path": "examples/emoji/tokenizer.model"},
+                "image_tokens": {"codebook_size": 80, "first_id": 2048},
+                "datasets": [dataset],
+                "lanes": 1,
+                "packing": {"max_tokens": 128},
+            },
+            "model": {"decoder": {"vocab_size": 2048, "image_tokens": drawn, **sizes}, "image_tokenizer": encoder},
+            "stages": [{"name": "draw", "steps": 1, "train": ["decoder"], "weights": [weights]}],
+        }
+        (tmp_path / "run.yaml").write_text(json.dumps(run))
+        loaded = load(tmp_path / "run.yaml", [], RunConfig)
+        check_stage_weights(loaded.value, World(0, 1, 0, torch.device("cpu")), TrainState())
+
+    check("own", tmp_path / "out" / "data.manifest")
+    with pytest.raises(
+        ConfigError, match=r"weights\.0\.checkpoint=.*other: is the image tokenizer .* encoded the images"
+    ):
+        check("other", tmp_path / "out" / "data.manifest")
+    check("other", tmp_path / "in" / "a.manifest")  # Its manifest names no tokenizer.
