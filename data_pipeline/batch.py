@@ -153,7 +153,7 @@ class MediaBlock(_Brief):
     The feature rows are the output of tower and projector: for each item in order, its ``MediaSpec.num_features`` rows.
 
     Attributes:
-        values: uint8 ``(P, patch_dim)`` patches.
+        values: uint8 ``(P, patch_dim)`` patches. A perceptual loss passes floats from 0 to 255 with a gradient.
         grid: int32 ``(N, 3)`` patches along (time, height, width) of each item.
         grids: The same on the host.
         items: Partition of the P patches into N items.

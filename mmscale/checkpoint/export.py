@@ -201,7 +201,7 @@ def _as_family(
     shapes = {
         name: entry.shape
         for name, entry in entries.items()
-        if not (entry.kind == "buffer" and layout.training_buffers and re.fullmatch(layout.training_buffers, name))
+        if not (layout.training_only and re.fullmatch(layout.training_only, name))
     }
     return values, layout.hf_tensors(config, shapes, stacked=to.stacked_experts)
 
@@ -229,7 +229,13 @@ def _outgoing(reader: CheckpointReader, tensor: HfTensor, entries: Mapping[str, 
     def values() -> Iterator[Tensor]:
         for part, start, stop in tensor.ranges():
             ranges = _values(reader, entries[part.name], start, stop)
-            yield from ranges if part.axes is None else [part.axes.to_theirs(torch.cat(list(ranges)))]
+            if part.axes is not None:
+                yield part.axes.to_theirs(torch.cat(list(ranges)))
+            elif part.unit_rows:
+                rows = torch.cat(list(ranges)).view(part.shape)
+                yield torch.nn.functional.normalize(rows.float(), dim=-1).to(dtype).view(-1)
+            else:
+                yield from ranges
             if part.zeros:
                 yield torch.zeros(part.zeros, dtype=dtype)
 

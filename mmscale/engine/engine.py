@@ -171,11 +171,12 @@ class Engine:
         self._owner = component_of_parameters(model, components)
         self.parameter_counts = _count(model, self._owner)
         units: list[nn.Module] = list(model.checkpoint_units())  # type: ignore[operator]
-        self._undo: list[Undo] = self._arrange(units)
+        gathered = [*units, *(unit for teacher in self.teachers for unit in teacher.units()), *encoders(self.model)]
+        self._undo: list[Undo] = self._arrange(units, gathered)
         self._deepspeed = self._start(components)
         self._saving: Callable[[], AbstractContextManager[Any]] = nullcontext
         if config.zero_stage == 3:
-            self._saving = saved = SavedWeights(model, units)
+            self._saving = saved = SavedWeights(model, gathered)
             self._undo += [saved.close, read_gradients_in_place(self._deepspeed.optimizer)]
         self.partition = Partition(model, self._deepspeed, config.zero_stage, world, averaged=stage.ema is not None)
         self._prepare_optimizer()
@@ -191,9 +192,8 @@ class Engine:
             f"{self.model!r})"
         )
 
-    def _arrange(self, units: list[nn.Module]) -> list[Undo]:
+    def _arrange(self, units: list[nn.Module], gathered: list[nn.Module]) -> list[Undo]:
         undo = [recompute(units)] if self.config.activation_checkpointing else []
-        gathered = [*units, *(unit for teacher in self.teachers for unit in teacher.units()), *encoders(self.model)]
         return [*undo, gather_whole(gathered)] if self.config.zero_stage == 3 else undo
 
     def _prepare_optimizer(self) -> None:
@@ -379,7 +379,7 @@ class Engine:
 
     def _forward_backward(
         self, microbatches: Sequence[Any], scale: float
-    ) -> tuple[list[dict[str, Tensor]], list[Tensor], list[RouterSums], list[Tensor]]:
+    ) -> tuple[list[dict[str, Tensor]], list[Tensor], list[RouterSums], list[tuple[Tensor, ...]]]:
         """Run forward and backward. The gradient is complete and reduced after the last microbatch.
 
         The loss is multiplied by ``scale``. A loss that is not finite is multiplied by NaN instead. The gradient norm
@@ -393,7 +393,7 @@ class Engine:
         sums: list[dict[str, Tensor]] = []
         documents: list[Tensor] = []
         routed: list[RouterSums] = []
-        statistics: list[Tensor] = []
+        statistics: list[tuple[Tensor, ...]] = []
         for index, microbatch in enumerate(microbatches):
             self._deepspeed.set_gradient_accumulation_boundary(index == len(microbatches) - 1)
             with self.clock.phase(FORWARD), self._saving():
@@ -403,7 +403,7 @@ class Engine:
             documents.append(losses)
             if router is not None:
                 routed.append(router)
-            if counted is not None:
+            if counted:
                 statistics.append(counted)
             with self.clock.phase(BACKWARD):
                 factor = torch.where(torch.isfinite(loss_sum.detach()), scale, math.nan).to(loss_sum.dtype)

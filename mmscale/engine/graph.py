@@ -86,12 +86,12 @@ class WholeStepObjective(Protocol):
 class UpdatingObjective(Protocol):
     """An objective that changes rows of a parameter by a rule of its own, after the optimizer's step."""
 
-    def after_step(self, model: Any, statistics: Tensor, *, applied: bool) -> Any:
+    def after_step(self, model: Any, statistics: Sequence[Tensor], *, applied: bool) -> Any:
         """Return ``metrics`` of the whole step, and the rows to write: ``parameter``, ``values`` and ``chosen``.
 
         Args:
             model: Its buffers may be changed, equally on all ranks. Its parameters may be sharded.
-            statistics: float64, the sum of ``ObjectiveOutput.statistics`` over all microbatches and ranks.
+            statistics: float64, the sums of ``ObjectiveOutput.statistics`` over all microbatches and ranks.
             applied: Whether the optimizer changed weights. If not, the objective must change nothing.
         """
         ...
@@ -138,7 +138,7 @@ class LossGraph(nn.Module):
         self.objective = objective
         self.teachers = nn.ModuleList(objective.teachers)
 
-    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], Tensor, RouterSums | None, Tensor | None]:
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], Tensor, RouterSums | None, tuple[Tensor, ...]]:
         """Return the loss sum of the microbatch, metric sums, losses of its documents, router sums, and statistics."""
         output = self.objective(self.model, batch)
         metrics = {name: value.detach() for name, value in output.metrics.items()}
@@ -256,7 +256,7 @@ class SavedWeights:
 
     Args:
         model: A model that ZeRO-3 shards.
-        units: Modules that ZeRO-3 gathers in one message.
+        units: Modules that ZeRO-3 gathers in one message, those of teachers included: a gradient may pass their blocks.
     """
 
     def __init__(self, model: nn.Module, units: Sequence[nn.Module]) -> None:

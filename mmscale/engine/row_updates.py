@@ -18,7 +18,9 @@ from mmscale.engine.graph import UpdatingObjective
 from mmscale.errors import EngineError
 
 
-def update_rows(engine: Any, objective: Any, statistics: Sequence[Tensor], *, applied: bool) -> dict[str, float]:
+def update_rows(
+    engine: Any, objective: Any, statistics: Sequence[tuple[Tensor, ...]], *, applied: bool
+) -> dict[str, float]:
     """Let the objective change rows of a parameter. Return the metrics that follow from its statistics.
 
     All ranks must call.
@@ -37,12 +39,12 @@ def update_rows(engine: Any, objective: Any, statistics: Sequence[Tensor], *, ap
         raise EngineError(
             f"{type(objective).__name__} returns statistics and has no after_step that reads them; leave them out"
         )
-    own = torch.stack(list(statistics)).sum(0)
+    own = [torch.stack(parts).sum(0).double() for parts in zip(*statistics, strict=True)]
     with engine.clock.communicating():
-        whole = all_reduce_sum_list(engine.world, own.double().flatten().tolist())
-    changes = objective.after_step(
-        engine.model, torch.tensor(whole, dtype=torch.float64).view(own.shape), applied=applied
-    )
+        whole = all_reduce_sum_list(engine.world, torch.cat([each.flatten() for each in own]).tolist())
+    flat = torch.tensor(whole, dtype=torch.float64).split([each.numel() for each in own])
+    sums = [part.view(each.shape) for part, each in zip(flat, own, strict=True)]
+    changes = objective.after_step(engine.model, sums, applied=applied)
     if changes.chosen.any():
         engine.partition.write_rows(changes.parameter, changes.values, changes.chosen)
         engine.frozen_sources.pop(changes.parameter, None)

@@ -83,6 +83,7 @@ class NameRule:
             the index along our first dimension (the expert). The rows of each index are divided evenly among the
             names, in this order. Empty where one tensor holds the whole parameter. Must not be combined with the
             other fields (not checked).
+        unit_rows: Whether an export scales each row of our parameter to length 1. An import does not change rows.
     """
 
     ours: str
@@ -93,6 +94,7 @@ class NameRule:
     axes: Axes | None = None
     zeros: int = 0
     slices: tuple[str, ...] = ()
+    unit_rows: bool = False
 
     def tensors(self, shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[int, ...]]]:
         """Yield (end of their name, index of the first of our flat values, shape of these values) of each tensor.
@@ -146,6 +148,7 @@ class TensorPart:
         axes: As in ``NameRule``.
         zeros: As in ``NameRule``.
         start: Index of the first of these values in the flat parameter.
+        unit_rows: As in ``NameRule``.
     """
 
     name: str
@@ -154,6 +157,7 @@ class TensorPart:
     axes: Axes | None = None
     zeros: int = 0
     start: int = 0
+    unit_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,7 @@ class HfTensor:
     def ranges(self) -> Iterator[tuple[TensorPart, int, int]]:
         """Yield (part, start, stop) in storage order: the range of the parameter's flat values that comes next.
 
-        The caller applies ``axes`` and adds ``zeros``.
+        The caller applies ``axes`` and ``unit_rows``, and adds ``zeros``.
         """
         for turn in range(self.num_turns):
             for part in self.parts:
@@ -231,8 +235,8 @@ class FamilyLayout:
         stacked: As ``rules``, for the spelling that version 5 of transformers has in memory: one tensor for all
             experts of a layer. None for a family without experts or without such a spelling.
         buffers: Whether the folder holds the model's persistent buffers, too (stored means and variances).
-        training_buffers: Regular expression of buffers that only training reads: an export leaves them out. It must
-            match the whole name.
+        training_only: Regular expression of parameters and buffers that only training reads: an export leaves them out.
+            It must match the whole name.
     """
 
     model_type: str
@@ -248,7 +252,7 @@ class FamilyLayout:
     images: Callable[[ImageSource], ImageInput] | None = None
     stacked: Callable[[Any], NameRules] | None = None
     buffers: bool = False
-    training_buffers: str | None = None
+    training_only: str | None = None
 
     def model_config(self, values: Mapping[str, Any], where: str) -> AnyModelConfig:
         """Convert the values of a ``config.json`` to our config.
@@ -340,7 +344,7 @@ class FamilyLayout:
         for name, shape in shapes.items():
             rule, theirs = self._match(applied, name)
             for end, start, own in rule.tensors(tuple(shape)):
-                part = TensorPart(name, own, rule.block, rule.axes, rule.zeros, start)
+                part = TensorPart(name, own, rule.block, rule.axes, rule.zeros, start, rule.unit_rows)
                 found.setdefault(theirs + end, []).append((rule, part))
         return {theirs: _hf_tensor(theirs, parts) for theirs, parts in found.items()}
 
@@ -441,7 +445,11 @@ def forward_config(config: AnyModelConfig) -> dict[str, Any]:
     if isinstance(config, ModelConfig | TokenizerConfig) and config.image_tokenizer is not None:
         for name in ("codebook_update", "idle_counts"):  # Used in training only.
             del values["image_tokenizer"][name]
-    values.pop("image_size", None)  # Of the images that a run trains an image tokenizer on.
+        if values["image_tokenizer"].get("normalized_codes") == "always":
+            # An export scales these codes to length 1. The search then finds the same ones with latents of any length.
+            values["image_tokenizer"]["normalized_codes"] = "decoding"
+    for name in ("image_size", "discriminator"):  # Of the run that trains an image tokenizer.
+        values.pop(name, None)
     if not isinstance(config, ModelConfig):
         return values
     decoder, block = config.decoder, values["decoder"]

@@ -39,7 +39,8 @@ class ParameterCount:
         total: All parameters; tied ones count once.
         active: Parameters that one token uses: A of the E routed experts count.
         components: Number per component of the model: "vision", "connector", "decoder", "extra_tokens", "image_tokens",
-            "image_tokenizer", "adapters"; of an image tokenizer alone "encoder", "codebook", "decoder".
+            "image_tokenizer", "adapters"; of an image tokenizer alone "encoder", "codebook", "decoder",
+            "discriminator".
     """
 
     total: int

@@ -16,6 +16,7 @@ from mmscale.models.image_tokenizer import ImageTokenizerConfig
 from mmscale.models.image_tokens import COMPONENT as IMAGE_TOKENS
 from mmscale.models.image_tokens import TOKENIZER
 from mmscale.models.vision_config import AnyVisionConfig, VisionConfig
+from mmscale.nn.discriminator import PatchDiscriminatorConfig
 from mmscale.nn.sizes import Side
 
 
@@ -32,14 +33,20 @@ class TokenizerConfig(StrictConfig):
     vision: ClassVar[None] = None
     connector: ClassVar[None] = None
     adapters: ClassVar[None] = None
-    components: ClassVar[tuple[str, ...]] = ("encoder", "codebook", "decoder")
-    """Names of the components that a stage can train or freeze."""
     predicts_tokens: ClassVar[bool] = False
     image_tokenizer: ImageTokenizerConfig
     """The tokenizer."""
     image_size: Side = 256
     """Pixels of a side of the square images that a run trains on; a multiple of the pixels of a token. A trained
     tokenizer encodes images of any size."""
+    discriminator: PatchDiscriminatorConfig | None = None
+    """Discriminator of ``stages.*.reconstruction.discriminator``; null for training without one. Checkpoints contain
+    it, exports do not."""
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the components that a stage can train or freeze."""
+        return ("encoder", "codebook", "decoder", *(("discriminator",) if self.discriminator else ()))
 
     @model_validator(mode="after")
     def _check_size(self) -> TokenizerConfig:
@@ -47,6 +54,11 @@ class TokenizerConfig(StrictConfig):
             raise ValueError(
                 f"image_size={self.image_size}: must be a multiple of the {self.image_tokenizer.stride} pixels of a "
                 "token (2 ** (number of multipliers - 1))"
+            )
+        if self.discriminator is not None and self.image_size < self.discriminator.least_side:
+            raise ValueError(
+                f"discriminator.halvings={self.discriminator.halvings}: needs images of at least "
+                f"{self.discriminator.least_side} pixels a side, not image_size={self.image_size}"
             )
         return self
 
@@ -119,6 +131,8 @@ class ModelFile(ModelConfig):
     """The image tokenizer, in a file without ``decoder`` and ``vision``."""
     image_size: Side = 256
     """Pixels of a side of the square images that a run trains an image tokenizer on."""
+    discriminator: PatchDiscriminatorConfig | None = None
+    """Discriminator of an image tokenizer's adversarial loss; null for training without one."""
 
 
 AnyModelConfig = ModelConfig | TowerConfig | TokenizerConfig

@@ -16,6 +16,7 @@ from mmscale.models.config import TokenizerConfig
 from mmscale.models.image_tokenizer import ImageTokenizerConfig, build_image_tokenizer
 from mmscale.models.parameter_counts import describe_parameters
 from mmscale.nn.codebook import Quantized
+from mmscale.nn.discriminator import PatchDiscriminator
 from mmscale.nn.image_blocks import images_of_patches
 
 _COUNTED_SIDE = 32
@@ -42,12 +43,19 @@ class ImageTokenizerModel(nn.Module):
 
     Every batch runs every module, because sharded ranks must run the same modules: packs without an image carry a dummy
     document.
+
+    Attributes:
+        image_tokenizer: The tokenizer.
+        discriminator: Run by the adversarial loss, not by the model; None without one.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
         self.image_tokenizer = build_image_tokenizer(config.image_tokenizer)
+        self.discriminator: PatchDiscriminator | None = None
+        if config.discriminator is not None:
+            self.discriminator = PatchDiscriminator(config.discriminator, config.image_tokenizer.channels)
 
     def forward(self, batch: MultimodalBatch) -> Reconstruction:
         """Return the reconstructions of all images of a batch, those of dummy documents included."""
@@ -66,8 +74,11 @@ class ImageTokenizerModel(nn.Module):
         return f"{type(self).__name__}({describe_parameters(self.components())})"
 
     def components(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters of each component: ``encoder``, ``codebook`` and ``decoder``."""
-        return self.image_tokenizer.components()
+        """Return the parameters of each component: ``encoder``, ``codebook``, ``decoder``, and a ``discriminator``."""
+        parts = self.image_tokenizer.components()
+        return (
+            parts if self.discriminator is None else {**parts, "discriminator": list(self.discriminator.parameters())}
+        )
 
     def checkpoint_units(self) -> list[nn.Module]:
         """Return the blocks that activation checkpointing recomputes in the backward pass."""
@@ -108,7 +119,8 @@ class ImageFlops(NamedTuple):
 def image_flops(config: TokenizerConfig, trained: frozenset[str]) -> ImageFlops:
     """Return the operations of one image of a run; ``trained``: components that receive gradients.
 
-    torch counts them (``FlopCounterMode``) in a pass on the meta device, once for each configuration.
+    torch counts them (``FlopCounterMode``) in a pass on the meta device, once for each configuration. A trained
+    discriminator judges the image and its reconstruction, and the reconstruction again for the tokenizer.
     """
     with torch.device("meta"):
         model = ImageTokenizerModel(config)
@@ -127,9 +139,14 @@ def image_flops(config: TokenizerConfig, trained: frozenset[str]) -> ImageFlops:
 
     with FlopCounterMode(display=False) as forward:
         output = model.reconstruct(images)
+        ends = [output.reconstructions.sum() + output.quantized.latents.sum()]
+        if model.discriminator is not None and "discriminator" in trained:
+            judged = torch.cat([images, output.reconstructions.detach()])
+            ends.append(model.discriminator(judged, frozen=False).sum())
+            ends.append(model.discriminator(output.reconstructions, frozen=True).sum())
     with FlopCounterMode(display=False) as backward:
-        if output.reconstructions.requires_grad:
-            (output.reconstructions.sum() + output.quantized.latents.sum()).backward()
+        if (end := torch.stack(ends).sum()).requires_grad:
+            end.backward()
     handles = [unit.register_forward_pre_hook(count) for unit in model.checkpoint_units()]
     with torch.no_grad():
         model.reconstruct(images)

@@ -39,7 +39,7 @@ class StillProjection(nn.Linear):
 
 
 def normalise_pixels(
-    values: UInt8[Tensor, "P patch_dim"],
+    values: UInt8[Tensor, "P patch_dim"] | Float[Tensor, "P patch_dim"],
     channels: int,
     mean: Sequence[float],
     std: Sequence[float],
@@ -48,7 +48,7 @@ def normalise_pixels(
     """Return ``(values / 255 - mean) / std`` per channel.
 
     Args:
-        values: Patches, each laid out (channel, row, column).
+        values: Patches, each laid out (channel, row, column); values from 0 to 255. Floats may have a gradient.
         channels: Colour channels.
         mean: Per channel, for pixels scaled to 0..1.
         std: Per channel, for pixels scaled to 0..1.
@@ -100,7 +100,7 @@ class PatchEmbed(nn.Module):
         self.mean = mean
         self.std = std
 
-    def forward(self, values: UInt8[Tensor, "P patch_dim"]) -> Float[Tensor, "P D"]:
+    def forward(self, values: UInt8[Tensor, "P patch_dim"] | Float[Tensor, "P patch_dim"]) -> Float[Tensor, "P D"]:
         dtype = self.projection.weight.dtype
         return self.projection(normalise_pixels(values, self.channels, self.mean, self.std, dtype))
 

@@ -21,8 +21,9 @@ class ObjectiveOutput:
             ``loss_sum``, at the pair's text segment.
         router: Sums of the model's routers (``ModelOutput.router``), which the engine reports and from which it moves
             the routers' biases. None for a model without experts.
-        statistics: int64, any shape: sums that the engine adds over all microbatches and ranks and passes to the
-            objective's ``after_step``. None for an objective without this method.
+        statistics: int64 or float64 tensors of any shapes: sums that the engine adds over all microbatches and ranks
+            and passes to the objective's ``after_step``. The engine reads them after the backward pass, which may
+            change them. Empty for an objective without this method.
         parts: Parts of the loss with weights of their own: detached ``(sum, weight)`` by name, the same names in every
             microbatch of a run. The engine reports the quotient over the whole step, and nothing if the weight is 0.
     """
@@ -31,5 +32,5 @@ class ObjectiveOutput:
     metrics: dict[str, Tensor]
     document_losses: Tensor
     router: RouterTensors | None = None
-    statistics: Tensor | None = None
+    statistics: tuple[Tensor, ...] = ()
     parts: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)

@@ -48,6 +48,7 @@ from mmscale.report.page import render_page
 from mmscale.report.spikes import WINDOW_STEPS, find_spikes, page_of
 from mmscale.report.starts import changes_of, read_starts
 from mmscale.report.step_time import goodput_rows, goodput_shares, step_charts, step_rows
+from mmscale.report.tokenizer import tokenizer_charts
 
 REPORT_FILE = "report.html"
 
@@ -155,6 +156,7 @@ def render(run_dir: Path, note: Callable[[str], object] = lambda line: None) -> 
         cards=_cards(result),
         galleries=_galleries(run_dir, captions),
         strips=drawing_strips(run_dir, drawings),
+        strips_title="Reconstructions" if any("metric/psnr" in record for record in records) else "Drawings",
         answers=read_answer_tables(run_dir, result.get("heldout", {})),
         scored_drawings=read_drawing_galleries(run_dir, result.get("heldout", {})),
         no_sets=_has_no_sets(configuration),
@@ -258,6 +260,8 @@ def _galleries(run_dir: Path, records: Sequence[CaptionRecord]) -> list[CaptionG
 
 def _loss_unit(records: Sequence[Record]) -> str:
     """Return the unit of the mean loss. Only records of contrastive stages have a similarity scale."""
+    if any("metric/psnr" in record for record in records):
+        return "mean per image"
     is_per_pair = ["metric/similarity_scale" in record for record in records]
     if any(is_per_pair):
         return "mean per pair" if all(is_per_pair) else "mean per token, in contrastive stages per pair"
@@ -278,6 +282,7 @@ def _charts(records: Sequence[Record], spikes: Sequence[tuple[int, str]]) -> lis
         Chart("Loss", loss_note, _smoothed(series(records, "loss"), 1), marks=marks, links=spikes),
         *_modality_charts(records, marks),
         *heldout_charts(records, marks),
+        *tokenizer_charts(records, marks),
         Chart("Learning rate", "by component", _learning_rates(records), from_zero=True, marks=marks),
         Chart("Gradient norm", norm_note, _smoothed(series(records, "grad_norm"), 2), marks=marks),
         Chart("Tokens per second", "all ranks", _smoothed(rate(records, "tokens"), 3), from_zero=True, marks=marks),

@@ -1,4 +1,4 @@
-"""Find, check and open the teachers of a stage, or the reference model of its preference optimisation.
+"""Find, check and open the frozen models of a stage: teachers, the reference of preferences, or a perceptual tower.
 
     stages.*.distill --newest checkpoint, recorded in TrainState.extra--> manifest: configuration, vocabulary
                      --each rank loads its own ranges--> Teacher
@@ -7,8 +7,9 @@ A stage loads other weights once, at its beginning (``stage_weights``), but need
 that resumes inside a stage requires the same teacher checkpoint, identified by the checksum of its manifest, even if
 the teacher's run has written newer ones since.
 
-A reference model is found and recorded in the same way. If it is the model at the beginning of the stage
-(``preference.reference: start``), the checkpoint of the previous stage is linked to ``RUN/references/STAGE``, because
+A reference model and the tower of a perceptual loss are found and recorded in the same way. If the reference is the
+model at the beginning of the stage (``preference.reference: start``), the checkpoint of the previous stage is linked to
+``RUN/references/STAGE``, because
 ``checkpoint.keep_last`` removes it from the run's checkpoints. If the data hold its log-probabilities
 (``template.stored_reference``), the stage only compares its checksum and does not load it.
 
@@ -45,13 +46,15 @@ from mmscale.dist import World, raise_on_any_rank
 from mmscale.engine.construct import construct
 from mmscale.engine.precision import choose_precision
 from mmscale.errors import CheckpointError, ConfigError
-from mmscale.models.build import build_model, build_weights, media_spec
-from mmscale.models.config import ModelConfig
+from mmscale.models.build import TowerAlone, TrainedModel, build_unset, build_weights, media_spec
+from mmscale.models.config import ModelConfig, TokenizerConfig, TowerConfig
 from mmscale.models.multimodal import MultimodalModel
+from mmscale.objectives.perceptual import PerceptualTower
 from mmscale.objectives.teacher import Teacher
 from mmscale.optim.stages import DistillConfig
 from mmscale.run.config import RunConfig
 from mmscale.run.folder import CHECKPOINTS, REFERENCES
+from mmscale.run.perceptual_tower import perceptual_loss, perceptual_model, unfit_tower
 from mmscale.run.stage_weights import newest_on_rank_0
 
 _KEY = "teachers"
@@ -63,7 +66,9 @@ _Recorded = Mapping[str, tuple[str, str]]
 
 
 def teacher_sources(config: RunConfig, number: int) -> tuple[DistillConfig, ...]:
-    """Return the frozen models that stage ``number`` loads: its teachers, or the reference of its preference loss."""
+    """Return the frozen models that stage ``number`` loads: teachers, the reference of preferences, or a tower."""
+    if (perceptual := perceptual_loss(config, number)) is not None:
+        return (DistillConfig(checkpoint=perceptual.tower, ema=perceptual.ema),)
     if config.stored_reference(number) is not None:
         return ()
     return reference_source(config, number) if config.stages[number].preference else config.stages[number].distill
@@ -167,13 +172,12 @@ def _problems(config: RunConfig, state: TrainState) -> Iterator[str]:
             try:
                 path = _find(source, _recorded(state) if number == state.stage_index else {})
                 manifest = read_manifest(path)
-                reason = missing_or_truncated(path, manifest) or unfit(
-                    manifest, path, config.decoder_model(number), source, distills=bool(stage.distill)
-                )
+                reason = missing_or_truncated(path, manifest) or _unfit(config, number, source, manifest, path)
             except CheckpointError as error:
                 reason = str(error)
             if reason is not None:
                 key = f"distill.{index}.checkpoint" if stage.distill else "preference.reference"
+                key = key if perceptual_loss(config, number) is None else "reconstruction.perceptual.tower"
                 yield f"stages.{number}.{key}={source.checkpoint}: {reason}"
 
 
@@ -224,7 +228,7 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def open_teachers(config: RunConfig, world: World, state: TrainState) -> list[Teacher]:
+def open_teachers(config: RunConfig, world: World, state: TrainState) -> list[Teacher] | list[PerceptualTower]:
     """Build the teachers of the state's stage and load their weights. All ranks must call.
 
     Args:
@@ -235,32 +239,45 @@ def open_teachers(config: RunConfig, world: World, state: TrainState) -> list[Te
     Raises:
         CheckpointError: a teacher is damaged; every rank raises.
     """
-    teachers = []
-    for source in teacher_sources(config, state.stage_index):
-        path, _ = state.extra[_KEY][str(source.checkpoint)]
-        teachers.append(_open(config, world, source, Path(path)))
-    return teachers
+    number = state.stage_index
+    sources = [
+        (source, Path(state.extra[_KEY][str(source.checkpoint)][0])) for source in teacher_sources(config, number)
+    ]
+    perceptual, model = perceptual_loss(config, number), config.stage_model(number)
+    if perceptual is not None and isinstance(model, TokenizerConfig):
+        ((source, path),) = sources
+        tower = _open(config, world, source, path, perceptual_model(perceptual, read_manifest(path), path))
+        return [PerceptualTower(cast(TowerAlone, tower), model.image_size)]
+    whole = [_open(config, world, source, path, _configuration(read_manifest(path), path)) for source, path in sources]
+    return [
+        Teacher(cast(MultimodalModel, teacher), source.weight, source.temperature)
+        for teacher, (source, _) in zip(whole, sources, strict=True)
+    ]
 
 
-def _open(config: RunConfig, world: World, source: DistillConfig, path: Path) -> Teacher:
+def _open(
+    config: RunConfig, world: World, source: DistillConfig, path: Path, model: ModelConfig | TowerConfig
+) -> TrainedModel | TowerAlone:
     verify_together(world, path)
-    model, precision = _configuration(read_manifest(path), path), choose_precision(config.engine, world.device)
-    build = partial(build_model, model, attention=config.engine.attention, seed=None, dtype=precision.dtype)
+    precision = choose_precision(config.engine, world.device)
+    build = partial(build_unset, model, attention=config.engine.attention, dtype=precision.dtype)
     fill = partial(fill_frozen, path=path, zero_stage=config.engine.zero_stage, world=world, ema=source.ema)
     # Convert before loading. Below stage 3 DeepSpeed would convert the loaded weights, at twice the memory.
-    whole = construct(lambda: build().to(precision.dtype), config.engine, world, fill)
-    return Teacher(cast(MultimodalModel, whole), source.weight, source.temperature)
+    return construct(lambda: build().to(precision.dtype), config.engine, world, fill)
 
 
 def teacher_models(config: RunConfig, number: int) -> list[ModelConfig]:
     """Return the model configurations of the ``teacher_sources`` of stage ``number``, which it loads.
 
-    The reference of a stage that begins with it has the configuration of that model, also if its checkpoint is missing.
+    A perceptual tower is left out. The reference of a stage that begins with it has the configuration of that model,
+    also if its checkpoint is missing.
 
     Raises:
         CheckpointError: a teacher is missing, or cannot teach.
     """
     preference = config.stages[number].preference
+    if perceptual_loss(config, number) is not None:
+        return []
     if preference is not None and preference.reference == "start" and config.stored_reference(number) is None:
         return [config.decoder_model(max(number - 1, 0))]
     paths = [newest_of(source.checkpoint) for source in teacher_sources(config, number)]
@@ -296,6 +313,15 @@ def _configuration(manifest: Manifest, path: Path) -> ModelConfig:
     if not isinstance(model, ModelConfig) or not model.predicts_tokens:
         raise CheckpointError(f"{path} holds towers, which predict no tokens, so it cannot be a teacher")
     return model
+
+
+def _unfit(config: RunConfig, number: int, source: DistillConfig, manifest: Manifest, path: Path) -> str | None:
+    """Return why the checkpoint cannot be a frozen model of stage ``number``, or None."""
+    perceptual, model = perceptual_loss(config, number), config.stage_model(number)
+    if perceptual is not None and isinstance(model, TokenizerConfig):
+        return unfit_tower(perceptual, model, manifest, path)
+    distills = bool(config.stages[number].distill)
+    return unfit(manifest, path, config.decoder_model(number), source, distills=distills)
 
 
 def unfit(manifest: Manifest, path: Path, student: ModelConfig, source: DistillConfig, *, distills: bool) -> str | None:

@@ -27,7 +27,6 @@ from torch import profiler
 from data_pipeline.errors import DataConfigError, TooManyFaultsError
 from data_pipeline.loader.loader import Loader, StepBatch
 from data_pipeline.media_spec import Placement
-from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale import checkpoint
 from mmscale.bad_steps.bad_steps import BadSteps
 from mmscale.bad_steps.detector import BadStep, Policy
@@ -48,7 +47,6 @@ from mmscale.metrics.peaks import peak_of
 from mmscale.metrics.profiler import profile_steps
 from mmscale.metrics.router_log import RouterLog
 from mmscale.metrics.run_log import LoggedStage, NullLog, RunLog, open_run_log
-from mmscale.metrics.sample_images import batch_images
 from mmscale.metrics.sample_log import RunSampleLog
 from mmscale.metrics.step_counts import count_step, document_stats, step_flops
 from mmscale.metrics.trackers.trackers import Trackers
@@ -65,6 +63,7 @@ from mmscale.run.rank_check import check_ranks
 from mmscale.run.stage_teachers import open_teachers, record_teachers
 from mmscale.run.stage_weights import load_stage_weights
 from mmscale.run.starts import Start, reject_or_report_finished
+from mmscale.run.step_images import StepImages
 from mmscale.run.tracking import open_trackers, run_facts
 
 Log = RunLog | NullLog
@@ -254,8 +253,7 @@ def _stage_engine(run: _Run, state: TrainState, latest: Path | None) -> Iterator
 def _objective(run: _Run, state: TrainState) -> Objective:
     """Return the loss of the state's stage."""
     model, stage = run.config.stage_model(state.stage_index), run.config.stages[state.stage_index]
-    teachers = open_teachers(run.config, run.world, state) if model.predicts_tokens else ()
-    return choose_objective(model, stage, run.world, teachers)
+    return choose_objective(model, stage, run.world, open_teachers(run.config, run.world, state))
 
 
 def _begin_stage(run: _Run, engine: Engine, latest: Path | None) -> None:
@@ -289,8 +287,7 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
     config, world, log, detector = run.config, run.world, run.log, run.bad_steps.detector
     last = min(state.step + config.stages[state.stage_index].steps - state.stage_step, config.total_steps)
     stage = _logged_stage(config, engine, state.stage_index)
-    spec = config.stage_media(state.stage_index)
-    decode = load_tokenizer(config.stage_data(state.stage_index).tokenizer).decode
+    images = StepImages(config, world, log, state.stage_index)
     log.begin_stage(stage)
     log.pause("setup")
     run.sample_log.begin_stage(state.step, state.stage_index)
@@ -336,7 +333,7 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
             log.step(step, report, sums, counters, hold=run.evaluations.is_due(state))
             if bad is not None and _handle_bad_step(run, state, batch, report, bad):
                 return state, _StageEnd.ROLLED_BACK
-            log.images(step, functools.partial(batch_images, batch.microbatches[0], spec, decode))
+            images.show(engine, step, batch.microbatches[0])
             if run.profiler is not None:
                 run.profiler.step()
             if run.saver.in_flight is not None:

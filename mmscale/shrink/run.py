@@ -5,8 +5,9 @@
     data sets    the bundled shards that fit the kind of template; special tokens of a layout or chat format are
                  replaced by ordinary tokens.
     stages       a few steps each, with warm-ups in proportion; no weights of other checkpoints, no upcycling (widths of
-                 dense feed-forwards and experts shrink differently), and no teacher. The reference of preference
-                 optimisation is the end of the stage before; in the first stage there is none.
+                 dense feed-forwards and experts shrink differently), and no teacher or perceptual tower. A
+                 discriminator starts at the second step at the latest. The reference of preference optimisation is
+                 the end of the stage before; in the first stage there is none.
     lanes        few, with packs of few documents.
 
 A smoke-test run shows that the stages, components, optimizers, data overrides and model changes of a recipe work
@@ -99,6 +100,11 @@ def dropped_settings(config: RunConfig) -> list[str]:
         for number, stage in enumerate(config.stages)
         for index, teacher in enumerate(stage.distill)
     ]
+    teachers += [
+        f"stages.{number}.reconstruction.perceptual: {stage.reconstruction.perceptual.tower}"
+        for number, stage in enumerate(config.stages)
+        if stage.reconstruction is not None and stage.reconstruction.perceptual is not None
+    ]
     sets = ", ".join(held.name for held in config.evaluation.sets)
     drawings = [] if config.evaluation.drawings is None else ["evaluation.drawings"]
     references = [
@@ -122,6 +128,7 @@ def _shrink_stage(config: RunConfig, number: int, steps: int, lanes: int, keep_d
         "upcycle": False,
         "distill": (),
         "preference": _shrink_preference(stage, number),
+        "reconstruction": _shrink_losses(stage),
         "data": data.model_dump(mode="json") if _changes_data(stage, config, number) else None,
         "model": None if stage.model is None else model.model_dump(mode="json"),
     }
@@ -133,6 +140,16 @@ def _shrink_preference(stage: StageConfig, number: int) -> dict[str, Any] | None
         return None
     has_reference = stage.preference.reference != "none" and number > 0
     return {**stage.preference.model_dump(), "reference": "start" if has_reference else "none"}
+
+
+def _shrink_losses(stage: StageConfig) -> dict[str, Any] | None:
+    """Return the losses of an image tokenizer without a perceptual tower, and with an early start of both players."""
+    if stage.reconstruction is None:
+        return None
+    losses = {**stage.reconstruction.model_dump(), "perceptual": None}
+    if (game := losses["discriminator"]) is not None:
+        losses["discriminator"] = {**game, "start_step": min(game["start_step"], 1)}
+    return losses
 
 
 def _changes_data(stage: StageConfig, config: RunConfig, number: int) -> bool:

@@ -79,6 +79,7 @@ Accelerator.overlap Accelerator.node_latency_seconds Accelerator.network_latency
 Accelerator.step_seconds Accelerator.price_per_hour SiteConfig.gpus_per_node
 SiteConfig.max_restarts SiteConfig.restart_delay_seconds
 AdafactorConfig.weight_decay AdafactorConfig.beta2_decay AdafactorConfig.min_scale AdamWConfig.weight_decay
+AdversarialConfig.start_step PerceptualConfig.layers
 AdamWConfig.betas AdaptersConfig.dropout AugmentConfig.shift AugmentConfig.flip AugmentConfig.brightness
 AugmentConfig.contrast
 AugmentConfig.saturation BestConfig.min_delta CaptionTemplate.text_dropout ChoiceSet.seed CompareConfig.seeds
@@ -108,6 +109,7 @@ SamplingConfig.seed TilesConfig.gate_init TilesConfig.global_gate_init VisionCon
 """
 _LARGE = """
 AdafactorConfig.weight_decay AdafactorConfig.min_scale AdafactorConfig.update_clip AdamWConfig.weight_decay
+AdversarialConfig.weight PerceptualConfig.weight
 AdamWConfig.eps AdaptersConfig.alpha BadStepsConfig.loss_deviations BadStepsConfig.norm_deviations BestConfig.min_delta
 ContrastiveConnectorConfig.max_scale
 CrossAttentionConnectorConfig.gate_init DatasetConfig.weight DatasetConfig.repeats DecoderConfig.init_std
@@ -135,6 +137,7 @@ _MORE: dict[str, dict[str, Any]] = {
         "network_bandwidth": 1e9,
     },
     "AdaptersConfig": {"dropout": 0.1},
+    "AdversarialConfig": {},
     "AnnotationsTemplate": {"max_annotations": 2},
     "BestConfig": {"metric": "a/score", "stop_after": 2},
     "CompareConfig": {"seeds": [1], "variants": [{"name": "a"}, {"name": "b"}]},
@@ -174,6 +177,8 @@ _MORE: dict[str, dict[str, Any]] = {
             "mlp": {"kind": "dense", "hidden_dim": 8},
         }
     },
+    "PatchDiscriminatorConfig": {},
+    "PerceptualConfig": {"tower": "a", "layers": [1]},
     "MostPixelsSplit": {"kind": "most_pixels"},
     "MoeConfig": {"num_experts": 4, "experts_per_token": 2, "expert_dim": 8, "shared_dim": 8},
     "SiteConfig": {

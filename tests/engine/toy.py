@@ -94,7 +94,7 @@ class ToyOutput:
     metrics: dict[str, Tensor]
     document_losses: Tensor
     router: None = None
-    statistics: None = None
+    statistics: tuple[()] = ()
     parts: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 

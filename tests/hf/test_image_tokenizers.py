@@ -193,9 +193,10 @@ def test_unsupported_values_are_rejected(case: str, tmp_path: Path) -> None:
         import_folder(tmp_path / "theirs", tmp_path / "run")
 
 
-def test_a_trained_tokenizer_is_exported_without_its_statistics(tmp_path: Path) -> None:
+def trained(folder: Path, kind: str, **changes: Any) -> tuple[Any, Path]:
+    """Return a tokenizer with everything that only training uses, and its checkpoint."""
     block = {
-        "kind": "movqgan",
+        "kind": kind,
         "base_dim": 32,
         "multipliers": [1, 2],
         "blocks_per_level": 1,
@@ -205,12 +206,50 @@ def test_a_trained_tokenizer_is_exported_without_its_statistics(tmp_path: Path) 
         "code_dim": 4,
         "codebook_update": "ema",
         "idle_counts": True,
+        **changes,
     }
-    model = build_unset(TokenizerConfig.model_validate({"image_tokenizer": block}))
+    game = {"base_dim": 8, "halvings": 2, "norm_groups": 4}
+    sizes = {"image_tokenizer": block, "image_size": 12, "discriminator": game}
+    model = build_unset(TokenizerConfig.model_validate(sizes))
     initialise_(model, 3)
+    with torch.no_grad():
+        model.image_tokenizer.codebook.weight.mul_(torch.linspace(0.1, 9, 96)[:, None])
     engine = plain_engine(model)
     engine.partition.whole.clear()
-    checkpoint = save(engine, TrainState(0, 0, 0), tmp_path)
+    return model, save(engine, TrainState(0, 0, 0), folder)
+
+
+def test_codes_of_length_one_are_exported_where_both_sides_are_scaled(tmp_path: Path) -> None:
+    model, checkpoint = trained(tmp_path / "run", "vqgan", normalized_codes="always")
+    export_weights(checkpoint, tmp_path / "theirs", to=HuggingFace())
+    theirs = loaded(tmp_path / "theirs", "JanusVQVAE")
+    assert not any("discriminator" in name for name in tensors_of(tmp_path / "theirs"))
+    images = pictures(4, 3, 12, 12)
+    tokens = model.image_tokenizer.encode(images)
+    assert len(tokens.unique()) > 10
+    assert torch.equal(tokens, tokens_of(theirs, images))
+    with torch.no_grad():
+        mine = model.image_tokenizer.images_of(model.image_tokenizer.codes_of(tokens))
+        assert distance(mine, theirs.decode(tokens.flatten(1))) < BOUND
+
+
+UNKNOWN_TO_JANUS = {
+    "codes of any length": ({"normalized_codes": "never"}, "scales codes to length 1"),
+    "no attention": ({"attention_levels": []}, r"attention_levels=\[1\], not \[\]"),
+    "other norms": ({"norm_groups": 8}, "norm_groups=32, not 8"),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN_TO_JANUS)
+def test_tokenizers_that_transformers_lacks_are_not_exported(case: str, tmp_path: Path) -> None:
+    changes, message = UNKNOWN_TO_JANUS[case]
+    _, checkpoint = trained(tmp_path / "run", "vqgan", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        export_weights(checkpoint, tmp_path / "theirs", to=HuggingFace())
+
+
+def test_a_trained_tokenizer_is_exported_without_its_statistics(tmp_path: Path) -> None:
+    model, checkpoint = trained(tmp_path, "movqgan")
     export_weights(checkpoint, tmp_path / "theirs", to=HuggingFace())
     theirs = loaded(tmp_path / "theirs", "Emu3VQVAE")
     images = pictures(2, 3, 12, 12)

@@ -20,7 +20,7 @@ from mmscale.run.config import RunConfig
 from tests.engine.ranks import run_ranks
 from tests.hf.reference_models import imported
 from tests.models.reference_models import distance
-from tests.objectives.tokenizers import LANES, lane_batch, tokenizer_config
+from tests.objectives.tokenizers import GAME, LANES, lane_batch, tokenizer_config
 
 EMA = {"config": {"codebook_update": "ema"}, "losses": {"l1": 1.0, "ema_decay": 0.8, "revive_after": 2}}
 GRADIENT = {"config": {"normalized_codes": "always"}, "losses": {"revive_after": 2}}
@@ -78,23 +78,27 @@ def test_the_losses_of_codes_are_those_of_transformers(tmp_path: Path) -> None:
     assert distance(ours.image_tokenizer.encoder.conv_in.weight.grad, theirs.encoder.conv_in.weight.grad) < 2e-5
 
 
-def test_a_dummy_image_runs_every_module_and_has_no_gradient() -> None:
-    model = fresh()
-    objective = Reconstruct(ReconstructionConfig(), model.config)
+@pytest.mark.parametrize("start_step", [None, 0, 9])
+def test_a_dummy_image_runs_every_module_and_has_no_gradient(start_step: int | None) -> None:
+    model = fresh(discriminator=None if start_step is None else GAME)
+    game = {} if start_step is None else {"discriminator": {"start_step": start_step}}
+    objective = Reconstruct(ReconstructionConfig.model_validate(game), model.config)
     batch = lane_batch(model.config, 0, 0, dummy=True)
     output = objective(model, batch)
     output.loss_sum.backward()
     assert objective.weight(batch) == 0
-    assert output.statistics is not None
-    assert not output.statistics.any()
+    assert output.statistics
+    assert not any(sums.any() for sums in output.statistics)
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
-def test_operations_are_those_that_torch_counts() -> None:
-    model = fresh()
+@pytest.mark.parametrize("game", [None, GAME])
+def test_operations_are_those_that_torch_counts(game: dict[str, Any] | None) -> None:
+    model = fresh(discriminator=game)
     batch = lane_batch(model.config, 0, 0)
+    losses = ReconstructionConfig.model_validate({"discriminator": None if game is None else {"adaptive": False}})
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        Reconstruct(ReconstructionConfig(), model.config)(model, batch).loss_sum.backward()
+        Reconstruct(losses, model.config)(model, batch).loss_sum.backward()
     counted = image_flops(model.config, frozenset(model.config.components))
     assert 2 * (counted.forward + counted.backward) == pytest.approx(counter.get_total_flops(), rel=0.02)
     assert 0 < counted.recomputed < counted.forward
@@ -130,7 +134,8 @@ def test_codes_are_equal_on_two_ranks_and_after_a_resume(tmp_path: Path) -> None
 @pytest.mark.dist
 @pytest.mark.slow
 def test_codes_are_equal_on_four_ranks_and_at_every_zero_stage() -> None:
-    kinds = (EMA, GRADIENT)
+    game = {**EMA, "config": {**EMA["config"], "discriminator": GAME}}
+    kinds = (EMA, GRADIENT, {**game, "losses": {**EMA["losses"], "discriminator": {}}})
     alone = run_cases(1, *kinds)
     for one, other in zip(alone, run_cases(LANES, *kinds), strict=True):
         assert_equal_training(one, other)

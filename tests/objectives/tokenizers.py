@@ -16,15 +16,22 @@ from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
 from mmscale.models.build import build_unset, media_spec
 from mmscale.models.config import TokenizerConfig
+from mmscale.models.vision import VisionConfig
 from mmscale.nn.init import initialise_
+from mmscale.objectives.perceptual import PerceptualTower, shortened
 from mmscale.objectives.reconstruction import Reconstruct, ReconstructionConfig
 from mmscale.optim.stages import StageConfig
+from tests.checkpoint.programs import digest
 from tests.models.packs import image_document, pack
 
 LANES = 4
 
 
-def tokenizer_config(**changes: Any) -> TokenizerConfig:
+GAME: dict[str, Any] = {"base_dim": 4, "halvings": 1, "norm_groups": 2}
+"""A discriminator for images of 8 pixels."""
+
+
+def tokenizer_config(discriminator: dict[str, Any] | None = None, **changes: Any) -> TokenizerConfig:
     block: dict[str, Any] = {
         "kind": "vqgan",
         "base_dim": 8,
@@ -39,7 +46,7 @@ def tokenizer_config(**changes: Any) -> TokenizerConfig:
         "idle_counts": True,
         **changes,
     }
-    return TokenizerConfig.model_validate({"image_tokenizer": block, "image_size": 8})
+    return TokenizerConfig.model_validate({"image_tokenizer": block, "image_size": 8, "discriminator": discriminator})
 
 
 def lane_batch(config: TokenizerConfig, step: int, lane: int, *, dummy: bool = False) -> MultimodalBatch:
@@ -62,23 +69,37 @@ def train(
     resume_from: str | None = None,
     folder: str = "",
     precision: str = "fp32",
+    tower: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return losses, metrics, the codes and the buffers after the last step."""
+    """Return losses, metrics, the codes and the buffers after the last step, and a digest of the saved or loaded state.
+
+    ``save_at`` equal to the step that is resumed saves the loaded state again.
+    """
     model_config = tokenizer_config(**config)
     engine_config = EngineConfig(zero_stage=zero, device="cpu", precision=precision, timeout_seconds=60)  # type: ignore[arg-type]
-    parts = ["encoder", "decoder"] if model_config.image_tokenizer.codebook_update == "ema" else ["all"]
-    stage = StageConfig.model_validate(
-        {"name": "all", "steps": 40, "train": parts, "learning_rate": 3e-3, "schedule": "constant"}
-    )
+    averaged = model_config.image_tokenizer.codebook_update == "ema"
+    parts = [part for part in model_config.components if not (averaged and part == "codebook")]
+    rates = {part: 1e-2 if part == "discriminator" else 3e-3 for part in parts}
+    block = {"name": "all", "steps": 40, "train": parts, "learning_rate": rates, "schedule": "constant"}
+    stage = StageConfig.model_validate(block)
 
     def initialise(model: Any, *, gather: Any) -> None:
         initialise_(model, 5, gather)
 
     model = construct(lambda: build_unset(model_config), engine_config, world, initialise)
-    objective = Reconstruct(ReconstructionConfig.model_validate(losses), model_config)
+    loss = ReconstructionConfig.model_validate(losses)
+    towers = []
+    if tower is not None and loss.perceptual is not None:
+        vision = shortened(VisionConfig.model_validate(tower), loss.perceptual.layers)
+        alone = construct(lambda: build_unset(vision), engine_config, world, initialise)
+        towers.append(PerceptualTower(alone, model_config.image_size))
+    objective = Reconstruct(loss, model_config, towers)
     engine = Engine(model, objective, stage, engine_config, world)
     first = 0 if resume_from is None else resume(engine, Path(resume_from)).step
-    curve = []
+    curve: list[list[float]] = []
+    state = "" if resume_from is None else digest(engine, world)
+    if save_at == first:
+        save(engine, TrainState(first, 0, first), Path(folder))
     for step in range(first, steps):
         lanes = range(world.rank, LANES, world.world_size)
         # Lane 3 of every second step has no image.
@@ -86,8 +107,10 @@ def train(
         curve.append([report.loss, report.grad_norm, *(report.metrics[name] for name in sorted(report.metrics))])
         if step + 1 == save_at:
             save(engine, TrainState(step + 1, 0, step + 1), Path(folder))
+            state = digest(engine, world)
     buffers = {name: values.tolist() for name, values in model.named_buffers()}
-    answer = {"curve": curve, "codes": codes(engine, model), "buffers": buffers, "names": sorted(report.metrics)}
+    names = sorted(report.metrics) if curve else []
+    answer = {"curve": curve, "codes": codes(engine, model), "buffers": buffers, "names": names, "state": state}
     engine.close()
     return answer
 

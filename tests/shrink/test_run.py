@@ -16,7 +16,7 @@ from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.text.templates import AnnotationsTemplate, DialogueTemplate, EndPiece, TextPiece
 from mmscale.config import load
 from mmscale.run.config import RunConfig
-from mmscale.shrink.run import _shrink_transforms, shrink_run
+from mmscale.shrink.run import _shrink_transforms, dropped_settings, shrink_run
 from tests.configs.files import REPO, RUNS, name_of
 
 RECIPES = REPO / "configs" / "recipes"
@@ -111,3 +111,19 @@ def test_images_of_idefics3_keep_two_tiles_along_a_side() -> None:
         assert ImageTransform(transforms, published).grids[-1] == (4, 4)
         found = ImageTransform(_shrink_transforms(transforms, published, small), small)
         assert found.grids == ((1, 1), (1, 2), (2, 1), (2, 2))
+
+
+def test_a_tokenizer_keeps_its_discriminator_and_loses_its_tower() -> None:
+    words = [
+        "model.discriminator={}",
+        "stages.0.train=[encoder, decoder, discriminator]",
+        "stages.0.reconstruction.discriminator={start_step: 500}",
+        "stages.0.reconstruction.perceptual={tower: runs/tower, layers: [3]}",
+    ]
+    config = load(REPO / "tests/system/tokenizer.yaml", words, RunConfig).value
+    small = shrink_run(config).stages[0].reconstruction
+    assert small is not None
+    assert small.perceptual is None
+    assert small.discriminator is not None
+    assert small.discriminator.start_step == 1
+    assert "stages.0.reconstruction.perceptual: runs/tower" in dropped_settings(config)

@@ -104,5 +104,5 @@ LAYOUT = FamilyLayout(
     ),
     auto_class="AutoModelForImageTextToText",
     buffers=True,
-    training_buffers=image_blocks.TRAINING_BUFFERS,
+    training_only=image_blocks.TRAINING_ONLY,
 )

@@ -83,7 +83,7 @@ LAYOUT = FamilyLayout(
     _to_model,
     _to_keys,
     kind=TokenizerConfig,
-    training_buffers=image_blocks.TRAINING_BUFFERS,
+    training_only=image_blocks.TRAINING_ONLY,
     auto_class="Emu3VQVAE",
     buffers=True,
 )

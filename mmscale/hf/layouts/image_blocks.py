@@ -10,8 +10,8 @@ from mmscale.hf.layout import NameRules, renames
 from mmscale.models.config import AnyModelConfig, ModelConfig, TokenizerConfig
 from mmscale.models.image_tokenizer import MovqganConfig, VqganConfig
 
-TRAINING_BUFFERS = r"image_tokenizer\.codebook\..*"
-"""Statistics of codes, see ``mmscale/models/image_tokenizer.py``."""
+TRAINING_ONLY = r"image_tokenizer\.codebook\.(idle_steps|cluster_sizes|cluster_sums)|discriminator\..*"
+"""Statistics of codes (``mmscale/nn/codebook.py``), and the discriminator."""
 _GROUPS = 32
 """Groups of every norm in transformers' classes."""
 

@@ -151,5 +151,5 @@ LAYOUT = FamilyLayout(
     _to_keys,
     (r"model\.language_model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     auto_class="AutoModelForImageTextToText",
-    training_buffers=image_blocks.TRAINING_BUFFERS,
+    training_only=image_blocks.TRAINING_ONLY,
 )
