@@ -167,6 +167,9 @@ class MediaBlock(_Brief):
             pixel, then of the patches without padding. None unless ``MediaSpec.padding`` is set.
         locations: Document, image and tile of each item, on the host.
         tag_ids: int64 ``(G,)`` tokens whose embeddings are attended as if they were features (tile tags of NVLM-H).
+        later_values: uint8 ``(Q, (frames_per_patch - 1) * patch_dim)`` the second and later frames of the patches of
+            videos, if patches span several frames; ``values`` has the first.
+        later_index: int64 ``(Q,)`` the row in ``values`` of each row of ``later_values``, ascending.
     """
 
     values: Tensor
@@ -181,6 +184,8 @@ class MediaBlock(_Brief):
     content_area: Tensor | None = None
     locations: tuple[CropLocation, ...] = ()
     tag_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    later_values: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.uint8))
+    later_index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True, repr=False)

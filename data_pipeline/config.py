@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from data_pipeline.errors import DataConfigError
 from data_pipeline.images.drawn_images import ImageTokensConfig
 from data_pipeline.images.transforms import FixedTransform, TransformConfig
+from data_pipeline.images.video import VideoConfig
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.order.config import OrderConfig
 from data_pipeline.order.fault_policy import FaultConfig
@@ -71,6 +72,9 @@ class DatasetConfig(StrictConfig):
     image_tokens: ImageTokensConfig | None = None
     """How an image becomes tokens of the decoder: for template ``drawing``, and for models that read images as tokens
     instead of through a tower. null: it does not. If the key is missing, ``data.image_tokens`` applies."""
+    video: VideoConfig | None = None
+    """How a video becomes frames, patches and tokens. null: a sample with a video is a bad sample. If the key is
+    missing, ``data.video`` applies."""
 
     @model_validator(mode="after")
     def _check_source(self) -> DatasetConfig:
@@ -133,6 +137,8 @@ class DataConfig(StrictConfig):
     """Transforms of data sets that set none, and of images if there is no data set. null: ``fixed``."""
     image_tokens: ImageTokensConfig | None = None
     """Image tokens of data sets that set none, and of prompts if there is no data set. null: none."""
+    video: VideoConfig | None = None
+    """Videos of data sets that set none, and of prompts if there is no data set. null: none."""
     datasets: tuple[DatasetConfig, ...]
     """The data sets of the mixture. May be empty in a configuration that only describes a model."""
     lanes: int = Field(ge=1, le=1 << 20)
@@ -170,8 +176,8 @@ class DataConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _fill_datasets(self) -> DataConfig:
-        """Apply ``template``, ``transforms`` and ``image_tokens`` to the data sets that do not set them."""
-        names = ("template", "transforms", "image_tokens")
+        """Apply ``template``, ``transforms``, ``image_tokens`` and ``video`` to the data sets without them."""
+        names = ("template", "transforms", "image_tokens", "video")
         defaults = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         filled = tuple(
             dataset.model_copy(update={name: defaults[name] for name in defaults.keys() - dataset.model_fields_set})
@@ -193,4 +199,5 @@ class DataConfig(StrictConfig):
             template=self.template or CaptionTemplate(),
             transforms=self.transforms or FixedTransform(),
             image_tokens=self.image_tokens,
+            video=self.video,
         )

@@ -50,7 +50,7 @@ class ContentArea(NamedTuple):
 
 
 class ImageExtent(NamedTuple):
-    """Tokens and crops of one image of a document. Cutting a document never cuts an image.
+    """Tokens and crops of one image or video of a document. Cutting a document never cuts one.
 
     Attributes:
         start: Its first token: a placeholder, an anchor, or a layout token (such as a tile tag or a row end).
@@ -66,7 +66,7 @@ class ImageExtent(NamedTuple):
 
 @dataclass(frozen=True)
 class MediaItem:
-    """One crop for a tower: a whole image, an overview or a tile.
+    """One crop for a tower: a whole image, an overview or a tile, or all frames of a video.
 
     Attributes:
         values: uint8 ``(P, patch_dim)``, patches row-major, each in order (channel, row, column).
@@ -79,6 +79,9 @@ class MediaItem:
         tiles: Rows and columns of tiles that its image is cut into; (1, 1) if the image is not tiled.
         image: Number of its image in the document before any cut; the crops of one image are consecutive.
         tag: Tokens whose embeddings are attended before its features; empty for an embedded crop.
+        later_values: uint8 ``(P, (frames_per_patch - 1) * patch_dim)``: of a video, the second and later frames of each
+            patch in order, if patches span several frames; ``values`` has the first. None for a still image, which
+            counts as identical frames.
     """
 
     values: npt.NDArray[np.uint8]
@@ -90,6 +93,7 @@ class MediaItem:
     tiles: tuple[int, int] = (1, 1)
     image: int = 0
     tag: tuple[int, ...] = ()
+    later_values: npt.NDArray[np.uint8] | None = None
 
     def kept_features(self, spec: MediaSpec, first: int = 0) -> list[IndexRange]:
         """Return the ranges of the crop's feature rows that the decoder gets, ascending.
@@ -140,7 +144,7 @@ class Document:
         scatter_index: int32 ``(M,)``: token slot of each kept feature of the embedded items, item by item.
         spans: Cross-attention spans, by ascending start; the first starts at 0 (with no items if text comes first).
         provenance: Origin; None for a dummy document.
-        images: The images of the sample in reading order; an image may have several items.
+        images: The images and videos of the sample in reading order; an image may have several items.
         branches: First token of each branch, ascending; none, or at least two. A branch attends itself and the tokens
             before the first branch. The positions of every branch start where those before the first branch end.
         is_cut: Whether this is a part of a sample that does not fit into a pack.

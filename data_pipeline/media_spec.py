@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 
@@ -72,6 +72,7 @@ class MediaSpec:
             models.
         code_size: Pixels of a code, a side, if batches hold the pixels of images as tokens and the model encodes them
             (``image_tokens.encoded: in_step``); None if they hold stored codes, or no images as tokens.
+        frames_per_patch: Consecutive frames of a video that become one patch (Qwen2-VL: 2).
 
     Raises:
         DataConfigError: ``patch_size``, ``merge`` or ``channels`` is below 1, ``position_axes`` is neither 1 nor 3, or
@@ -93,6 +94,8 @@ class MediaSpec:
     pooled_side: int | None = None
     query_sizes: QuerySizes = ()
     code_size: int | None = None
+    # Not in ``repr``, from which checkpoints have a fingerprint: it changes no document without videos.
+    frames_per_patch: int = field(default=1, repr=False)
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or self.merge < 1 or self.channels < 1:

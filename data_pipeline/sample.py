@@ -1,9 +1,9 @@
-"""A sample as it is stored in a shard: text and images in reading order, with its origin."""
+"""A sample as it is stored in a shard: text, images and videos in reading order, with its origin."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipeline.io.json_member import spoken_texts
 
@@ -56,7 +56,41 @@ class ImagePart:
         return f"ImagePart(data=<{len(self.data)} bytes>, name={self.name!r}, size={self.size})"
 
 
-Part = TextPart | ImagePart
+class VideoSize(NamedTuple):
+    """The properties of a video that determine how many frames of which size a document has.
+
+    Attributes:
+        num_frames: Number of frames; 0 if the file is damaged.
+        microseconds: Time from the start of the first frame to the end of the last.
+        height, width: Size in pixels after the rotation for display.
+    """
+
+    num_frames: int
+    microseconds: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class VideoPart:
+    """An encoded video (MP4, WebM, Matroska or GIF bytes), as stored.
+
+    Attributes:
+        data: The encoded bytes; empty if the sample was read without media, for a dry run.
+        name: Extension part of the member's name, ``mp4`` or ``0.webm``.
+        size: From the shard's index; None if no index gives it.
+    """
+
+    data: bytes
+    name: str
+    size: VideoSize | None = None
+
+    def __repr__(self) -> str:
+        return f"VideoPart(data=<{len(self.data)} bytes>, name={self.name!r}, size={self.size})"
+
+
+MediaPart = ImagePart | VideoPart
+Part = TextPart | MediaPart
 
 
 @dataclass(frozen=True)

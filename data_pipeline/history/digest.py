@@ -87,7 +87,8 @@ def step_digest(microbatches: list[MultimodalBatch]) -> str:
     total = hashlib.sha256()
     for batch in sorted((batch for batch in microbatches if batch.lanes != (-1,)), key=lambda batch: batch.lanes):
         total.update(str(batch.lanes).encode())
-        pixels = [block.values for _, block in sorted(batch.media.items())]
+        blocks = [block for _, block in sorted(batch.media.items())]
+        pixels = [block.values for block in blocks] + [block.later_values for block in blocks if len(block.later_index)]
         pixels += [] if batch.uncoded is None else [batch.uncoded.values]
         weights = [] if _has_default_weights(batch) else [batch.loss_weights]
         for tensor in (batch.token_ids, batch.labels, *pixels, *weights):

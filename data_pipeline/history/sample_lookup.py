@@ -62,7 +62,7 @@ class SampleDescription:
     @property
     def text(self) -> str:
         """The text of the document in one line, with ``[image]`` for each image."""
-        texts = ("[image]" if span.kind == "image" else span.text for span in self.text_spans or ())
+        texts = (f"[{span.kind}]" if span.kind in ("image", "video") else span.text for span in self.text_spans or ())
         return " ".join("".join(texts).split())
 
 

@@ -23,14 +23,14 @@ class TextSpan:
     """Consecutive tokens of one kind, weight and branch.
 
     Attributes:
-        kind: ``read`` (without loss), ``learned``, or ``image``.
+        kind: ``read`` (without loss), ``learned``, ``image`` or ``video``.
         num_tokens: Number of tokens.
         weight: Loss weight of each token; 0 unless they are learned. Of an image as tokens the mean of all, with marks.
-        text: Text of the tokens, with the names of special tokens; for an image a description of its crops.
+        text: Text of the tokens, with the names of special tokens; for an image or video a description of its crops.
         branch: Number of the branch, from 1; 0 for the shared prefix and for documents without branches.
     """
 
-    kind: Literal["read", "learned", "image"]
+    kind: Literal["read", "learned", "image", "video"]
     num_tokens: int
     weight: float
     text: str
@@ -45,7 +45,8 @@ def text_spans(document: Document, tokenizer: Tokenizer, spec: MediaSpec) -> lis
     for start, stop, number in _pieces(document):
         is_image = any(image.start == start and image.stop == stop for image in document.images)
         if is_image:
-            found.append(TextSpan("image", stop - start, float(weights[start:stop].mean()), next(images), number))
+            kind, description = next(images)
+            found.append(TextSpan(kind, stop - start, float(weights[start:stop].mean()), description, number))
             continue
         for weight, group in itertools.groupby(range(start, stop), key=lambda token: float(weights[token])):
             tokens = list(group)
@@ -79,15 +80,25 @@ def _pieces(document: Document) -> Iterator[tuple[int, int, int]]:
         yield start, stop, sum(branch <= start for branch in document.branches)
 
 
-def _images(document: Document, spec: MediaSpec) -> Iterator[str]:
+def _images(document: Document, spec: MediaSpec) -> Iterator[tuple[Literal["image", "video"], str]]:
     firsts = [*(image.first_item for image in document.images), len(document.items)]
     for number, (first, stop) in enumerate(itertools.pairwise(firsts), start=1):
-        crops = [_describe_crop(item, spec) for item in document.items[first:stop]]
+        items = document.items[first:stop]
+        crops = [_describe_crop(item, spec) for item in items]
+        kind: Literal["image", "video"] = "video" if any(map(_is_moving, items)) else "image"
         counts = [(crop, len(list(group))) for crop, group in itertools.groupby(crops or ["tokens"])]
-        yield f"image {number}: " + "; ".join(f"{count} x {crop}" if count > 1 else crop for crop, count in counts)
+        yield (
+            kind,
+            f"{kind} {number}: " + "; ".join(f"{count} x {crop}" if count > 1 else crop for crop, count in counts),
+        )
+
+
+def _is_moving(item: MediaItem) -> bool:
+    return item.grid[0] > 1 or item.later_values is not None
 
 
 def _describe_crop(item: MediaItem, spec: MediaSpec) -> str:
-    _, height, width = item.grid
+    time, height, width = item.grid
     role = "embedded" if item.embedded else "attended"
-    return f"{height}x{width} patches, {item.num_features(spec)} features {role}"
+    frames = f"{time} times " if _is_moving(item) else ""
+    return f"{frames}{height}x{width} patches, {item.num_features(spec)} features {role}"

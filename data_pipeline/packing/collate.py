@@ -145,6 +145,13 @@ def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaB
         rows = [[*each.touched, *each.filled] for each in areas]
         content_area = torch.tensor(rows, dtype=torch.int32).reshape(-1, 8)
     grids = tuple(item.grid for item in items)
+    first_patches = itertools.accumulate((len(item.values) for item in items), initial=0)
+    later = [
+        (first, item.later_values)
+        for first, item in zip(first_patches, items, strict=False)
+        if item.later_values is not None
+    ]
+    later_dim = (spec.frames_per_patch - 1) * spec.patch_dim
     return MediaBlock(
         values=join([item.values for item in items] or [np.empty((0, spec.patch_dim), dtype=np.uint8)]),
         grid=torch.tensor(grids, dtype=torch.int32).reshape(-1, 3),
@@ -158,6 +165,8 @@ def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaB
         content_area=content_area,
         locations=tuple(locations),
         tag_ids=torch.tensor([token for item in items for token in item.tag], dtype=torch.int64),
+        later_values=join([values for _, values in later]) if later else torch.empty(0, later_dim, dtype=torch.uint8),
+        later_index=_expand([(start, len(values)) for start, values in later]),
     )
 
 
@@ -233,19 +242,22 @@ def _concatenate_media(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> M
     blocks = [batch.media[IMAGE] for batch in batches]
     num_features = [sum(map(spec.num_features, block.grids)) for block in blocks]
     gather, scatter, attended, locations = list[Tensor](), list[Tensor](), list[Tensor](), list[CropLocation]()
-    first_token = first_feature = first_tag = first_segment = first_image = 0
+    later = list[Tensor]()
+    first_token = first_feature = first_tag = first_segment = first_image = first_patch = 0
     for batch, block, count in zip(batches, blocks, num_features, strict=True):
         gather.append(block.gather_index + first_feature)
         scatter.append(block.scatter_index + first_token)
         # The rows of all tags come after the features of all blocks.
         tag_shift = sum(num_features) - count + first_tag
         attended.append(block.attended_index + torch.where(block.attended_index < count, first_feature, tag_shift))
+        later.append(block.later_index + first_patch)
         for location in block.locations:
             segment, image = location.segment + first_segment, location.image + first_image
             locations.append(location._replace(segment=segment, image=image))
         first_token += batch.segments.total
         first_feature += count
         first_tag += len(block.tag_ids)
+        first_patch += block.items.total
         first_segment += batch.segments.num
         first_image += block.locations[-1].image + 1 if block.locations else 0
     content_area = [block.content_area for block in blocks if block.content_area is not None]
@@ -262,6 +274,8 @@ def _concatenate_media(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> M
         content_area=torch.cat(content_area) if spec.padding else None,
         locations=tuple(locations),
         tag_ids=torch.cat([block.tag_ids for block in blocks]),
+        later_values=torch.cat([block.later_values for block in blocks]),
+        later_index=torch.cat(later),
     )
 
 

@@ -27,12 +27,14 @@ from data_pipeline.images.transforms import (
     TilesTransform,
     TransformConfig,
 )
+from data_pipeline.images.video import VideoConfig, Videos, VideoTask
 from data_pipeline.media_spec import Grid, MediaSpec, Placement
 from data_pipeline.order.randomness import Rng
 from data_pipeline.packing.draft import Draft
 from data_pipeline.packing.stored_reference import reference_log_probs
-from data_pipeline.sample import ImagePart, Provenance, Sample
+from data_pipeline.sample import ImagePart, Provenance, Sample, VideoPart
 from data_pipeline.shards.image_header import image_size
+from data_pipeline.shards.video_file import video_size
 from data_pipeline.text.templates import (
     BranchPiece,
     DrawingTemplate,
@@ -45,27 +47,27 @@ from data_pipeline.text.templates import (
     TextPiece,
     TokenPiece,
 )
-from data_pipeline.text.templates.base import images_of, share_weights
+from data_pipeline.text.templates.base import media_of, share_weights
 from data_pipeline.text.tokenizer import Tokenizer, check_unicode
 
 
 @dataclass(frozen=True)
 class DocumentPlan:
-    """A document whose images are not decoded yet.
+    """A document whose images and videos are not decoded yet.
 
     Attributes:
         document: The document; the values of its items are not written yet.
-        decode_tasks: The tasks that decode the images and write the values.
+        decode_tasks: The tasks that decode the images and videos and write the values.
     """
 
     document: Document
-    decode_tasks: tuple[DecodeTask, ...] = ()
+    decode_tasks: tuple[DecodeTask | VideoTask, ...] = ()
 
     def __call__(self) -> Document:
-        """Decode the images and return the document. Call it once.
+        """Decode the images and videos and return the document. Call it once.
 
         Raises:
-            SampleError: an image cannot be decoded.
+            SampleError: an image or a video cannot be decoded.
         """
         try:
             for task in self.decode_tasks:
@@ -90,6 +92,10 @@ class DocumentConfig(Protocol):
     @property
     def image_tokens(self) -> ImageTokensConfig | None:
         """How an image becomes tokens of the decoder; None: it does not."""
+
+    @property
+    def video(self) -> VideoConfig | None:
+        """How a video becomes frames, patches and tokens; None: it does not."""
 
 
 class DocumentBuilder:
@@ -136,6 +142,7 @@ class DocumentBuilder:
         # Also without ``takes_images``: template drawing, which uses no tower. A tower's transform is not used here.
         uses_codes = dataset.template.draws or (dataset.template.takes_images and not takes_images)
         self._code_transform = code_transform(transforms, spec) if self._draws_pixels and uses_codes else None
+        self._video = Videos(dataset.video, tokenizer, spec) if takes_images and dataset.video is not None else None
         uses_images = takes_images or (self._drawn is not None and dataset.template.takes_images)
         template = dataset.template
         self._stored_reference = template.stored_reference if isinstance(template, PreferenceTemplate) else None
@@ -158,6 +165,7 @@ class DocumentBuilder:
         laid_out = layout.tokens(grids) if layout is not None else []
         self._reserved = self._special | {name: tokenizer.special_id(name, "transforms.layout") for name in laid_out}
         self._reserved |= {} if self._drawn is None else self._drawn.marks
+        self._reserved |= {} if self._video is None else self._video.reserved
 
     def __call__(self, sample: Sample, rng: Rng | None = None) -> Document:
         """Build a document with its pixels.
@@ -232,7 +240,7 @@ class DocumentBuilder:
         try:
             if prompt:
                 pieces = [replace(p, weight=0.0) if isinstance(p, TextPiece) else p for p in template.prompt(sample)]
-            elif self._requires_images and not images_of(sample):
+            elif self._requires_images and not media_of(sample):
                 raise SampleError(
                     f"no image among its members, and template.images is required (kind {template.kind}); "
                     "set it to optional to learn the text alone",
@@ -248,7 +256,7 @@ class DocumentBuilder:
         self, pieces: Sequence[Piece | OpeningPiece], sample: Sample, rng: Rng | None, pixels: bool
     ) -> DocumentPlan:
         spec, tokenizer, draft = self.spec, self.tokenizer, Draft(self.spec)
-        decode_tasks = list[DecodeTask]()
+        decode_tasks = list[DecodeTask | VideoTask]()
         if tokenizer.bos_id is not None:
             draft.add_tokens((tokenizer.bos_id,), 0.0)
         num_images = sum(isinstance(piece, ImagePart) for piece in pieces)
@@ -280,6 +288,13 @@ class DocumentBuilder:
             elif isinstance(piece, ImagePart):
                 assert self._transform is not None, "handled above"
                 draft.add_image(crops_of(self._transform, piece, num_images), tokenizer.image_id, self._layout)
+            elif isinstance(piece, VideoPart):
+                if self._video is None:
+                    raise SampleError(f"video {piece.name}, but {self._no_video()}")
+                task = self._video.transform.decode_task(piece) if pixels else None
+                decode_tasks += [] if task is None else [task]
+                crops = task.crops if task else self._video.transform.dry_run(piece.size or video_size(piece.data))
+                draft.add_image(crops, self._video.placeholder, self._video.layout)
             elif isinstance(piece, BranchPiece):
                 draft.begin_branch(piece.repeats_last)
             elif isinstance(piece, EndPiece):
@@ -303,6 +318,11 @@ class DocumentBuilder:
             stored = reference_log_probs(sample.fields, document, self.dataset.transforms, self._stored_reference)
             document = replace(document, reference=stored)
         return DocumentPlan(document, tuple(decode_tasks))
+
+    def _no_video(self) -> str:
+        if self.spec.placement is Placement.NONE:
+            return "the model has no image tower"
+        return "the data set has no block video (data.video), which says how a video becomes frames"
 
     def _encode(self, text: str) -> list[int]:
         """Return the ids of a text.
@@ -336,7 +356,8 @@ class DocumentBuilder:
         if self.spec.placement is not Placement.PAIR:
             # Each embedded feature has its token; an image without embedded crops has one anchor.
             expected = sum(map(len, draft.scatter_index)) or len(draft.images) - len(draft.drawn)
-            found = draft.ids.count(self.tokenizer.image_id)
+            placeholders = {self.tokenizer.image_id, *(() if self._video is None else (self._video.placeholder,))}
+            found = sum(map(draft.ids.count, placeholders))
             if found != expected:
                 raise SampleError(
                     f"{found} image tokens, but its {len(draft.images) - len(draft.drawn)} images give {expected}: "

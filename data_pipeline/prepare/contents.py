@@ -1,7 +1,7 @@
-"""Check that a member's bytes match its extension: images decode, texts are UTF-8, JSON has the expected fields.
+"""Check that a member's bytes match its extension: images and videos decode, texts are UTF-8, JSON has its fields.
 
-Every decode is bounded: for an image by the size in its header, for a text by its length. Not for: comparing the bytes
-with the index (``verify``).
+Every decode is bounded: for an image or video by the size in its header, for a text by its length. Not for: comparing
+the bytes with the index (``verify``).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from data_pipeline.shards.page_images import image_member
 from data_pipeline.shards.pages import pop_page_parts, weight_of
 from data_pipeline.shards.sample_reader import MAX_TEXT_BYTES, assemble
 from data_pipeline.shards.token_grid import decode_grid, is_grid, with_encoded_images
+from data_pipeline.shards.video_file import VideoFile, is_video
 from data_pipeline.text.templates import CaptionTemplate, DialogueTemplate, Role
 from data_pipeline.text.templates.caption import check_answer
 
@@ -42,11 +43,13 @@ def check_member(
         ext: The member's extension, lower case.
         content: The member's bytes. They are copied only after their size is checked.
         siblings: Extensions of all members of the sample.
-        max_pixels: An image with more pixels is a problem and is not decoded.
+        max_pixels: An image or a video frame with more pixels is a problem and is not decoded.
         key: The sample's key; an interleaved document may name its images by it.
     """
     if is_image(ext):
         yield from _check_image(ext, content, max_pixels)
+    elif is_video(ext):
+        yield from _check_video(ext, content, max_pixels)
     elif is_grid(ext):
         yield from _check_grid(ext, content)
     elif ext == "txt":
@@ -137,6 +140,16 @@ def _check_image(ext: str, content: memoryview, max_pixels: int) -> Iterator[Fin
         yield Problem.IMAGE, f".{ext}: {error.reason}"
 
 
+def _check_video(ext: str, content: memoryview, max_pixels: int) -> Iterator[Finding]:
+    """Decode all frames, one at a time."""
+    try:
+        with VideoFile(content, max_pixels) as file:
+            for _ in file.decode(range(file.num_frames)):
+                pass
+    except SampleError as error:
+        yield Problem.IMAGE, f".{ext}: {error.reason}"
+
+
 def _check_grid(ext: str, content: memoryview) -> Iterator[Finding]:
     try:
         decode_grid(bytes(content), ext)
@@ -171,11 +184,12 @@ def _check_json(ext: str, content: memoryview, siblings: Collection[str], key: s
         return
     members = with_encoded_images(dict.fromkeys(siblings, b""))
     for part in fields.get("parts") or ():
-        name = part.get("image")
-        if name is not None and (not isinstance(name, str) or image_member(name, members, key) is None):
-            yield Problem.PARTNER, f"the JSON names the image {name!r}, which is absent"
-        if name is None and "text" not in part:
-            yield Problem.TEXT, f"a part with neither text nor image: {part!r:.80}"
+        for kind, is_kind in (("image", is_image), ("video", is_video)):
+            name = part.get(kind)
+            if name is not None and (not isinstance(name, str) or image_member(name, members, key, is_kind) is None):
+                yield Problem.PARTNER, f"the JSON names the {kind} {name!r}, which is absent"
+        if not any(part.get(kind) is not None for kind in ("image", "video")) and "text" not in part:
+            yield Problem.TEXT, f"a part with neither text nor image nor video: {part!r:.80}"
     if fields.get("parts") is None:
         try:
             pop_page_parts(fields, members, {}, key)

@@ -40,6 +40,7 @@ from data_pipeline.shards.interleaved import (
     list_of_objects,
     text_of,
 )
+from data_pipeline.shards.video_file import is_video, video_size
 
 PATH, CAPTION, CAPTIONS = "path", "caption", "captions"
 SPOKEN = frozenset({"messages", "conversations", "annotations", *PAIR})
@@ -294,13 +295,20 @@ def validated_members(members: Members) -> Members:
     """Check members and return them; an image whose content differs from its extension is renamed.
 
     Raises:
-        SampleError: an image header, text or JSON is damaged, ``parts`` name an absent image, two images would have one
-            name, or there is neither an image nor a ``.txt`` or ``.json``. A JSON without a text does not raise.
+        SampleError: an image header, a video, a text or JSON is damaged, ``parts`` name an absent image, two images
+            would have one name, or there is neither an image nor a video nor a ``.txt`` or ``.json``. A JSON without a
+            text does not raise.
     """
     names = {ext: _name_by_content(ext, content) for ext, content in members.items() if is_image(ext)}
     result = {names.get(ext, ext): content for ext, content in members.items()}
     if len(result) < len(members):
         raise SampleError(f"two of the members {sorted(members)} hold the same format and would have one name")
+    videos = [ext for ext in members if is_video(ext)]
+    for ext in videos:
+        try:
+            video_size(members[ext])
+        except SampleError as error:
+            raise SampleError(f".{ext}: {error.reason}") from error
     if "txt" in members:
         check_utf8(members["txt"])
     if "json" in members:
@@ -308,7 +316,7 @@ def validated_members(members: Members) -> Members:
         all_texts(fields)
         if _rename_parts(fields, names):
             result["json"] = dump_json(fields)
-    if not names and "txt" not in members and "json" not in members:
+    if not names and not videos and "txt" not in members and "json" not in members:
         raise SampleError(f"neither an image (.jpg .jpeg .png .webp) nor .txt or .json among {sorted(members)}")
     return result
 

@@ -24,8 +24,8 @@ from data_pipeline.prepare.folders import walk_folder
 from data_pipeline.prepare.rows import Members, SourceRow, chunks_of, read_rows
 from data_pipeline.prepare.sources import is_tar
 from data_pipeline.prepare.tar_layouts import SampleLayout, guess_layout, gunzip_members
-from data_pipeline.shards.index import ShardIndex, open_tar
-from data_pipeline.shards.tar_members import walk
+from data_pipeline.shards.index import ShardIndex
+from data_pipeline.shards.tar_members import open_tar, walk
 from data_pipeline.shards.tar_stream import stream_members, stream_samples
 
 _LAYOUTS = {

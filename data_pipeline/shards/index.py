@@ -8,15 +8,15 @@ so equal tars give byte-identical indexes. It records size and SHA-256 of its ta
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import mmap
 import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from zlib_ng.zlib_ng import crc32
@@ -28,7 +28,8 @@ from data_pipeline.io.json_member import text_bytes_of
 from data_pipeline.io.retry import retry_io
 from data_pipeline.io.untrusted import open_regular
 from data_pipeline.shards.image_header import Buffer, image_size, is_image
-from data_pipeline.shards.tar_members import BLOCK_BYTES, split_name, walk
+from data_pipeline.shards.tar_members import BLOCK_BYTES, open_tar, split_name, walk
+from data_pipeline.shards.video_file import is_video, video_size
 from data_pipeline.storage.location import Url
 
 INDEX_FORMAT = "mmscale-shard-index-1"
@@ -44,10 +45,15 @@ _COLUMNS = {
     "crc32": ("<u4", 1),
     "width": ("<u4", 1),
     "height": ("<u4", 1),
+    "num_frames": ("<u4", 1),
+    "microseconds": ("<i8", 1),
 }
 _CHECKSUM = "row_crc32"
 """CRC-32 of a sample's entries in the index. Indexes of earlier versions lack this column and are read unchecked."""
+_OF_VIDEOS = ("num_frames", "microseconds")
+"""Columns that only shards with videos have."""
 _MEMBER = struct.Struct("<qqIII")
+_VIDEO = struct.Struct("<Iq")
 _TEXT_BYTES = struct.Struct("<q")
 _MAX_EXTENSIONS = 1 << 16
 _SUFFIX = ".index"
@@ -63,8 +69,9 @@ class Member(NamedTuple):
         offset: Offset of its first content byte in the tar.
         size: Content bytes.
         crc32: CRC-32 of the content, as computed by ``zlib``.
-        width, height: Image size in pixels after the EXIF rotation, from the header. 0 if the member is no image or
-            its header is damaged.
+        width, height: Size in pixels after the rotation for display, from the header. 0 if the member is no image and
+            no video, or its header is damaged.
+        num_frames, microseconds: As in ``VideoSize``; 0 for other members and damaged videos.
     """
 
     ext: str
@@ -73,6 +80,8 @@ class Member(NamedTuple):
     crc32: int
     width: int
     height: int
+    num_frames: int = 0
+    microseconds: int = 0
 
 
 class IndexedSample(NamedTuple):
@@ -180,7 +189,7 @@ class ShardIndex:
             ManifestError: it is missing or damaged. The message names ``display_name``, else the index of ``tar_path``.
         """
         path = display_name or f"{tar_path}{_SUFFIX}"
-        columns = read_columns(file, _COLUMNS, INDEX_FORMAT, path, optional=(_CHECKSUM,))
+        columns = read_columns(file, _COLUMNS, INDEX_FORMAT, path, optional=(_CHECKSUM, *_OF_VIDEOS))
         record, arrays = columns.record, columns.arrays
         try:
             extensions = tuple(str(ext) for ext in record["extensions"])
@@ -215,6 +224,7 @@ class ShardIndex:
         rows, tar_bytes = range(views["cu_members"][i], views["cu_members"][i + 1]), self.tar_bytes
         exts, offsets, sizes = views["ext"], views["offset"], views["size"]
         crc32s, widths, heights = views["crc32"], views["width"], views["height"]
+        of_videos = [views[name] for name in _OF_VIDEOS if name in views]
         found, previous_end = [], 0
         try:
             for row in rows:
@@ -223,7 +233,8 @@ class ShardIndex:
                     break
                 previous_end = offset + size
                 ext = self.extensions[exts[row]]
-                found.append(Member(ext, offset, size, crc32s[row], widths[row], heights[row]))
+                video = [column[row] for column in of_videos]
+                found.append(Member(ext, offset, size, crc32s[row], widths[row], heights[row], *video))
         except IndexError as error:
             raise self._damaged(f"sample {i} has the members {rows.start}:{rows.stop}: {error}") from error
         if len(found) < len(rows) or not found or rows.start < 0 or previous_end > tar_bytes:
@@ -262,8 +273,9 @@ class ShardIndex:
     def column(self, name: str) -> Column:
         """Return a whole read-only column; the first call runs ``check``.
 
-        Members have the columns ``ext offset size crc32 width height``. ``ext`` indexes ``extensions``. Samples have
-        ``text_bytes``, and ``cu_members``: the number of members before each sample, then the total.
+        Members have the columns ``ext offset size crc32 width height``, and ``num_frames microseconds`` in a shard
+        with videos. ``ext`` indexes ``extensions``. Samples have ``text_bytes``, and ``cu_members``: the number of
+        members before each sample, then the total.
 
         Raises:
             ManifestError: any row of the index is damaged.
@@ -273,7 +285,8 @@ class ShardIndex:
 
 def _check_lengths(path: str, arrays: dict[str, Column]) -> None:
     num_members, num_samples = len(arrays["offset"]), len(arrays["cu_members"]) - 1
-    per_member = all(len(arrays[name]) == num_members for name in ("ext", "size", "crc32", "width", "height"))
+    of_members = ("ext", "size", "crc32", "width", "height", *(name for name in _OF_VIDEOS if name in arrays))
+    per_member = all(len(arrays[name]) == num_members for name in of_members)
     per_sample = all(len(arrays[name]) == num_samples for name in ("text_bytes", _CHECKSUM) if name in arrays)
     if num_samples < 0 or not per_member or not per_sample or len(arrays["cu_key_bytes"]) != num_samples + 1:
         raise ManifestError(f"{path}: damaged index: columns of unequal length")
@@ -295,8 +308,10 @@ def _check_rows(path: str, arrays: dict[str, Column], tar_bytes: int, num_extens
 
 def _row_crc32(key: Buffer, text_bytes: int, members: Iterable[Member]) -> int:
     value = crc32(key, crc32(_TEXT_BYTES.pack(text_bytes)))
-    for ext, *numbers in members:
-        value = crc32(_MEMBER.pack(*numbers), crc32(ext.encode(), value))
+    for member in members:
+        value = crc32(_MEMBER.pack(*member[1:6]), crc32(member.ext.encode(), value))
+        if any(member[6:]):
+            value = crc32(_VIDEO.pack(*member[6:]), value)
     return value
 
 
@@ -377,23 +392,21 @@ def scan_samples(data: memoryview, shard: str) -> Iterator[IndexedSample]:
 
 @lru_cache(maxsize=1024)  # Called for every member of every sample.
 def is_compressed(ext: str) -> bool:
-    """Return whether an extension is that of a gzipped image, text or JSON, which training does not read."""
+    """Return whether an extension is that of a gzipped image, video, text or JSON, which training does not read."""
     inner = ext.removesuffix(".gz")
-    return inner != ext and (is_image(inner) or inner in ("txt", "json"))
+    return inner != ext and (is_image(inner) or is_video(inner) or inner in ("txt", "json"))
 
 
 def describe_member(ext: str, offset: int, content: bytes | memoryview) -> Member:
-    """Return the index entry of a member, with its checksum and, for an image, the size from its header."""
-    width, height = _size_or_zero(content) if is_image(ext) else (0, 0)
-    return Member(ext, offset, len(content), crc32(content), width, height)
-
-
-def _size_or_zero(content: bytes | memoryview) -> tuple[int, int]:
-    try:
-        size = image_size(content)
-        return size.width, size.height
-    except SampleError:  # Index damaged images too; ``verify`` and the fault policy handle them.
-        return 0, 0
+    """Return the index entry of a member, with its checksum and, for an image or video, the size from its header."""
+    of_header: tuple[int, ...] = ()
+    with contextlib.suppress(SampleError):  # Index damaged media too; ``verify`` and the fault policy handle them.
+        if is_image(ext):
+            of_header = image_size(content)[1:3]
+        elif is_video(ext):
+            video = video_size(content)
+            of_header = (video.width, video.height, video.num_frames, video.microseconds)
+    return Member(ext, offset, len(content), crc32(content), *(of_header or (0, 0)))
 
 
 def build_index(tar_path: str | Path, display_name: str = "") -> ShardIndex:
@@ -433,42 +446,6 @@ def write_index(tar_path: Path, samples: list[IndexedSample], tar_bytes: int, ta
     write_columns(index_path(tar_path), arrays, record)
 
 
-_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-
-
-class open_tar:  # noqa: N801 - reads like open()
-    """Map a tar for reading: ``with open_tar(path) as data``, where ``data`` is a ``memoryview``.
-
-    Raises:
-        ShardError: the file is missing, unreadable, empty or compressed.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> memoryview:
-        try:
-            with open_regular(self._path) as file:
-                if os.fstat(file.fileno()).st_size == 0:
-                    raise ShardError(f"{self._path}: this is an empty file, expected a tar")
-                start = os.pread(file.fileno(), max(map(len, _COMPRESSIONS)), 0)
-                compression = next((name for magic, name in _COMPRESSIONS.items() if start.startswith(magic)), None)
-                if compression is not None:
-                    raise ShardError(
-                        f"{self._path}: compressed with {compression}, so samples cannot be read one by one: "
-                        "decompress it, or store it as shards with: mmscale data ingest"
-                    )
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise ShardError(f"{self._path}: cannot be read: {error.strerror}") from error
-        self._view = memoryview(self._map)
-        return self._view
-
-    def __exit__(self, *exc: Any) -> None:
-        # Slices that an exception still references keep the map open until they are freed.
-        self._view.release()
-
-
 def _arrays_of(samples: list[IndexedSample], shard: str) -> tuple[dict[str, Column], list[str]]:
     members = [member for sample in samples for member in sample.members]
     extensions = sorted({member.ext for member in members})
@@ -487,7 +464,8 @@ def _arrays_of(samples: list[IndexedSample], shard: str) -> tuple[dict[str, Colu
         _CHECKSUM: np.array([_row_crc32(s.key.encode(), s.text_bytes, s.members) for s in samples], np.uint32),
         "ext": np.array([number[member.ext] for member in members], np.uint16),
     }
-    for name in ("offset", "size", "crc32", "width", "height"):
+    of_videos = _OF_VIDEOS if any(is_video(ext) for ext in extensions) else ()
+    for name in ("offset", "size", "crc32", "width", "height", *of_videos):
         dtype = np.dtype(_COLUMNS[name][0])
         arrays[name] = np.array([getattr(member, name) for member in members], dtype)
     return arrays, extensions

@@ -15,6 +15,7 @@ import numpy as np
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.token_grid import is_grid
+from data_pipeline.shards.video_file import is_video
 
 
 class Orphans(NamedTuple):
@@ -22,8 +23,8 @@ class Orphans(NamedTuple):
 
     Attributes:
         samples: Number of samples.
-        no_image: Samples with text and no image member.
-        no_text: Samples with an image member and no text: no ``txt``, caption, page, dialogue or annotation.
+        no_image: Samples with text, and no image or video member.
+        no_text: Samples with an image or video member and no text: no ``txt``, caption, page, dialogue or annotation.
     """
 
     samples: int = 0
@@ -67,7 +68,8 @@ def orphans_of(index: ShardIndex) -> Orphans:
     """
     if not len(index):
         return Orphans()
-    member_is_image = np.array([is_image(ext) or is_grid(ext) for ext in index.extensions], bool)[index.column("ext")]
+    extensions = [is_image(ext) or is_video(ext) or is_grid(ext) for ext in index.extensions]
+    member_is_image = np.array(extensions, bool)[index.column("ext")]
     has_image = np.logical_or.reduceat(member_is_image, index.column("cu_members")[:-1])
     has_text = index.column("text_bytes") > 0
     return Orphans(len(index), int((has_text & ~has_image).sum()), int((has_image & ~has_text).sum()))

@@ -1,8 +1,8 @@
-"""Match each image reference of a page to an image member of the sample."""
+"""Match each image or video reference of a page to a member of the sample."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from data_pipeline.errors import FaultKind, SampleError
@@ -10,25 +10,28 @@ from data_pipeline.shards.image_header import is_image
 
 
 def image_order(ext: str) -> tuple[int, str]:
-    """Return a sort key for image members: named images first, then numbered ones by number (2.png before 10.png)."""
+    """Return a sort key for media members: named ones first, then numbered ones by number (2.png before 10.png)."""
     stem = ext.rpartition(".")[0]
     return (int(stem), ext) if stem.isdecimal() else (-1, ext)
 
 
-def image_member(name: str, members: Collection[str], key: str = "") -> str | None:
+def image_member(
+    name: str, members: Collection[str], key: str = "", is_kind: Callable[[str], bool] = is_image
+) -> str | None:
     """Return the extension of the image member that ``name`` refers to; None if there is none. A URL never matches.
 
     Args:
         name: The member's extension (``0.png``), or ``KEY.0.png``, optionally with a folder in front. Case is ignored.
         members: Extensions of the sample's members.
         key: Key of the sample.
+        is_kind: Whether an extension is that of a wanted member: of an image, or ``is_video``.
     """
     if "://" in name:
         return None
     base = name.rpartition("/")[2].lower()
     stem = key.rpartition("/")[2].lower() + "."
     for ext in (name.lower(), base, base.removeprefix(stem)):
-        if ext in members and is_image(ext):
+        if ext in members and is_kind(ext):
             return ext
     return None
 

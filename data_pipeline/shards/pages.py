@@ -1,10 +1,11 @@
 """Read the interleaved texts and images of a page from the JSON member of a tar sample, in order.
 
-    parts                   [{"text": ...}, {"image": "0.png"}, ...]
+    parts                   [{"text": ...}, {"image": "0.png"}, {"video": "1.mp4"}, ...]
     images, texts           (OBELICS) exactly one of the two is non-null at each index
     text_list, image_info   (MMC4) each image precedes the text of its matched_text_index
 
-Images are members of the same sample, or base64 in ``image_info``. ``text.templates`` decides which text is learned.
+Images and videos are members of the same sample; images may be base64 in ``image_info``. ``text.templates`` decides
+which text is learned.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipeline.errors import FaultKind, SampleError
-from data_pipeline.sample import ImagePart, Part, TextPart
+from data_pipeline.sample import ImagePart, MediaPart, Part, TextPart, VideoPart, VideoSize
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.interleaved import interleaved
 from data_pipeline.shards.page_images import image_member, image_order, page_images
 from data_pipeline.shards.token_grid import grid_extension
+from data_pipeline.shards.video_file import is_video
 
-Sizes = Mapping[str, tuple[int, int]]
-"""(height, width) by extension of image members. A member of unknown size is absent, or (0, 0) in a dry run."""
+Sizes = Mapping[str, tuple[int, int] | VideoSize]
+"""(height, width) of images and sizes of videos, by extension. A member of unknown size is absent, or 0 in a dry
+run."""
 
 PAGE_FIELDS = frozenset(("parts", "images", "image_info"))
 """Fields of a page. A JSON member without any of them is not a page."""
@@ -61,9 +64,9 @@ def pop_page_parts(fields: dict[str, Any], members: Mapping[str, bytes], sizes: 
 
 
 @functools.lru_cache(maxsize=1024)  # Most samples have the same few extensions.
-def image_extensions(extensions: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the extensions of images, sorted by ``image_order``."""
-    return tuple(sorted(filter(is_image, extensions), key=image_order))
+def media_extensions(extensions: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the extensions of images and videos, sorted by ``image_order``."""
+    return tuple(sorted((ext for ext in extensions if is_image(ext) or is_video(ext)), key=image_order))
 
 
 def weight_of(item: Mapping[str, Any]) -> float:
@@ -94,9 +97,15 @@ def _part(item: Any, members: Mapping[str, bytes], sizes: Sizes, key: str) -> Pa
             if ext is None:
                 reason = f"parts name the image {name!r}; its members are {', '.join(members)}"
                 raise SampleError(reason, kind=FaultKind.TEXT)
-            return image_part(ext, members, sizes)
+            return media_part(ext, members, sizes)
+        case {"video": str(name)}:
+            ext = image_member(name, members, key, is_video)
+            if ext is None:
+                reason = f"parts name the video {name!r}; its members are {', '.join(members)}"
+                raise SampleError(reason, kind=FaultKind.TEXT)
+            return media_part(ext, members, sizes)
         case _:
-            reason = f'a part is {item!r}, expected {{"text": ...}} or {{"image": ...}}'
+            reason = f'a part is {item!r}, expected {{"text": ...}}, {{"image": ...}} or {{"video": ...}}'
             raise SampleError(reason, kind=FaultKind.TEXT)
 
 
@@ -105,7 +114,7 @@ def _converted_parts(listed: list[dict[str, Any]], members: Mapping[str, bytes],
     positions = [position for position, item in enumerate(listed) if "image" in item]
     found = page_images([listed[position]["image"] for position in positions], positions, members, key)
     images = {
-        position: ImagePart(image, "image_base64") if isinstance(image, bytes) else image_part(image, members, sizes)
+        position: ImagePart(image, "image_base64") if isinstance(image, bytes) else media_part(image, members, sizes)
         for position, image in zip(positions, found, strict=True)
     }
     parts: list[Part] = []
@@ -119,6 +128,9 @@ def _converted_parts(listed: list[dict[str, Any]], members: Mapping[str, bytes],
     return parts
 
 
-def image_part(ext: str, members: Mapping[str, bytes], sizes: Sizes) -> ImagePart:
-    """Return the image of the member ``ext``, with its token grid if the sample has one."""
-    return ImagePart(members[ext], ext, sizes.get(ext), members.get(grid_extension(ext)))
+def media_part(ext: str, members: Mapping[str, bytes], sizes: Sizes) -> MediaPart:
+    """Return the video of the member ``ext``, or its image, with its token grid if the sample has one."""
+    size = sizes.get(ext)
+    if is_video(ext):
+        return VideoPart(members[ext], ext, None if size is None else VideoSize(*size))
+    return ImagePart(members[ext], ext, None if size is None else (size[0], size[1]), members.get(grid_extension(ext)))

@@ -8,14 +8,18 @@ the first defect; ``survey`` yields each defect and continues.
 
 from __future__ import annotations
 
+import mmap
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from data_pipeline.errors import ShardError
+from data_pipeline.io.untrusted import open_regular
 
 BLOCK_BYTES = 512
 _ZEROS = bytes(BLOCK_BYTES)
@@ -381,6 +385,42 @@ def _pax_fields(payload: bytes, shard: str, at: int, following: int) -> dict[str
             raise TarError(message, at, TarFault.LINK, following)
         fields[key.decode(errors="replace")] = value.decode(errors="surrogateescape")
     return fields
+
+
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+class open_tar:  # noqa: N801 - reads like open()
+    """Map a tar for reading: ``with open_tar(path) as data``, where ``data`` is a ``memoryview``.
+
+    Raises:
+        ShardError: the file is missing, unreadable, empty or compressed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> memoryview:
+        try:
+            with open_regular(self._path) as file:
+                if os.fstat(file.fileno()).st_size == 0:
+                    raise ShardError(f"{self._path}: this is an empty file, expected a tar")
+                start = os.pread(file.fileno(), max(map(len, _COMPRESSIONS)), 0)
+                compression = next((name for magic, name in _COMPRESSIONS.items() if start.startswith(magic)), None)
+                if compression is not None:
+                    raise ShardError(
+                        f"{self._path}: compressed with {compression}, so samples cannot be read one by one: "
+                        "decompress it, or store it as shards with: mmscale data ingest"
+                    )
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise ShardError(f"{self._path}: cannot be read: {error.strerror}") from error
+        self._view = memoryview(self._map)
+        return self._view
+
+    def __exit__(self, *exc: Any) -> None:
+        # Slices that an exception still references keep the map open until they are freed.
+        self._view.release()
 
 
 def _first_nonzero(data: memoryview, at: int) -> int | None:

@@ -32,7 +32,7 @@ def show(
 ) -> None:
     """Print the documents that training builds from samples.
 
-    Shows context text, learned text with its loss weight, and the positions of images.
+    Shows context text, learned text with its loss weight, and the positions of images and videos.
     """
     from dataclasses import asdict
 
@@ -62,7 +62,7 @@ def show(
 
 
 def _line(one: TextSpan) -> str:
-    words = one.text if one.kind == "image" else repr(one.text)
+    words = one.text if one.kind in ("image", "video") else repr(one.text)
     if len(words) > _WIDTH:
         words = f"{words[: _WIDTH // 2]} ... {words[-_WIDTH // 2 :]}"
     weight = f"x {one.weight:g}" if one.weight else ""

@@ -154,6 +154,8 @@ def _distributions(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[st
         "megapixels": images.get("pixels"),
         "width / height": images.get("aspect_ratio"),
         "bytes per image": images.get("bytes"),
+        "frames per video": summary.get("videos", {}).get("frames"),
+        "seconds per video": summary.get("videos", {}).get("seconds"),
         "characters per text": summary.get("text_characters"),
         "tokens per text": summary.get("text_tokens"),
         "tokens per document": summary.get("documents", {}).get("tokens"),

@@ -18,6 +18,7 @@ app = typer.Typer()
 
 _RUN = typer.Argument(help="A run folder, or one checkpoint of it (RUN/checkpoints/step-N).", metavar="RUN")
 _IMAGES = typer.Option(None, "--image", help="A JPEG, PNG or WebP file; repeatable.")
+_VIDEOS = typer.Option(None, "--video", help="An MP4, WebM, Matroska or GIF file; repeatable. <video> inserts it.")
 _PROMPT = typer.Option(
     None,
     "--prompt",
@@ -77,6 +78,7 @@ _JSON = typer.Option(
 def generate(
     run: Path = _RUN,
     image: list[Path] = _IMAGES,
+    video: list[Path] = _VIDEOS,
     prompt: str = _PROMPT,
     num: int = _NUM,
     max_new_tokens: int = _LENGTH,
@@ -117,18 +119,42 @@ def generate(
     )
     request = DrawingRequest(size, guidance or 1.0, tokenizer, output)
     if images is not None:
-        answers = {"image": image, "num": num, "max-new-tokens": max_new_tokens, "stop": stop, "stream": stream}
+        answers = {
+            "image": image,
+            "video": video,
+            "num": num,
+            "max-new-tokens": max_new_tokens,
+            "stop": stop,
+            "stream": stream,
+        }
         _leave_out({**answers, "repetition-penalty": repetition_penalty}, "belongs to answers in words", "--images")
         request.draw(run, prompt, images, sampling, json=json)
         return
     if output is not None:
-        answers = {"image": image, "num": num, "stop": stop, "stream": stream, "repetition-penalty": repetition_penalty}
+        answers = {
+            "image": image,
+            "video": video,
+            "num": num,
+            "stop": stop,
+            "stream": stream,
+            "repetition-penalty": repetition_penalty,
+        }
         _leave_out(answers, "belongs to answers without drawings", "--output")
         request.answer(run, prompt, max_new_tokens or 512, sampling, json=json)
         return
     drawing = {"size": size, "guidance": guidance, "tokenizer": tokenizer}
     _leave_out(drawing, "belongs to drawings; give --output DIR too")
-    _answer(run, image or (), prompt, num or 1, max_new_tokens or 32, sampling, stop or (), stream=stream, json=json)
+    _answer(
+        run,
+        (image or (), video or ()),
+        prompt,
+        num or 1,
+        max_new_tokens or 32,
+        sampling,
+        stop or (),
+        stream=stream,
+        json=json,
+    )
 
 
 def _leave_out(options: dict[str, object], why: str, other: str = "") -> None:
@@ -142,7 +168,7 @@ def _leave_out(options: dict[str, object], why: str, other: str = "") -> None:
 
 def _answer(
     run: Path,
-    images: Sequence[Path],
+    media: tuple[Sequence[Path], Sequence[Path]],
     prompt: str | None,
     num: int,
     max_new_tokens: int,
@@ -152,7 +178,7 @@ def _answer(
     stream: bool,
     json: bool,
 ) -> None:
-    """Print answers in words."""
+    """Print answers in words. ``media``: files of images, and of videos."""
     from mmscale.cli.trained import open_trained
     from mmscale.errors import ConfigError
     from mmscale.evaluate.answers import respond
@@ -162,12 +188,13 @@ def _answer(
     if stream and (num > 1 or json):
         raise ConfigError("--stream prints one answer as it grows: leave out --num and --json")
     trained = open_trained(run)
-    printer = Printer()
+    printer, (images, videos) = Printer(), media
     texts = respond(
         trained.model,
         trained.config.evaluation_data(trained.stage),
         trained.config.stage_media(trained.stage),
         images=images,
+        videos=videos,
         prompt=prompt,
         num=num,
         max_new_tokens=max_new_tokens,

@@ -1,13 +1,13 @@
-"""Generate text: answers to a user's prompt and images, and captions of held-out images for the report.
+"""Generate text: answers to a user's prompt, images and videos, and captions of held-out images for the report.
 
-prompt, image files --document as in training--> generate with a key-value cache --> text
+prompt, image and video files --document as in training--> generate with a key-value cache --> text
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +25,7 @@ from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.collate import collate
 from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.packing.packer import Pack
-from data_pipeline.sample import ImagePart, Provenance, Sample
+from data_pipeline.sample import ImagePart, MediaPart, Provenance, Sample, VideoPart
 from data_pipeline.text.templates import LITERAL, CaptionTemplate, DialogueTemplate
 from data_pipeline.text.templates.base import images_of
 from data_pipeline.text.templates.dialogue import USER
@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _MOST_IMAGE_BYTES = 1 << 28
-_IMAGE_MARK = re.compile(r"<image(?:-(\d+))?>")
-"""Marks an image position in a prompt: the next image, or the image with this number (from 1)."""
+_MOST_VIDEO_BYTES = 1 << 31
+_MARK = re.compile(r"<(image|video)(?:-(\d+))?>")
+"""Marks a position in a prompt: of the next image or video, or of the one with this number (from 1)."""
 _THUMBNAIL_PIXELS = 256
 """Longest side of an image in the report, pixels."""
 
@@ -63,6 +64,7 @@ def respond(
     spec: MediaSpec,
     *,
     images: Sequence[Path | Image.Image] = (),
+    videos: Sequence[Path] = (),
     prompt: str | None = None,
     num: int = 1,
     max_new_tokens: int = 32,
@@ -77,9 +79,10 @@ def respond(
         data: Gives the tokenizer, and template and transform of the first data set.
         spec: Media that the model accepts.
         images: JPEG, PNG or WebP files, or pictures of Pillow.
+        videos: MP4, WebM, Matroska or GIF files.
         prompt: Text before the answer; in a dialogue the user's turn. ``<image>`` in it marks the position of the next
-            image and ``<image-2>`` that of the second. Without marks the images come first. None for the first prompt
-            of the template.
+            image and ``<image-2>`` that of the second; ``<video>`` is the same for videos. Without marks the images
+            come first, then the videos. None for the first prompt of the template.
         num: Number of answers, sampled independently.
         max_new_tokens: Longest answer, tokens.
         sampling: How tokens are sampled.
@@ -91,13 +94,13 @@ def respond(
 
     Raises:
         ConfigError: the model has no vision tower or cannot generate text, the template needs an image or a prompt
-            that is missing, or the prompt marks more images than ``images`` has.
+            that is missing, or the prompt marks more images or videos than given.
         SampleError: a file is not such an image, or an image has no position in the prompt.
         MMScaleError: a file cannot be read.
     """
     tokenizer = load_tokenizer(data.tokenizer)
     prompts, spec = _encoding(data.prompts, spec, model)
-    document, closing = prompt_document(prompts, tokenizer, spec, images, prompt)
+    document, closing = prompt_document(prompts, tokenizer, spec, images, prompt, videos)
     prompt_of = _Prompt(tokenizer, spec, document, closing)
     return prompt_of.answers(model, num, max_new_tokens, sampling, stop, show)
 
@@ -108,6 +111,7 @@ def prompt_document(
     spec: MediaSpec,
     images: Sequence[Path | Image.Image],
     prompt: str | None,
+    videos: Sequence[Path] = (),
 ) -> tuple[Document, Sequence[str]]:
     """Return the document of a prompt, and the names of the tokens that end an answer besides the end token.
 
@@ -118,7 +122,7 @@ def prompt_document(
     The other arguments and the errors are those of ``respond``.
     """
     _require_text(spec)
-    dataset, sample = _prompt_sample(prompts, images, prompt, spec)
+    dataset, sample = _prompt_sample(prompts, images, videos, prompt, spec)
     document = DocumentBuilder(dataset, tokenizer, spec).build_prompt(sample)
     return document, dataset.template.closing
 
@@ -262,35 +266,49 @@ class Chat:
 
 
 def _prompt_sample(
-    dataset: DatasetConfig, images: Sequence[Path | Image.Image], prompt: str | None, spec: MediaSpec
+    dataset: DatasetConfig,
+    images: Sequence[Path | Image.Image],
+    videos: Sequence[Path],
+    prompt: str | None,
+    spec: MediaSpec,
 ) -> tuple[DatasetConfig, Sample]:
-    """Return a sample with these images, and the data set whose template turns it into the prompt."""
+    """Return a sample with these images and videos, and the data set whose template turns it into the prompt."""
     if images:
         _require_images(dataset, spec, "; leave out --image")
+    if videos and spec.placement is Placement.NONE:
+        raise ConfigError("this model has no vision tower, so it cannot read videos; leave out --video")
     template = dataset.template.branch_template
-    sample = _sample_from(images)
-    if prompt is None and images and not template.takes_images:
+    sample = _sample_from(images, videos)
+    if prompt is None and sample.parts and not template.takes_images:
         prompt = ""  # The template's own prompt would drop the images.
     if prompt is None:
         _check_prompt(dataset, sample)
         return dataset, sample
-    if not images and (mark := _IMAGE_MARK.search(prompt)):
-        raise ConfigError(
-            f"the prompt contains {mark[0]}, and no image is given; add --image FILE, or write the prompt without it"
-        )
-    numbers = [mark[1] for mark in _IMAGE_MARK.finditer(prompt)]
-    needed = max([numbers.count(None), *(int(number) for number in numbers if number)])
-    if needed > len(images):
-        raise ConfigError(
-            f"the prompt refers to image number {needed}, and --image gives {len(images)}; add --image FILE, or "
-            "write the prompt without that mark"
-        )
+    _check_marks(prompt, {"image": len(images), "video": len(videos)})
     if (fields := template.question(prompt)) is None:
         template = LITERAL if prompt else CaptionTemplate()
         fields = template.question(prompt)
     if fields is not None:
         sample = replace(sample, fields=fields)
     return dataset.model_copy(update={"template": template}), sample
+
+
+def _check_marks(prompt: str, given: Mapping[str, int]) -> None:
+    """Require an image or video for each mark in a prompt. ``given``: number of images and of videos."""
+    for kind, count in given.items():
+        marks = [mark for mark in _MARK.finditer(prompt) if mark[1] == kind]
+        if marks and not count:
+            raise ConfigError(
+                f"the prompt contains {marks[0][0]}, and no {kind} is given; add --{kind} FILE, or write the prompt "
+                "without it"
+            )
+        numbers = [mark[2] for mark in marks]
+        needed = max([numbers.count(None), *(int(number) for number in numbers if number)])
+        if needed > count:
+            raise ConfigError(
+                f"the prompt refers to {kind} number {needed}, and --{kind} gives {count}; add --{kind} FILE, or "
+                "write the prompt without that mark"
+            )
 
 
 def _check_prompt(dataset: DatasetConfig, sample: Sample) -> None:
@@ -308,11 +326,14 @@ def _check_prompt(dataset: DatasetConfig, sample: Sample) -> None:
         ) from error
 
 
-def _sample_from(images: Sequence[Path | Image.Image]) -> Sample:
-    """Return a sample without fields whose images are these, named by number and extension as in a tar."""
-    paths = [image for image in images if isinstance(image, Path)] or [Path("picture" if images else "prompt")]
+def _sample_from(images: Sequence[Path | Image.Image], videos: Sequence[Path]) -> Sample:
+    """Return a sample without fields with these images and videos, named by number and extension as in a tar."""
+    paths = [one for one in (*images, *videos) if isinstance(one, Path)] or [Path("picture" if images else "prompt")]
     origin = Provenance("file", str(paths[0].parent), ", ".join(path.name for path in paths), 0)
-    return Sample(_image_parts(images), {}, origin)
+    parts: list[MediaPart] = [*_image_parts(images)]
+    for number, path in enumerate(videos, start=len(images)):
+        parts.append(VideoPart(_read(path, _MOST_VIDEO_BYTES), f"{number}{path.suffix.lower()}"))
+    return Sample(tuple(parts), {}, origin)
 
 
 def _image_parts(images: Sequence[Path | Image.Image]) -> tuple[ImagePart, ...]:
@@ -324,17 +345,21 @@ def _image_parts(images: Sequence[Path | Image.Image]) -> tuple[ImagePart, ...]:
             path.convert("RGB").save(encoded, "PNG")
             parts.append(ImagePart(encoded.getvalue(), f"{number}.png"))
             continue
-        try:
-            data = read_bytes(path, most_bytes=_MOST_IMAGE_BYTES)
-        except UntrustedError as error:
-            raise MMScaleError(f"{path}: {error}") from error
-        except FileNotFoundError as error:
-            raise MMScaleError(f"{path}: {no_such_file(path)}") from error
-        except OSError as error:
-            raise MMScaleError(f"{path}: {error.strerror}") from error
+        data = _read(path, _MOST_IMAGE_BYTES)
         extension = path.suffix.lstrip(".").lower()
         parts.append(ImagePart(data, extension if len(images) == 1 else f"{number}.{extension}"))
     return tuple(parts)
+
+
+def _read(path: Path, most_bytes: int) -> bytes:
+    try:
+        return read_bytes(path, most_bytes=most_bytes)
+    except UntrustedError as error:
+        raise MMScaleError(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise MMScaleError(f"{path}: {no_such_file(path)}") from error
+    except OSError as error:
+        raise MMScaleError(f"{path}: {error.strerror}") from error
 
 
 def caption_images(

@@ -194,6 +194,7 @@ def document_builder(
         template=template,
         transforms=transforms,
         image_tokens=data.prompts.image_tokens,
+        video=data.prompts.video,
     )
     return DocumentBuilder(dataset, tokenizer, spec)
 

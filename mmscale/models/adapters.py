@@ -15,7 +15,7 @@ from mmscale.errors import ConfigError
 from mmscale.nn.adapters import AdaptedLinear, adapter_parameters
 from mmscale.nn.experts import Experts
 from mmscale.nn.flops import Product, linear_product
-from mmscale.nn.patch_embed import StillProjection
+from mmscale.nn.patch_embed import FramesProjection
 from mmscale.nn.sizes import ShrunkTo, Width
 
 COMPONENT = "adapters"
@@ -119,7 +119,7 @@ def linear_layers(part: nn.Module) -> dict[str, nn.Linear]:
     return {
         path: module
         for path, module in part.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, StillProjection)
+        if isinstance(module, nn.Linear) and not isinstance(module, FramesProjection)
     }
 
 

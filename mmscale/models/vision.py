@@ -91,7 +91,8 @@ class VisionConfig(TowerBase):
     patch_bias: bool = False
     """Bias on the patch projection."""
     temporal_patch: Channels = 1
-    """Frames that a patch of the projection spans (Qwen2-VL: 2). A still image counts as this many identical frames."""
+    """Frames that a patch of the projection spans (Qwen2-VL: 2): consecutive chosen frames of a video. A still image
+    counts as this many identical frames."""
     pre_norm: bool = False
     """A norm before the first block (CLIP, Pixtral)."""
     post_norm: bool = True
@@ -135,6 +136,8 @@ class VisionConfig(TowerBase):
         embed = 2 * self.channels * self.patch_size**2 * self.hidden_dim
         num_global = 0 if self.tiles is None else self.tiles.global_layers
         found = [linear_product("patches", embed, weights=learns, inputs=False)]
+        if self.temporal_patch > 1:  # In addition, because the patches of videos are also projected as still images.
+            found.append(linear_product("video_patches", embed * self.temporal_patch, weights=learns, inputs=False))
         # The gradients of layer_scale's factors and of the global blocks' gates need the output of their branch.
         for number, ends_in_product in ((self.num_layers, self.layer_scale is None), (num_global, False)):
             found += number * block_products(
@@ -147,6 +150,9 @@ class VisionConfig(TowerBase):
                 ends_in_product=ends_in_product,
             )
         return found
+
+    def media_needs(self) -> dict[str, Any]:
+        return {**super().media_needs(), "frames_per_patch": self.temporal_patch}
 
     def frames(self, media: MediaBlock) -> Segments:
         """Return segments of the rows of each frame, class tokens included. Rows attend only within their frame."""
@@ -172,6 +178,7 @@ class VisionConfig(TowerBase):
         queries, keys = (attended, attended) if isinstance(attended, Segments) else (attended.queries, attended.keys)
         return {
             "patches": media.items.total,
+            "video_patches": len(media.later_index),
             "tower_rows": queries.total,
             "tower_pairs": num_pairs(queries, keys),
         }
@@ -294,7 +301,7 @@ class VisionTower(Tower):
             config.frames(media) if tiles is None else on_device(tiles.attended, media.values.device)
         )
         rotation: Rotation | None = None
-        hidden = self.patch_embed(media.values)
+        hidden = self.patch_embed(media.values, media.later_values, media.later_index)
         if tiles is not None:
             hidden = self._tile_inputs(hidden, tiles)
         elif isinstance(positions, Rotary2dConfig):

@@ -7,17 +7,17 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class StillProjection(nn.Linear):
-    """A video patch projection applied to still images, which count as ``frames`` identical frames.
+class FramesProjection(nn.Linear):
+    """A projection of patches that span ``frames`` frames: of videos, and of still images as identical frames.
 
-    The weight is that of the convolution over video, ``(D, channels * frames * patch**2)``. Summing the weight over its
-    frames gives the result for repeated pixels at ``1 / frames`` of the cost. Each frame's weight receives the same
-    gradient.
+    The weight is that of the convolution over video, ``(D, channels * frames * patch**2)``. For still images, summing
+    the weight over its frames gives the result for repeated pixels at ``1 / frames`` of the cost. Each frame's weight
+    receives the same gradient.
 
     Args:
         channels: Colour channels.
@@ -33,9 +33,26 @@ class StillProjection(nn.Linear):
         super().__init__(channels * frames * pixels, dim, bias=bias)
         self.per_frame = (channels, frames, pixels)
 
-    def forward(self, values: Float[Tensor, "P patch_dim"]) -> Float[Tensor, "P D"]:
-        weight = self.weight.unflatten(1, self.per_frame).sum(dim=2).flatten(1)
-        return F.linear(values, weight, self.bias)
+    def forward(
+        self,
+        values: Float[Tensor, "P patch_dim"],
+        later: Float[Tensor, "Q later_dim"] | None = None,
+        later_index: Int[Tensor, " Q"] | None = None,
+    ) -> Float[Tensor, "P D"]:
+        """Return the rows of all patches.
+
+        Args:
+            values: Each patch, or its first frame, laid out (channel, row, column).
+            later: The other frames of the Q patches of videos, frame after frame; None: there are none.
+            later_index: Row in ``values`` of each row of ``later``.
+        """
+        weight = self.weight.unflatten(1, self.per_frame)
+        rows = F.linear(values, weight.sum(dim=2).flatten(1), self.bias)
+        if later is None or later_index is None:
+            return rows
+        frames = torch.cat([values.index_select(0, later_index), later], dim=1)
+        moving = F.linear(frames, weight.transpose(1, 2).flatten(1), self.bias)
+        return rows.index_copy(0, later_index, moving)
 
 
 def normalise_pixels(
@@ -76,7 +93,7 @@ class PatchEmbed(nn.Module):
         std: Per channel, for pixels scaled to 0..1.
         bias: Whether the projection has a bias.
         frames: Frames that a patch of the published convolution spans; above 1, its weight is
-            ``(D, channels, frames, patch, patch)`` (see ``StillProjection``).
+            ``(D, channels, frames, patch, patch)`` (see ``FramesProjection``).
 
     Source: Dosovitskiy et al. 2021, "An image is worth 16x16 words", section 3.1.
     """
@@ -95,14 +112,27 @@ class PatchEmbed(nn.Module):
         if frames == 1:
             self.projection = nn.Linear(channels * patch_size**2, dim, bias=bias)
         else:
-            self.projection = StillProjection(channels, frames, patch_size**2, dim, bias)
+            self.projection = FramesProjection(channels, frames, patch_size**2, dim, bias)
         self.channels = channels
         self.mean = mean
         self.std = std
 
-    def forward(self, values: UInt8[Tensor, "P patch_dim"] | Float[Tensor, "P patch_dim"]) -> Float[Tensor, "P D"]:
+    def forward(
+        self,
+        values: UInt8[Tensor, "P patch_dim"] | Float[Tensor, "P patch_dim"],
+        later_values: UInt8[Tensor, "Q later_dim"] | None = None,
+        later_index: Int[Tensor, " Q"] | None = None,
+    ) -> Float[Tensor, "P D"]:
+        """Return the rows of all patches. The arguments are those of ``MediaBlock``; None: there is no video."""
         dtype = self.projection.weight.dtype
-        return self.projection(normalise_pixels(values, self.channels, self.mean, self.std, dtype))
+        first = self._normalised(values, dtype)
+        if later_values is None or later_index is None or not len(later_index):
+            return self.projection(first)
+        frames = self._normalised(later_values.reshape(-1, values.shape[1]), dtype)
+        return self.projection(first, frames.view(later_values.shape), later_index)
+
+    def _normalised(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        return normalise_pixels(values, self.channels, self.mean, self.std, dtype)
 
 
 class LearnedPositions(nn.Module):

@@ -130,6 +130,8 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if summary["images"]["count"]:
         facts.append(("images", f"{summary['images']['count']:,}"))
+    if "videos" in summary:
+        facts.append(("videos", f"{summary['videos']['count']:,}"))
     if "text_characters" in summary:
         facts.append(("texts", f"{summary['text_characters']['count']:,}"))
     if "text_tokens" in summary:
@@ -156,6 +158,8 @@ def _distributions(statistics: DatasetStatistics) -> list[tuple[str, Histogram, 
         ("Pixels of an image", tally.images["pixels"], format_count),
         ("Width / height", tally.images["aspect_ratio"], _plain),
         ("Bytes of an image", tally.images["bytes"], format_count),
+        ("Frames of a video", tally.videos["frames"], format_count),
+        ("Seconds of a video", tally.videos["seconds"], _plain),
         ("Samples of a shard", statistics.shards, format_count),
     ]
 

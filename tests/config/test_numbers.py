@@ -99,6 +99,7 @@ ReconstructionConfig.commitment ReconstructionConfig.codebook RunConfig.seed Sam
 PreferenceConfig.label_smoothing PreferenceConfig.next_token
 SamplingConfig.min_p SamplingConfig.seed StageConfig.warmup_steps StageConfig.min_learning_rate StageConfig.z_loss
 StageConfig.clip StorageConfig.retry_seconds StorageConfig.gap_bytes StorageConfig.read_ahead_bytes
+TimesChoice.seconds
 MovqganConfig.attention_levels TilesConfig.global_layers TilesConfig.gate_init TilesConfig.global_gate_init
 VisionConfig.mean VocabularyImageTokensConfig.first_id VqganConfig.attention_levels
 VisionConfig.layer_scale VisionConfig.feature_layers VisionConfig.idle_layers WeightFrom.weight WeightFrom.from_step
@@ -120,7 +121,8 @@ NativeTransform.max_aspect PackingConfig.max_cost PatchesConfig.mean PatchesConf
 ReconstructionConfig.l2 ReconstructionConfig.commitment ReconstructionConfig.codebook RopeConfig.theta
 Rotary2dConfig.theta SamplingConfig.temperature PreferenceConfig.beta PreferenceConfig.next_token
 SamplingConfig.repetition_penalty StageConfig.learning_rate StageConfig.z_loss StageConfig.clip TilesConfig.gate_init
-TilesConfig.global_gate_init VisionConfig.mean VisionConfig.std VisionConfig.layer_scale VisionConfig.init_std
+TilesConfig.global_gate_init VideoConfig.max_aspect VisionConfig.mean VisionConfig.std VisionConfig.layer_scale
+VisionConfig.init_std
 WeightFrom.weight YarnScaling.factor YarnScaling.beta_fast YarnScaling.attention_factor
 """
 _LEGAL = {0: set(_ZERO.split()), -1: set(_NEGATIVE.split()), 10**18: set(_LARGE.split())}
@@ -189,6 +191,10 @@ _MORE: dict[str, dict[str, Any]] = {
         "max_restarts": 3,
         "restart_delay_seconds": 120,
     },
+    "RateChoice": {"kind": "rate"},
+    "TimesChoice": {"kind": "times", "seconds": [1.0]},
+    "UniformChoice": {"kind": "uniform"},
+    "VideoConfig": {"max_tokens": 100},
     "YarnScaling": {"kind": "yarn", "factor": 2.0, "original_context": 64},
     "WeightFrom": {"from_step": 1, "weight": 1.0},
 }

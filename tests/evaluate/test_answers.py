@@ -13,7 +13,7 @@ from PIL import Image
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import SampleError
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.sample import ImagePart, Part, Provenance, Sample, TextPart
+from data_pipeline.sample import ImagePart, Part, Provenance, Sample, TextPart, VideoPart
 from data_pipeline.text.templates import CaptionTemplate, InterleavedTemplate, TemplateConfig
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.evaluate.answers import caption_images, respond
@@ -23,6 +23,7 @@ from mmscale.models.config import ModelConfig
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.models.sampling import SamplingConfig
 from tests.evaluate.emoji_models import ALONE, continued, data_config, evaluation, tiny_model
+from tests.videos import encoded
 
 
 def _image(seed: int = 0) -> Pixels:
@@ -275,3 +276,20 @@ def test_a_text_model_cannot_look(tmp_path: Path) -> None:
     model = _text_model()
     with pytest.raises(ConfigError, match="no vision tower"):
         describe_image(model, _file(tmp_path, "png", _image()), data_config(), media_spec(model.config))
+
+
+def test_a_question_about_videos_is_what_greedy_decoding_by_hand_gives(tmp_path: Path) -> None:
+    model, data = tiny_model("embedding"), data_config()
+    path, spec = tmp_path / "clip.webm", media_spec(model.config)
+    path.write_bytes(encoded(5, kind="webm"))
+    with pytest.raises(SampleError, match=r"video 0\.webm, but the data set has no block video"):
+        respond(model, data, spec, videos=[path])
+    (dataset,) = data.model_dump()["datasets"]
+    block = {**dataset, "video": {"min_pixels": 64, "max_pixels": 1024}}
+    data = DataConfig.model_validate(data.model_dump() | {"datasets": [block]})
+    (answer,) = respond(model, data, spec, videos=[path], prompt="what? <video>", max_new_tokens=6)
+    parts = (TextPart("what? "), VideoPart(path.read_bytes(), "webm"), TextPart("the answer"))
+    assert answer == _continued(model, data, InterleavedTemplate(), parts, 6)
+    for prompt, words in (("<video> <video>", "video number 2, and --video gives 1"), ("<image>", "no image is given")):
+        with pytest.raises(ConfigError, match=words):
+            respond(model, data, spec, videos=[path], prompt=prompt)

@@ -32,11 +32,12 @@ from data_pipeline.prepare.stats.copies import CopyCount, image_keys
 from data_pipeline.prepare.stats.histogram import Histogram
 from data_pipeline.prepare.stats.languages import detect, has_identifier
 from data_pipeline.prepare.stats.tally import MAX_EXAMPLES, PER_RATIO, Tally, count_names
-from data_pipeline.sample import ImagePart, Sample
+from data_pipeline.sample import Sample, TextPart
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader
+from data_pipeline.shards.video_file import is_video
 from data_pipeline.storage.config import CacheConfig, StorageConfig
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.storage import Storage
@@ -226,7 +227,7 @@ class CountWork:
                 _record_unreadable(tally, error)
                 continue
             tally.odd["no_text"] += not any(texts)
-            tally.odd["no_image"] += not any(isinstance(part, ImagePart) for part in sample.parts)
+            tally.odd["no_image"] += all(isinstance(part, TextPart) for part in sample.parts)
             characters += map(len, texts)
             if self._tokenizer is not None:
                 tokens += (len(self._tokenizer.encode(text)) for text in texts)
@@ -291,6 +292,7 @@ def _count_members(index: ShardIndex, rows: Indices, tally: Tally) -> None:
     width, height = (np.minimum(side[good], _MAX_SIDE) for side in (width, height))
     tally.odd["side_below_32"] += int((np.minimum(width, height) < _TINY_SIDE).sum())
     tally.odd["side_8_times_the_other"] += int((np.maximum(width, height) >= _NARROW * np.minimum(width, height)).sum())
+    _count_videos(index, members[np.array([is_video(name) for name in index.extensions], bool)[ext]], tally)
     values = {
         "width": width,
         "height": height,
@@ -299,6 +301,21 @@ def _count_members(index: ShardIndex, rows: Indices, tally: Tally) -> None:
     }
     for name, each in values.items():
         tally.images[name].add(each)
+
+
+def _count_videos(index: ShardIndex, members: Indices, tally: Tally) -> None:
+    """Count the videos among the members of a shard, from the index."""
+    if not len(members):
+        return
+    tally.videos["bytes"].add(index.column("size")[members])
+    found = {name: index.column(name)[members].astype(np.int64) for name in ("num_frames", "microseconds")}
+    sides = {name: index.column(name)[members].astype(np.int64) for name in ("width", "height")}
+    good = found["num_frames"] > 0
+    tally.odd["damaged_video"] += int((~good).sum())
+    tally.videos["frames"].add(found["num_frames"][good])
+    tally.videos["seconds"].add(found["microseconds"][good] * PER_RATIO // 1_000_000)
+    for name, side in sides.items():
+        tally.videos[name].add(np.minimum(side[good], _MAX_SIDE))
 
 
 def _count_kinds(index: ShardIndex, ext: npt.NDArray[np.uint16], starts: Indices, tally: Tally) -> None:

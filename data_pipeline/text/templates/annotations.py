@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.order.randomness import Rng
-from data_pipeline.sample import ImagePart, Sample
+from data_pipeline.sample import MediaPart, Sample
 from data_pipeline.shards.pages import weight_of
 from data_pipeline.text.templates.base import (
     BranchPiece,
@@ -20,8 +20,8 @@ from data_pipeline.text.templates.base import (
     LossWeight,
     Piece,
     TemplateBase,
-    images_of,
     look_up,
+    media_of,
 )
 from data_pipeline.text.templates.caption import CaptionTemplate
 from data_pipeline.text.templates.dialogue import DialogueTemplate
@@ -90,13 +90,13 @@ class AnnotationsTemplate(TemplateBase):
             numbers = np.arange(len(entries)) if rng is None else rng.permutation(len(entries))
             entries = [entries[i] for i in np.sort(numbers[: self.max_annotations])]
         share = 1 / math.sqrt(len(entries))
-        pieces: list[Piece] = [*images_of(sample)]
+        pieces: list[Piece] = [*media_of(sample)]
         for entry in entries:
             weight = share * (weight_of(entry) if isinstance(entry, dict) else 1.0)
             if len(entries) > 1:
                 pieces.append(BranchPiece())
             for piece in self.each.pieces(self._sample_of(entry, sample), rng):
-                if not isinstance(piece, ImagePart | BranchPiece):
+                if not isinstance(piece, MediaPart | BranchPiece):
                     pieces.append(replace(piece, weight=piece.weight * weight))
         return pieces
 

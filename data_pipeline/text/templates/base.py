@@ -22,7 +22,7 @@ from pydantic import Field
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.order.randomness import Rng
-from data_pipeline.sample import ImagePart, Sample
+from data_pipeline.sample import ImagePart, MediaPart, Sample, TextPart
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ class DrawnPiece:
     mark_weight: float
 
 
-Piece = TextPiece | TokenPiece | EndPiece | BranchPiece | ImagePart | DrawnPiece
+Piece = TextPiece | TokenPiece | EndPiece | BranchPiece | MediaPart | DrawnPiece
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,11 @@ class OpeningPiece:
 def images_of(sample: Sample) -> list[ImagePart]:
     """Return the images of a sample in reading order."""
     return [part for part in sample.parts if isinstance(part, ImagePart)]
+
+
+def media_of(sample: Sample) -> list[MediaPart]:
+    """Return the images and videos of a sample in reading order."""
+    return [part for part in sample.parts if not isinstance(part, TextPart)]
 
 
 def text(content: str, weight: float = 0.0) -> list[TextPiece]:
@@ -119,7 +124,7 @@ def draw(options: Sequence[T], rng: Rng | None) -> T:
 LossWeight = Literal["token", "sqrt", "sample"]
 
 ImagesRule = Literal["required", "optional"]
-"""Whether training requires an image in each sample."""
+"""Whether training requires an image or a video in each sample."""
 
 
 class TemplateBase(StrictConfig, ABC):

@@ -17,15 +17,15 @@ from data_pipeline.text.templates.base import (
     Piece,
     draw,
     fill,
-    images_of,
     look_up,
+    media_of,
     parse,
     text,
 )
 
 
 class CaptionTemplate(DroppableText):
-    """Images, then a prompt, then an answer that the model learns."""
+    """Images and videos, then a prompt, then an answer that the model learns."""
 
     kind: Literal["caption"] = "caption"
     images: ImagesRule = "required"
@@ -65,7 +65,7 @@ class CaptionTemplate(DroppableText):
         return self
 
     def pieces(self, sample: Sample, rng: Rng | None) -> list[Piece]:
-        """Return images, prompt and answer. ``rng`` None uses the first of every list.
+        """Return images and videos, prompt and answer. ``rng`` None uses the first of every list.
 
         Raises:
             SampleError: a field is missing, or the answer is empty.
@@ -80,12 +80,12 @@ class CaptionTemplate(DroppableText):
             prompt = fill(self.prompts[choice if len(self.prompts) > 1 else 0], sample.fields)
         check_answer(answer)
         if self.drops(rng):
-            return [*images_of(sample), *text(prompt), EndPiece(0.0)]
-        return [*images_of(sample), *text(prompt), *text(answer, 1.0), EndPiece(1.0)]
+            return [*media_of(sample), *text(prompt), EndPiece(0.0)]
+        return [*media_of(sample), *text(prompt), *text(answer, 1.0), EndPiece(1.0)]
 
     def prompt(self, sample: Sample) -> list[Piece]:
-        """Return the images and the first prompt."""
-        return [*images_of(sample), *text(fill(self.prompts[0], sample.fields))]
+        """Return the images and videos and the first prompt."""
+        return [*media_of(sample), *text(fill(self.prompts[0], sample.fields))]
 
     def stored_answers(self, sample: Sample) -> Sequence[str]:
         """Return the answers that are stored in the sample.

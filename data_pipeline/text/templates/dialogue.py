@@ -4,8 +4,9 @@
 
 A turn is ``{"role": ..., "content": ...}`` or, as in LLaVA's data, ``{"from": ..., "value": ...}``. A string content
 refers to images by ``<image>`` (the next one) or ``<image-2>`` (the second). A list content refers to them by
-``{"type": "image"}`` (the next one) or ``{"type": "image", "image": "0.png"}`` (by name). If no turn refers to an
-image, all images come first in the first turn that is not the system's.
+``{"type": "image"}`` (the next one) or ``{"type": "image", "image": "0.png"}`` (by name). Videos have the same
+references with ``video`` instead of ``image``, and numbers of their own. If no turn refers to an image or video, all
+come first in the first turn that is not the system's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pydantic import Field, model_validator
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.order.randomness import Rng
-from data_pipeline.sample import ImagePart, Sample
+from data_pipeline.sample import ImagePart, MediaPart, Sample
 from data_pipeline.shards.pages import MAX_WEIGHT, weight_of
 from data_pipeline.text.templates.base import (
     EndPiece,
@@ -30,15 +31,15 @@ from data_pipeline.text.templates.base import (
     Piece,
     TextPiece,
     TokenPiece,
-    images_of,
     joined_texts,
     look_up,
+    media_of,
     text,
 )
 from data_pipeline.text.templates.chat_formats import CHAT_FORMATS
 
 SYSTEM, USER = "system", "user"
-_MARKER = re.compile(r"<image(?:-(\d+))?>")
+_MARKER = re.compile(r"<(image|video)(?:-(\d+))?>")
 
 
 class Role(StrictConfig):
@@ -58,9 +59,11 @@ class Role(StrictConfig):
 
 
 @dataclass(frozen=True)
-class _ImageReference:
-    """A reference to an image by number from 1 or by the name of its member; with neither, to the next image."""
+class _Reference:
+    """A reference to an image or video by number from 1 or by the name of its member; with neither, to the next one."""
 
+    kind: str
+    """``image`` or ``video``."""
     number: int | None = None
     name: str | None = None
 
@@ -69,8 +72,8 @@ class _ImageReference:
 class _Turn:
     role: str
     weight: float
-    content: tuple[TextPiece | _ImageReference, ...]
-    """Text pieces, whose weights multiply that of the turn, and image references."""
+    content: tuple[TextPiece | _Reference, ...]
+    """Text pieces, whose weights multiply that of the turn, and references to images and videos."""
 
 
 class DialogueTemplate(LearnedText):
@@ -161,12 +164,12 @@ class DialogueTemplate(LearnedText):
         not_learned = learned[:-1] if self.learn == "last" else []
         pieces: list[Piece] = []
         weight = 0.0
-        for number, (turn, content) in enumerate(zip(turns, _with_images(turns, sample), strict=True)):
+        for number, (turn, content) in enumerate(zip(turns, _with_media(turns, sample), strict=True)):
             role = self.roles[turn.role]
             weight = 0.0 if number in not_learned else self._weight(turn)
             pieces += [*self._opening(role, content), *text(role.lead, weight)]
             for piece in self._spaced(content):
-                pieces += [piece] if isinstance(piece, ImagePart) else text(piece.text, weight * piece.weight)
+                pieces += text(piece.text, weight * piece.weight) if isinstance(piece, TextPiece) else [piece]
             pieces += self._marked(role.suffix, weight)
             if self.end == "turn" and role.weight:
                 pieces.append(EndPiece(weight))
@@ -181,11 +184,11 @@ class DialogueTemplate(LearnedText):
         # A dialogue that does not end with an answer is used completely.
         before = turns if not answers or answers[-1] < len(turns) - 1 else turns[: answers[-1]]
         pieces: list[Piece] = []
-        for turn, content in zip(before, _with_images(turns, sample), strict=False):
+        for turn, content in zip(before, _with_media(turns, sample), strict=False):
             role = self.roles[turn.role]
             pieces += [*self._opening(role, content), *text(role.lead)]
             for piece in self._spaced(content):
-                pieces += [piece] if isinstance(piece, ImagePart) else text(piece.text)
+                pieces += text(piece.text) if isinstance(piece, TextPiece) else [piece]
             pieces += self._marked(role.suffix, 0.0)
             if self.end == "turn" and role.weight:
                 pieces.append(EndPiece(0.0))
@@ -194,7 +197,7 @@ class DialogueTemplate(LearnedText):
         return joined_texts(pieces) if self.joined else pieces
 
     def question(self, words: str) -> dict[str, Any]:
-        """Return the fields of a sample with one user turn ``words``, which may refer to images by ``<image>``."""
+        """Return the fields of a sample with one user turn ``words``, which may contain ``<image>`` and ``<video>``."""
         role = USER if USER in self.roles else next(name for name, role in self.roles.items() if not role.weight)
         return {self.field or "messages": [{"role": role, "content": words}]}
 
@@ -208,13 +211,13 @@ class DialogueTemplate(LearnedText):
     def _weight(self, turn: _Turn) -> float:
         return self.roles[turn.role].weight * turn.weight
 
-    def _opening(self, role: Role, content: Sequence[TextPiece | ImagePart]) -> Iterator[TextPiece | TokenPiece]:
+    def _opening(self, role: Role, content: Sequence[TextPiece | MediaPart]) -> Iterator[TextPiece | TokenPiece]:
         """Return the prefix of a turn with this content."""
         begins_with_image = bool(content) and isinstance(content[0], ImagePart)
         other = role.prefix_before_image if begins_with_image else None
         return self._marked(role.prefix if other is None else other, 0.0)
 
-    def _spaced(self, content: Sequence[TextPiece | ImagePart]) -> Iterator[TextPiece | ImagePart]:
+    def _spaced(self, content: Sequence[TextPiece | MediaPart]) -> Iterator[TextPiece | MediaPart]:
         """Yield the content of a turn with ``image_suffix`` after its images."""
         for piece, after in itertools.zip_longest(content, content[1:]):
             yield piece
@@ -238,7 +241,7 @@ class DialogueTemplate(LearnedText):
         if not isinstance(listed, list) or not listed:
             raise SampleError(f"field {name!r} is {listed!r:.80}, expected a list of turns", kind=FaultKind.TEXT)
         turns = [self._turn(number, item) for number, item in enumerate(listed, start=1)]
-        wants_system = self.system_for == "all" or not images_of(sample)
+        wants_system = self.system_for == "all" or not media_of(sample)
         if self.system is not None and wants_system and turns[0].role != SYSTEM:
             turns.insert(0, _Turn(SYSTEM, 1.0, (TextPiece(self.system, 1.0),)))
         return turns
@@ -255,7 +258,7 @@ class DialogueTemplate(LearnedText):
             content = _parse_content(item.get("content", item.get("value")))
             if self.strip:
                 content = _stripped(content)
-            if not any(isinstance(piece, _ImageReference) or piece.text.strip() for piece in content):
+            if not any(isinstance(piece, _Reference) or piece.text.strip() for piece in content):
                 raise SampleError("the content is empty", kind=FaultKind.TEXT)
             return _Turn(role, weight_of(item), content)
         except SampleError as error:
@@ -263,32 +266,31 @@ class DialogueTemplate(LearnedText):
 
 
 LITERAL = DialogueTemplate(roles={USER: Role(), "assistant": Role(weight=1.0)}, end="none")
-"""Template without prefixes, suffixes and end: a prompt is used as it is, with images at ``<image>``."""
+"""Template without prefixes, suffixes and end: a prompt is used as it is, with media at ``<image>`` and ``<video>``."""
 
 
-def _parse_content(content: Any) -> tuple[TextPiece | _ImageReference, ...]:
-    """Parse the content of a turn: a string with image markers, or a list of texts and images."""
+def _parse_content(content: Any) -> tuple[TextPiece | _Reference, ...]:
+    """Parse the content of a turn: a string with markers, or a list of texts and references."""
     if isinstance(content, str):
         return tuple(_split(content))
     if not isinstance(content, list):
         raise SampleError(f"the content is {content!r:.80}, expected a string or a list", kind=FaultKind.TEXT)
-    found: list[TextPiece | _ImageReference] = []
+    found: list[TextPiece | _Reference] = []
     for item in content:
         match item:
             case {"type": "text", "text": str(words)}:
                 found.append(TextPiece(words, weight_of(item)))
-            case {"type": "image", "image": str(name)}:
-                found.append(_ImageReference(name=name))
-            case {"type": "image"}:
-                found.append(_ImageReference())
+            case {"type": "image" | "video" as kind}:
+                name = item.get(kind)
+                found.append(_Reference(kind, name=name if isinstance(name, str) else None))
             case _:
-                expected = '{"type": "text", "text": ...} or {"type": "image"}'
+                expected = '{"type": "text", "text": ...}, {"type": "image"} or {"type": "video"}'
                 reason = f"an item of the content is {item!r:.80}, expected {expected}"
                 raise SampleError(reason, kind=FaultKind.TEXT)
     return tuple(found)
 
 
-def _stripped(content: Sequence[TextPiece | _ImageReference]) -> tuple[TextPiece | _ImageReference, ...]:
+def _stripped(content: Sequence[TextPiece | _Reference]) -> tuple[TextPiece | _Reference, ...]:
     """Return the content without white space at its beginning and end; texts that become empty there are removed."""
     kept = list(content)
     for end, strip in ((0, str.lstrip), (-1, str.rstrip)):
@@ -300,60 +302,63 @@ def _stripped(content: Sequence[TextPiece | _ImageReference]) -> tuple[TextPiece
     return tuple(kept)
 
 
-def _split(words: str) -> Iterator[TextPiece | _ImageReference]:
-    """Split a string content at its image markers."""
+def _split(words: str) -> Iterator[TextPiece | _Reference]:
+    """Split a string content at its markers."""
     done = 0
     for match in _MARKER.finditer(words):
         yield from text(words[done : match.start()], 1.0)
-        yield _ImageReference(number=None if match[1] is None else int(match[1]))
+        yield _Reference(match[1], number=None if match[2] is None else int(match[2]))
         done = match.end()
     yield from text(words[done:], 1.0)
 
 
-def _with_images(turns: Sequence[_Turn], sample: Sample) -> list[list[TextPiece | ImagePart]]:
-    """Return the content of each turn with its references replaced by images.
+def _with_media(turns: Sequence[_Turn], sample: Sample) -> list[list[TextPiece | MediaPart]]:
+    """Return the content of each turn with its references replaced by images and videos.
 
     Raises:
-        SampleError: a reference has no image, or there are references but not to all images.
+        SampleError: a reference has no image or video, or there are references but not to all of them.
     """
-    images = images_of(sample)
-    references = [piece for turn in turns for piece in turn.content if isinstance(piece, _ImageReference)]
-    if not references and images:
+    media = media_of(sample)
+    references = [piece for turn in turns for piece in turn.content if isinstance(piece, _Reference)]
+    if not references and media:
         first = next((number for number, turn in enumerate(turns) if turn.role != SYSTEM), 0)
-        return [[*(images if number == first else ()), *_resolve(turn, iter(()))] for number, turn in enumerate(turns)]
-    referenced = _referenced_images(references, images)
-    num_referenced = len({id(image) for image in referenced})
-    if num_referenced < len(images):
-        raise SampleError(f"the dialogue shows {num_referenced} of {len(images)} images", kind=FaultKind.TEXT)
-    in_order = iter(referenced)
-    return [_resolve(turn, in_order) for turn in turns]
+        return [[*(media if number == first else ()), *_resolve(turn, {})] for number, turn in enumerate(turns)]
+    referenced = dict[str, Iterator[MediaPart]]()
+    for kind in ("image", "video"):
+        parts = [part for part in media if isinstance(part, ImagePart) == (kind == "image")]
+        found = _referenced(kind, [one for one in references if one.kind == kind], parts)
+        num_referenced = len({id(part) for part in found})
+        if num_referenced < len(parts):
+            raise SampleError(f"the dialogue shows {num_referenced} of {len(parts)} {kind}s", kind=FaultKind.TEXT)
+        referenced[kind] = iter(found)
+    return [_resolve(turn, referenced) for turn in turns]
 
 
-def _resolve(turn: _Turn, images: Iterator[ImagePart]) -> list[TextPiece | ImagePart]:
-    """Return the content of a turn, with each reference replaced by the next of ``images``."""
-    return [piece if isinstance(piece, TextPiece) else next(images) for piece in turn.content]
+def _resolve(turn: _Turn, referenced: Mapping[str, Iterator[MediaPart]]) -> list[TextPiece | MediaPart]:
+    """Return the content of a turn, with each reference replaced by the next image or video of ``referenced``."""
+    return [piece if isinstance(piece, TextPiece) else next(referenced[piece.kind]) for piece in turn.content]
 
 
-def _referenced_images(references: Sequence[_ImageReference], images: Sequence[ImagePart]) -> list[ImagePart]:
-    """Return the image of each reference."""
+def _referenced(kind: str, references: Sequence[_Reference], parts: Sequence[MediaPart]) -> list[MediaPart]:
+    """Return the image or video of each reference of one kind."""
     if len({(one.number is None, one.name is None) for one in references}) > 1:
         reason = (
-            "some image references have a number or a name and others have another form; use one form in a dialogue"
+            f"some {kind} references have a number or a name and others have another form; use one form in a dialogue"
         )
         raise SampleError(reason, kind=FaultKind.TEXT)
-    by_name = {image.name: image for image in images}
+    by_name = {part.name: part for part in parts}
     referenced = []
     for position, one in enumerate(references, start=1):
         if one.name is not None:
-            image = by_name.get(one.name.lower())
+            part = by_name.get(one.name.lower())
         else:
             number = position if one.number is None else one.number
-            image = images[number - 1] if 1 <= number <= len(images) else None
-        if image is None:
+            part = parts[number - 1] if 1 <= number <= len(parts) else None
+        if part is None:
             wanted = one.name or f"number {position if one.number is None else one.number}"
             raise SampleError(
-                f"the dialogue shows image {wanted}, and the sample has {len(images)}: {', '.join(by_name) or 'none'}",
+                f"the dialogue shows {kind} {wanted}, and the sample has {len(parts)}: {', '.join(by_name) or 'none'}",
                 kind=FaultKind.TEXT,
             )
-        referenced.append(image)
+        referenced.append(part)
     return referenced

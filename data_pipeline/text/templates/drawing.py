@@ -20,6 +20,7 @@ from data_pipeline.text.templates.base import (
     draw,
     fill,
     images_of,
+    media_of,
     parse,
     text,
 )
@@ -151,10 +152,11 @@ class DrawingTemplate(DroppableText):
         return words
 
     def _image(self, sample: Sample) -> ImagePart:
-        images = images_of(sample)
-        if len(images) != 1:
+        images, media = images_of(sample), media_of(sample)
+        if len(images) != 1 or len(media) != 1:
             raise SampleError(
-                f"{len(images)} images, but template.kind=drawing takes exactly one",
-                kind=FaultKind.DOCUMENT if images else FaultKind.NO_IMAGE,
+                f"{len(images)} images and {len(media) - len(images)} videos, but template.kind=drawing takes exactly "
+                "one image",
+                kind=FaultKind.DOCUMENT if media else FaultKind.NO_IMAGE,
             )
         return images[0]

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.io.json_member import check_pair
 from data_pipeline.order.randomness import Rng
-from data_pipeline.sample import ImagePart, Sample
+from data_pipeline.sample import ImagePart, MediaPart, Sample
 from data_pipeline.shards.token_grid import decode_grid
 from data_pipeline.text.templates.base import (
     BranchPiece,
@@ -195,4 +195,4 @@ class PreferenceTemplate(TemplateBase):
 
 
 def _weight(piece: Piece) -> float:
-    return 0.0 if isinstance(piece, ImagePart | BranchPiece) else piece.weight
+    return 0.0 if isinstance(piece, MediaPart | BranchPiece) else piece.weight

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.order.randomness import Rng
-from data_pipeline.sample import ImagePart, Sample, TextPart
+from data_pipeline.sample import Sample, TextPart
 from data_pipeline.text.templates.base import (
     DroppableText,
     EndPiece,
@@ -14,13 +14,13 @@ from data_pipeline.text.templates.base import (
     LearnedText,
     Piece,
     TextPiece,
-    images_of,
+    media_of,
     text,
 )
 
 
 class InterleavedTemplate(DroppableText):
-    """Images and text in stored order. All text is learned, with the weight of its part (``"weight": 0.5``)."""
+    """Images, videos and text in stored order. All text is learned, with the weight of its part (``"weight": 0.5``)."""
 
     kind: Literal["interleaved"] = "interleaved"
     images: ImagesRule = "optional"
@@ -40,16 +40,16 @@ class InterleavedTemplate(DroppableText):
         """
         pieces: list[Piece] = []
         for number, part in enumerate(sample.parts, start=1):
-            if isinstance(part, ImagePart):
-                pieces.append(part)
-            else:
+            if isinstance(part, TextPart):
                 last = number == len(sample.parts)
                 pieces.extend(text(part.text if last else part.text + self.separator, part.weight))
+            else:
+                pieces.append(part)
         if not any(isinstance(piece, TextPiece) for piece in pieces):
             raise SampleError("no text among its parts: there is nothing to learn", kind=FaultKind.TEXT)
-        images = images_of(sample)
-        if images and self.drops(rng):  # Do not drop the text of a page without images: nothing would be left.
-            return [*images, EndPiece(0.0)]
+        media = media_of(sample)
+        if media and self.drops(rng):  # Do not drop the text of a page without images: nothing would be left.
+            return [*media, EndPiece(0.0)]
         return [*pieces, _end(pieces[-1])]
 
     def prompt(self, sample: Sample) -> list[Piece]:
@@ -73,11 +73,11 @@ class TextTemplate(LearnedText):
         """Return the text parts.
 
         Raises:
-            SampleError: the sample has images, which this template would drop, or has no text.
+            SampleError: the sample has images or videos, which this template would drop, or has no text.
         """
-        if any(isinstance(part, ImagePart) for part in sample.parts):
+        if media_of(sample):
             raise SampleError(
-                "the sample has images, and template.kind=text would drop them; use interleaved or caption",
+                "the sample has images or videos, and template.kind=text would drop them; use interleaved or caption",
                 kind=FaultKind.TEXT,
             )
         pieces = [

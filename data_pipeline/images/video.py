@@ -1,0 +1,358 @@
+"""Convert a video to one item of frame patches: choose frames, decode them, resize, and cut them into patches.
+
+    VideoSize --VideoTransform.dry_run--> item (time, rows, columns), without pixels
+    bytes --VideoTransform.decode_task, decode--> the same item with pixels
+
+Number, size and grid of the frames depend on the index alone, so a document is planned without decoding, as with
+images. A tower whose patches span several frames (Qwen2-VL: 2) gets groups of consecutive chosen frames; the last one
+is repeated to fill its group. Nothing is random: the same video gives the same item in every epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field, model_validator
+
+from data_pipeline.document import MediaItem
+from data_pipeline.errors import DataConfigError, FaultKind, SampleError
+from data_pipeline.images.crops import patchify, resize
+from data_pipeline.images.decode import Pixels
+from data_pipeline.images.image_tokens import ImageLayout
+from data_pipeline.images.native_sizes import Size, area_size
+from data_pipeline.io.strict import StrictConfig
+from data_pipeline.media_spec import Grid, MediaSpec, Placement
+from data_pipeline.sample import VideoPart, VideoSize
+from data_pipeline.shards.video_file import MAX_FRAME_PIXELS, VideoFile, video_size
+from data_pipeline.text.tokenizer import Tokenizer
+
+_BLACK = np.uint8(0)
+_MICROSECOND = 1e-6
+_IRREGULAR = 0.25
+"""A frame rate is variable if a frame starts by more than this share of a mean frame before or after its regular time.
+WebM rounds times to milliseconds, which is below this share up to 500 frames a second."""
+_FLOOR = 1.05
+"""With ``max_tokens``, a frame keeps at least this factor of ``min_pixels``."""
+
+
+class _Spread(StrictConfig):
+    """Base class of choices of evenly spread frames."""
+
+    spread: Literal["ends", "starts"] = "ends"
+    """``ends``: from the first to the last frame (the code of Qwen2-VL's authors). ``starts``: the first frame of each
+    of as many equal parts (transformers). In a video with a variable frame rate, frames are spread evenly in time."""
+
+    def numbers(self, times: npt.NDArray[np.float64], count: int) -> list[int]:
+        """Return the numbers of ``count`` frames, ascending. ``times``: start of each frame, seconds."""
+        total = len(times)
+        mean = float(times[-1]) / max(1, total - 1)
+        is_regular = bool((np.abs(times - mean * np.arange(total)) <= _IRREGULAR * mean).all())
+        if self.spread == "starts":
+            if is_regular:
+                return [i * total // count for i in range(count)]
+            targets = np.arange(count) * (total * mean / count)
+            return [int(i) for i in np.searchsorted(times, targets + _MICROSECOND, side="right") - 1]
+        # float32, as in the authors' code: it decides which of two frames is nearer.
+        places = torch.linspace(0, total - 1, count)
+        if is_regular:
+            return [int(i) for i in places.round()]
+        return [int(np.abs(times - mean * float(place)).argmin()) for place in places]
+
+
+class RateChoice(_Spread):
+    """A number of frames for each second of the video.
+
+    Source: Qwen2-VL (arXiv 2409.12191), section 2.1, and ``smart_nframes`` of the package qwen-vl-utils.
+    """
+
+    kind: Literal["rate"] = "rate"
+    per_second: float = Field(default=2.0, gt=0, le=1e4)
+    """Frames for each second, above 0, at most 1e4."""
+    min_frames: int = Field(default=4, ge=1, le=1 << 16)
+    """Least number of frames, 1 to 65536; a video with fewer frames gives all of them."""
+    max_frames: int = Field(default=768, ge=1, le=1 << 16)
+    """Largest number of frames, from ``min_frames`` to 65536."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RateChoice:
+        if self.max_frames < self.min_frames:
+            raise ValueError(f"max_frames={self.max_frames} is below min_frames={self.min_frames}")
+        return self
+
+    def count(self, size: VideoSize, multiple: int) -> int:
+        """Return the number of frames: a multiple of ``multiple``, unless the video has fewer frames than that."""
+        most = min(self.max_frames, size.num_frames) // multiple * multiple
+        least = -(-self.min_frames // multiple) * multiple
+        wanted = min(max(size.microseconds / 1e6 * self.per_second, least), most)
+        return max(math.floor(wanted / multiple) * multiple, min(multiple, size.num_frames))
+
+
+class UniformChoice(_Spread):
+    """A number of frames, whatever the length of the video."""
+
+    kind: Literal["uniform"] = "uniform"
+    num_frames: int = Field(default=16, ge=1, le=1 << 16)
+    """Number of frames, 1 to 65536; a video with fewer frames gives all of them."""
+
+    def count(self, size: VideoSize, multiple: int) -> int:
+        """Return the number of frames."""
+        return min(self.num_frames, size.num_frames)
+
+
+class TimesChoice(StrictConfig):
+    """The frames that are shown at given times."""
+
+    kind: Literal["times"] = "times"
+    seconds: tuple[Annotated[float, Field(ge=0, le=1e6)], ...] = Field(min_length=1, max_length=1 << 16)
+    """Times after the first frame, ascending, 0 to 1e6 seconds. A video that ends before one of them is a bad
+    sample."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> TimesChoice:
+        if list(self.seconds) != sorted(self.seconds):
+            raise ValueError(f"seconds={list(self.seconds)}: must be ascending")
+        return self
+
+    def count(self, size: VideoSize, multiple: int) -> int:
+        """Return the number of frames. Raises ``SampleError`` if the video ends before the last of ``seconds``."""
+        if self.seconds[-1] * 1e6 >= size.microseconds:
+            raise SampleError(
+                f"a video of {size.microseconds / 1e6:g} seconds has no frame at {self.seconds[-1]:g} (frames.seconds)",
+                kind=FaultKind.DECODE,
+            )
+        return len(self.seconds)
+
+    def numbers(self, times: npt.NDArray[np.float64], count: int) -> list[int]:
+        """Return the numbers of the frames, ascending; a number may occur more than once."""
+        return [int(i) for i in np.searchsorted(times, np.array(self.seconds) + _MICROSECOND, side="right") - 1]
+
+
+class VideoConfig(StrictConfig):
+    """How a video becomes frames, patches and tokens."""
+
+    frames: Annotated[RateChoice | UniformChoice | TimesChoice, Field(discriminator="kind")] = RateChoice()
+    """Which frames are used: a ``rate`` in frames per second, a ``uniform`` number, or the frames at given
+    ``times``."""
+    min_pixels: int = Field(default=128 * 28 * 28, ge=1)
+    """Frames with fewer pixels are enlarged to at least this many; at least 1. A tower with a fixed size has frames of
+    that size, and ignores this key, ``max_pixels`` and ``max_tokens``."""
+    max_pixels: int = Field(default=768 * 28 * 28, ge=1)
+    """Frames with more pixels are reduced to at most this many. At least ``min_pixels`` and one merged patch."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Largest number of tokens of a video: its frames are reduced to it, but to no less than 1.05 times ``min_pixels``
+    (Qwen2-VL's authors: 115200). null for no limit but ``max_pixels``."""
+    max_aspect: float = Field(default=200.0, ge=1)
+    """Largest ratio of the longer side to the shorter side, at least 1. A sample above it is a bad sample."""
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    """Resize filter, always antialiased."""
+    max_frame_pixels: int = Field(default=1 << 24, ge=1, le=MAX_FRAME_PIXELS)
+    """Largest number of pixels of a stored frame, at most 67108864. A larger one is a bad sample, found before
+    decoding."""
+    max_decoded_frames: int = Field(default=1 << 16, ge=1)
+    """Largest number of stored frames to decode for one video, at least 1. Decoding starts at the key frame before each
+    used frame. A video that needs more is a bad sample."""
+    start: str | None = None
+    """Token before each video: ``<|vision_start|>`` (Qwen2-VL). null for none."""
+    end: str | None = None
+    """Token after each video: ``<|vision_end|>``. null for none."""
+    placeholder: str | None = None
+    """Token that stands for each feature: ``<|video_pad|>``. null for the tokenizer's image token."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> VideoConfig:
+        if self.max_pixels < self.min_pixels:
+            raise ValueError(f"max_pixels={self.max_pixels} is below min_pixels={self.min_pixels}")
+        return self
+
+
+class VideoTransform:
+    """Converts the encoded videos of one data set to items.
+
+    Args:
+        config: The videos of the data set.
+        spec: Requirements of the model.
+
+    Raises:
+        DataConfigError: the model cannot use videos, or ``max_pixels`` is below one merged patch.
+    """
+
+    def __init__(self, config: VideoConfig, spec: MediaSpec) -> None:
+        if spec.placement is not Placement.EMBEDDING or spec.max_tiles is not None or spec.channels != 3:
+            raise DataConfigError(
+                "data.video: needs a model that writes the features of colour frames into token slots "
+                "(connector.kind=embedding, without vision.tiles); leave it out"
+            )
+        if config.max_pixels < spec.size_multiple**2:
+            raise DataConfigError(
+                f"data.video.max_pixels={config.max_pixels}: must be at least one merged patch, "
+                f"{spec.size_multiple**2} pixels"
+            )
+        self.config = config
+        self.spec = spec
+
+    def decode_task(self, part: VideoPart) -> VideoTask:
+        """Plan a video, and return a task that decodes it later.
+
+        Raises:
+            SampleError: as ``dry_run``; without a size from the index, also if the file is damaged.
+        """
+        size = video_size(part.data) if part.size is None else part.size
+        count, grid = self._plan(size)
+        return VideoTask(self, part.data, size, count, self._item(count, grid, is_black=False))
+
+    def dry_run(self, size: VideoSize) -> tuple[MediaItem, ...]:
+        """Return the item of a video of this size with black pixels, which take no memory.
+
+        Raises:
+            SampleError: the size is unknown (0), or the frames are too large or too elongated, or are missing.
+        """
+        return (self._item(*self._plan(size), is_black=True),)
+
+    def _plan(self, size: VideoSize) -> tuple[int, Grid]:
+        """Return the number of frames, and the grid of their patches."""
+        config, patch = self.config, self.spec.patch_size
+        if size.num_frames < 1:
+            raise SampleError(
+                "the index has no size for this video: the file is damaged, or the index is old; then build it again "
+                "with: mmscale data index",
+                kind=FaultKind.DECODE,
+            )
+        if size.height * size.width > config.max_frame_pixels:
+            raise SampleError(
+                f"a video of {size.width}x{size.height} pixels, the limit is {config.max_frame_pixels} pixels "
+                "(video.max_frame_pixels)",
+                kind=FaultKind.DECODE,
+            )
+        if max(size[2:]) > config.max_aspect * min(size[2:]):
+            raise SampleError(
+                f"a video of {size.width}x{size.height} pixels, the largest aspect is {config.max_aspect:g} "
+                "(video.max_aspect)",
+                kind=FaultKind.DECODE,
+            )
+        count = config.frames.count(size, self.spec.frames_per_patch)
+        height, width = self._frame_size(size, count)
+        return count, (-(-count // self.spec.frames_per_patch), height // patch, width // patch)
+
+    def _frame_size(self, size: VideoSize, count: int) -> Size:
+        config, spec = self.config, self.spec
+        if spec.fixed_grid is not None:
+            return spec.fixed_grid[0] * spec.patch_size, spec.fixed_grid[1] * spec.patch_size
+        most = config.max_pixels
+        if config.max_tokens is not None:  # The tokens of all groups of frames together.
+            share = config.max_tokens * spec.size_multiple**2 * spec.frames_per_patch // count
+            most = max(min(most, share), int(_FLOOR * config.min_pixels))
+        return area_size(size.height, size.width, spec.size_multiple, config.min_pixels, most)
+
+    def _item(self, count: int, grid: Grid, is_black: bool) -> MediaItem:
+        num_later = self.spec.frames_per_patch - 1 if count > 1 else 0  # One frame is a still image.
+
+        def patches(width: int) -> npt.NDArray[np.uint8]:
+            shape = (math.prod(grid), width)
+            return np.broadcast_to(_BLACK, shape) if is_black else np.empty(shape, np.uint8)
+
+        later = patches(num_later * self.spec.patch_dim) if num_later else None
+        return MediaItem(patches(self.spec.patch_dim), grid, embedded=True, later_values=later)
+
+
+@dataclass(frozen=True)
+class VideoTask:
+    """A planned video that is not decoded yet.
+
+    Attributes:
+        transform: The transform that planned it.
+        data: The encoded video.
+        size: The size that the plan is for.
+        count: Number of its frames.
+        item: Its item, with uninitialised values until ``decode`` has run.
+    """
+
+    transform: VideoTransform
+    data: bytes
+    size: VideoSize
+    count: int
+    item: MediaItem
+
+    @property
+    def crops(self) -> tuple[MediaItem, ...]:
+        """The item, as the only crop of the video."""
+        return (self.item,)
+
+    def decode(self) -> None:
+        """Decode the frames and write the values of the item. Call it once, from any thread.
+
+        Memory is bounded by one decoded frame and the item.
+
+        Raises:
+            SampleError: the file is damaged, or its size is not the planned one, or too many frames must be decoded.
+        """
+        config, spec = self.transform.config, self.transform.spec
+        _, rows, columns = self.item.grid
+        frame_size = (rows * spec.patch_size, columns * spec.patch_size)
+        with VideoFile(self.data, config.max_frame_pixels) as file:
+            self._check(VideoSize(file.num_frames, file.microseconds, *self.size[2:]))
+            numbers = config.frames.numbers(file.times, self.count)
+            if (needed := file.num_decoded(numbers)) > config.max_decoded_frames:
+                raise SampleError(
+                    f"a video of which {needed} frames must be decoded, the limit is {config.max_decoded_frames} "
+                    "(video.max_decoded_frames)",
+                    kind=FaultKind.DECODE,
+                )
+            for number, pixels in file.decode(numbers):
+                self._check(VideoSize(file.num_frames, file.microseconds, *pixels.shape[:2]))
+                resized = resize(pixels, frame_size, config.interpolation)
+                # The last frame fills its group.
+                last = len(numbers) if self.item.later_values is None else self.item.grid[0] * spec.frames_per_patch
+                for place in range(last):
+                    if numbers[min(place, len(numbers) - 1)] == number:
+                        self._write(place, resized)
+
+    def _check(self, found: VideoSize) -> None:
+        if found != self.size:
+            raise SampleError(
+                f"a video with {_words(found)}, the index says {_words(self.size)}; if the index is old, build it "
+                "again with: mmscale data index",
+                kind=FaultKind.DECODE,
+            )
+
+    def _write(self, place: int, pixels: Pixels) -> None:
+        """Write the patches of the frame at ``place`` among the chosen frames."""
+        spec, (time, rows, columns) = self.transform.spec, self.item.grid
+        patches = np.empty((rows * columns, spec.patch_dim), np.uint8)
+        patchify(pixels, spec.patch_size, patches)
+        if self.item.later_values is None:
+            self.item.values.reshape(time, rows * columns, -1)[place] = patches
+            return
+        group, frame = divmod(place, spec.frames_per_patch)
+        if frame == 0:
+            self.item.values.reshape(time, rows * columns, -1)[group] = patches
+        else:
+            later = self.item.later_values.reshape(time, rows * columns, spec.frames_per_patch - 1, -1)
+            later[group, :, frame - 1] = patches
+
+
+def _words(size: VideoSize) -> str:
+    return f"{size.num_frames} frames of {size.width}x{size.height} pixels in {size.microseconds / 1e6:g} s"
+
+
+class Videos:
+    """The videos of a data set: their transform, and their tokens with ids instead of names.
+
+    Raises:
+        DataConfigError: as ``VideoTransform``, or the tokenizer lacks a token.
+    """
+
+    def __init__(self, config: VideoConfig, tokenizer: Tokenizer, spec: MediaSpec) -> None:
+        self.transform = VideoTransform(config, spec)
+        names = {key: getattr(config, key) for key in ("start", "end", "placeholder")}
+        ids = {key: tokenizer.special_id(name, f"data.video.{key}") for key, name in names.items() if name is not None}
+        self.placeholder = ids.get("placeholder", tokenizer.image_id)
+        start, end = (((ids[key],) if key in ids else ()) for key in ("start", "end"))
+        if {self.placeholder, tokenizer.image_id} & {*start, *end}:
+            raise DataConfigError("data.video: start and end must differ from the tokens that stand for features")
+        self.layout = ImageLayout(start, end)
+        self.reserved = {names[key]: token for key, token in ids.items() if token != tokenizer.image_id}

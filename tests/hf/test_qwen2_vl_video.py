@@ -1,0 +1,207 @@
+"""Imported Qwen2-VL reads videos like transformers: pixels, documents, logits, loss, all gradients, and answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from data_pipeline.config import DatasetConfig
+from data_pipeline.document import Document
+from data_pipeline.media_spec import MediaSpec
+from data_pipeline.packing.collate import collate, concatenate
+from data_pipeline.packing.document_builder import DocumentBuilder
+from data_pipeline.packing.packer import Pack
+from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart, VideoPart
+from data_pipeline.shards.manifest import write_manifest
+from data_pipeline.shards.writer import ShardWriter
+from mmscale.models.build import media_spec
+from mmscale.models.connectors.projector import merge_order
+from mmscale.models.generation import generate
+from mmscale.objectives.next_token import NextToken
+from tests.hf.pages import AUTO, BOS, EOS, Seen, compare, load, normalised, picture, save_tokenizer, stored
+from tests.hf.reference_models import imported, loaded
+from tests.hf.test_qwen2_vl import (
+    BOUND,
+    END,
+    GRADIENT_BOUND,
+    IMAGE,
+    LAYOUT,
+    PIXELS,
+    SPECIAL,
+    START,
+    VIDEO,
+    processor,
+    reference_model,
+)
+from tests.hf.train_and_export import VOCABULARY, train_and_export
+from tests.models.reference_models import distance
+from tests.parity_table import Recorder
+from tests.videos import decoded, encoded
+
+pytestmark = pytest.mark.parity
+Clip = tuple[int, int, int]
+"""(frames, height, width) of a video."""
+PAGES: dict[str, list[str | tuple[int, ...]]] = {
+    "video": [(4, 60, 60), "a video"],
+    "odd number of frames": ["x", (3, 50, 70), "three"],
+    "image and videos": [(31, 90), "one, ", (2, 40, 90), "two", (4, 64, 64), "three", (50, 50)],
+    "one frame": [(1, 56, 56), "still"],
+}
+LONG = [(10, 40, 40), "the positions of this text"]
+CONFIG = {"start": START, "end": END, "placeholder": VIDEO, "frames": {"kind": "uniform", "num_frames": 64}, **PIXELS}
+
+
+def _clip(size: tuple[int, ...]) -> bytes:
+    return encoded(size[0], height=size[1], width=size[2])
+
+
+def _documents(tokenizer: Path, spec: MediaSpec, pages: list[list[Any]]) -> list[Document]:
+    block = {
+        "name": "x",
+        "manifest": "x",
+        "template": {"kind": "interleaved"},
+        "transforms": {"kind": "native", "layout": LAYOUT, **PIXELS},
+        "video": CONFIG,
+    }
+    build = DocumentBuilder(DatasetConfig.model_validate(block), load(tokenizer, IMAGE), spec)
+
+    def part(one: Any) -> TextPart | ImagePart | VideoPart:
+        if isinstance(one, str):
+            return TextPart(one)
+        return VideoPart(_clip(one), "mp4") if len(one) == 3 else ImagePart(stored(picture(one)), "png")
+
+    origin = Provenance("x", "shard", "key", 0)
+    return [build(Sample(tuple(map(part, page)), {}, origin)) for page in pages]
+
+
+def _inputs(tokenizer: Path, page: list[Any]) -> dict[str, Tensor]:
+    theirs = processor(tokenizer)
+    theirs.video_processor.size = {"shortest_edge": PIXELS["min_pixels"], "longest_edge": PIXELS["max_pixels"]}
+    marks = {2: f"{START}{IMAGE}{END}", 3: f"{START}{VIDEO}{END}"}
+    text = "".join(part if isinstance(part, str) else marks[len(part)] for part in page)
+    videos = [
+        decoded(_clip(part)).transpose(0, 3, 1, 2) for part in page if len(part) == 3 and not isinstance(part, str)
+    ]
+    images = [picture(part) for part in page if len(part) == 2 and not isinstance(part, str)]
+    given: dict[str, Any] = {"images": images or None, "videos": videos or None}
+    text = f"{BOS}{text}{EOS}"
+    return dict(theirs(text=[text], **given, return_tensors="pt", add_special_tokens=False, cap_pixels_per_frame=False))
+
+
+def _seen(folder: Path, ours: Any, pages: list[list[Any]]) -> Seen:
+    tokenizer = save_tokenizer(folder / "tokenizer.json", SPECIAL)
+    spec = media_spec(ours.config)
+    documents, inputs = _documents(tokenizer, spec, pages), [_inputs(tokenizer, page) for page in pages]
+    for document, one in zip(documents, inputs, strict=True):
+        assert document.token_ids.tolist() == one["input_ids"][0].tolist()
+    return Seen(documents, inputs, spec)
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Any, Any]:
+    theirs = reference_model()
+    theirs.save_pretrained(tmp_path / "theirs")
+    return imported(tmp_path / "theirs", tmp_path / "run")[0], theirs
+
+
+def test_the_same_logits_loss_and_gradients(models: tuple[Any, Any], tmp_path: Path, parity: Recorder) -> None:
+    """All pages are one pack, so images and videos of several documents pass through the tower together."""
+    ours, theirs = models
+    compare(ours, theirs, _seen(tmp_path, ours, [*PAGES.values()]), tmp_path, parity, (BOUND, GRADIENT_BOUND))
+    weight = ours.vision.patch_embed.projection.weight.grad.view(32, 3, 2, 14, 14)
+    assert not torch.allclose(weight[:, :, 0], weight[:, :, 1], rtol=0.1)  # Unlike those of still images.
+
+
+def test_pixels_grids_and_positions(models: tuple[Any, Any], tmp_path: Path, parity: Recorder) -> None:
+    ours, theirs = models
+    seen = _seen(tmp_path, ours, [*PAGES.values()])
+    for document, inputs in zip(seen.documents, seen.inputs, strict=True):
+        videos = [item for item in document.items if item.grid[0] > 1 or item.later_values is not None]
+        if "video_grid_thw" in inputs and videos:
+            assert [list(item.grid) for item in videos] == inputs["video_grid_thw"].tolist()
+            order = torch.from_numpy(merge_order([item.grid for item in videos], 2))
+            expected = inputs["pixel_values_videos"].view(len(order), 3, 2, -1)
+            for frame, values in enumerate(([v.values for v in videos], [v.later_values for v in videos])):
+                mine = normalised(ours.config.vision, torch.from_numpy(np.concatenate(values)))[order]
+                parity("qwen2_vl", "pixels", distance(mine, expected[:, :, frame].flatten(1)), BOUND)
+        grids = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
+        positions, _ = theirs.model.get_rope_index(
+            inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"], **grids
+        )
+        assert document.position_ids.T.tolist() == positions[:, 0].tolist()
+
+
+def test_text_after_a_long_video_follows_its_last_frame(models: tuple[Any, Any], tmp_path: Path) -> None:
+    """transformers 5.24 lets it follow the largest row or column, so its text overlaps the video in time."""
+    ours, theirs = models
+    seen = _seen(tmp_path, ours, [LONG])
+    (document,), (inputs,) = seen.documents, seen.inputs
+    video = document.position_ids[2:22]  # Five pairs of frames, each of 2 x 2 features, after two tokens.
+    assert video[:, 0].tolist() == [2 + pair for pair in range(5) for _ in range(4)]
+    assert document.position_ids[22].tolist() == [7, 7, 7]
+    positions = torch.from_numpy(document.position_ids.T.astype(np.int64))[:, None]
+    with torch.no_grad():
+        assert distance(seen.ours(ours), theirs(**inputs, position_ids=positions).logits[0]) < BOUND
+        assert distance(seen.ours(ours), theirs(**inputs).logits[0]) > 100 * BOUND
+
+
+def test_the_same_answers(models: tuple[Any, Any], tmp_path: Path) -> None:
+    ours, theirs = models
+    seen = _seen(tmp_path, ours, [PAGES["video"], PAGES["image and videos"]])
+    answers = generate(ours.eval(), seen.batch(), 6, eos_id=-1)
+    for answer, inputs in zip(answers, seen.inputs, strict=True):
+        ids = theirs.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert answer == ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_microbatches_of_several_packs_equal_one_pack(models: tuple[Any, Any], tmp_path: Path) -> None:
+    ours, _ = models
+    seen = _seen(tmp_path, ours, [*PAGES.values()])
+    together = collate([Pack(tuple(seen.documents), 0)], seen.spec)
+    apart = concatenate([collate([Pack((document,), 0)], seen.spec) for document in seen.documents], seen.spec)
+    for name in ("values", "later_values", "later_index"):
+        assert torch.equal(getattr(together.media["image"], name), getattr(apart.media["image"], name))
+    with torch.no_grad():
+        assert torch.equal(ours(together).hidden, ours(apart).hidden)
+
+
+def test_operations_of_videos_equal_the_counter(models: tuple[Any, Any], tmp_path: Path) -> None:
+    ours, _ = models
+    batch = _seen(tmp_path, ours, [PAGES["video"]]).batch()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        NextToken()(ours, batch).loss_sum.backward()
+    flops = ours.training_flops(batch, ["vision", "connector", "decoder"])
+    assert flops.hardware == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_trained_on_two_ranks_of_which_some_have_no_video(tmp_path: Path) -> None:
+    """Every third sample is text alone, so packs without a video occur on either rank; the run must not hang."""
+    theirs = reference_model(vocabulary=VOCABULARY)
+    theirs.save_pretrained(tmp_path / "theirs")
+    with ShardWriter(tmp_path / "clips", "part") as writer:
+        for number in range(24):
+            members = {"txt": f"red apple {number % 2}".encode()}
+            if number % 3:
+                members["mp4"] = encoded(2 + number % 3, height=28, width=28, seed=number % 2)
+            writer.write(f"{number:03d}", members)
+    write_manifest(tmp_path / "clips.manifest", writer.shards)
+    limits = {"min_pixels": 28 * 28, "max_pixels": 28 * 28}
+    dataset = {
+        "name": "clips",
+        "manifest": str(tmp_path / "clips.manifest"),
+        "template": {"kind": "caption", "images": "optional"},
+        "transforms": {"kind": "native", **limits},
+        "video": limits,
+    }
+    again = loaded(train_and_export(tmp_path / "theirs", tmp_path, dataset, max_tokens=24), AUTO)
+    weight = again.model.visual.patch_embed.proj.weight
+    assert not torch.equal(weight[:, :, 0], weight[:, :, 1])
