@@ -43,6 +43,7 @@ VERBS = (
     Verb("check", "Prove before a run that all its ranks make the same collectives, so that they cannot hang."),
     Verb("train", "Train the model of CONFIG, resuming from the run folder's checkpoint if it has one."),
     Verb("plan", "Plan a run on a cluster: memory, time, cost, limits, and what would help."),
+    Verb("doctor", "Examine this machine or an allocation: packages, devices, kernels, ranks, storage, limits."),
     Verb("launch", "Start training on several ranks: on this machine or through SLURM.", family=True),
     Verb("compare", "Train variants of a run under equal conditions and write one page that compares them."),
     Verb("eval", "Score a trained model on held-out samples."),
