@@ -18,6 +18,7 @@ from data_pipeline.batch import MultimodalBatch, Segments
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.models.sampling import SamplingConfig, choose_tokens, guided_logits
+from mmscale.nn.host import to_device
 
 TokenCallback = Callable[[int, list[int]], bool]
 """Called with the index of a document in the batch and its new tokens so far; returning True ends the sequence."""
@@ -228,7 +229,7 @@ def _prompt_tokens(batch: MultimodalBatch, like: Float[Tensor, "S V"]) -> Bool[T
 def _first_step(batch: MultimodalBatch, last: Tensor) -> MultimodalBatch:
     """Return a batch with one row per sequence, at the position of its last prompt token."""
     pieces = Segments.from_lengths([1] * batch.segments.num)
-    segments = Segments(pieces.cu.to(last.device), pieces.bounds)
+    segments = Segments(to_device(pieces.cu, last.device), pieces.bounds)
     position_ids = batch.position_ids.index_select(0, last)
     if position_ids.dim() == 2:  # New text continues at the largest position of all axes (Qwen2-VL, section 2.1).
         position_ids = position_ids.amax(1, keepdim=True).expand(-1, 3)

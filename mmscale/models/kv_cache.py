@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_pipeline.batch import Segments
 from mmscale.nn.block import LayerCache
+from mmscale.nn.host import to_device
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class KVCache:
         self._rows = _ranges(first + self._lengths, new).to(device)
         self._visible = _ranges(first, total).to(device)
         pieces = Segments.from_lengths(total.tolist())
-        self._segments = Segments(pieces.cu.to(device), pieces.bounds)
+        self._segments = Segments(to_device(pieces.cu, device), pieces.bounds)
         self._lengths = total
         self._shape, self._dtype = (num_kv_heads, head_dim), like.dtype
 

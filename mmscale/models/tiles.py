@@ -26,6 +26,7 @@ from pydantic import Field
 
 from data_pipeline.batch import AttentionSegments, BranchedSegments, CropLocation, Segments
 from data_pipeline.io.strict import StrictConfig
+from mmscale.nn.host import to_device
 from mmscale.nn.sizes import MAX_TILES, ShrunkTo
 from mmscale.nn.tile_embed import tile_row
 
@@ -145,9 +146,9 @@ class TileRows:
 def on_device(attended: AttentionSegments, device: torch.device) -> AttentionSegments:
     """Return a copy with its tensors on ``device``."""
     if isinstance(attended, Segments):
-        return Segments(attended.cu.to(device), attended.bounds)
-    queries, keys = (Segments(each.cu.to(device), each.bounds) for each in (attended.queries, attended.keys))
-    return BranchedSegments(queries, keys, attended.key_tokens.to(device))
+        return Segments(to_device(attended.cu, device), attended.bounds)
+    queries, keys = (Segments(to_device(each.cu, device), each.bounds) for each in (attended.queries, attended.keys))
+    return BranchedSegments(queries, keys, to_device(attended.key_tokens, device))
 
 
 def _attended(row_counts: list[tuple[int, int]]) -> BranchedSegments:

@@ -18,6 +18,7 @@ from mmscale.models.vision_kind import Tower, TowerBase
 from mmscale.nn.attention_backends import Backend, num_pairs
 from mmscale.nn.block import AttentionConfig, DenseMlpConfig, NormConfig, TransformerBlock, block_products, build_norm
 from mmscale.nn.flops import Product, linear_product
+from mmscale.nn.host import to_device
 from mmscale.nn.init import set_init_scale
 from mmscale.nn.patch_embed import BucketedPositions, LearnedPositions, PatchEmbed
 from mmscale.nn.rope import (
@@ -162,7 +163,7 @@ class VisionConfig(TowerBase):
         frames = Segments.from_lengths(
             [height * width + extra for time, height, width in media.grids for _ in range(time)]
         )
-        return Segments(frames.cu.to(media.items.cu.device), frames.bounds)
+        return Segments(to_device(frames.cu, media.items.cu.device), frames.bounds)
 
     def tile_rows(self, media: MediaBlock) -> TileRows:
         """Return the row sequence of a tower with ``tiles``, in which the tiles of an image attend to each other."""
@@ -305,7 +306,7 @@ class VisionTower(Tower):
         if tiles is not None:
             hidden = self._tile_inputs(hidden, tiles)
         elif isinstance(positions, Rotary2dConfig):
-            rows, columns = (torch.from_numpy(axis).to(hidden.device) for axis in patch_coordinates(media.grids))
+            rows, columns = (to_device(axis, hidden.device) for axis in patch_coordinates(media.grids))
             rotation = image_rotation(rows, columns, self.head_dim, positions, hidden.dtype)
             hidden = self.pre_norm(hidden)
         elif isinstance(positions, BucketedPositionsConfig):
@@ -336,13 +337,13 @@ class VisionTower(Tower):
 
     def _tile_inputs(self, patches: Tensor, rows: TileRows) -> Tensor:
         """Return the input of the first block: patch rows with absent tiles, positions and fillers added."""
-        tiles = torch.from_numpy(rows.tiles).to(patches.device)
+        tiles = to_device(rows.tiles, patches.device)
         num_patches = len(patches) // (len(tiles) - rows.num_absent)
         hidden = F.pad(patches, (0, 0, 0, rows.num_absent * num_patches))
         hidden = self.pre_tiles(hidden, tiles.repeat_interleave(num_patches, output_size=len(hidden)))
         hidden = self.pre_norm(self.positions(hidden, tiles))
         if rows.order is not None:
-            hidden = F.pad(hidden, (0, 0, 0, 1)).index_select(0, torch.from_numpy(rows.order).to(hidden.device))
+            hidden = F.pad(hidden, (0, 0, 0, 1)).index_select(0, to_device(rows.order, hidden.device))
         return hidden
 
     def _tile_outputs(
@@ -352,10 +353,10 @@ class VisionTower(Tower):
 
         Rows of absent tiles are left out too, unless ``absent_features`` is set.
         """
-        hidden = self.post_tiles(hidden, torch.from_numpy(rows.row_tiles).to(hidden.device))
+        hidden = self.post_tiles(hidden, to_device(rows.row_tiles, hidden.device))
         for layer in self.global_layers:
             hidden, _ = layer(hidden, None, attended)
         if not self.absent_features:
             return [output[: rows.num_real] for output in (hidden, *inner)]
-        wanted = torch.from_numpy(np.concatenate([np.arange(rows.num_real), rows.absent])).to(hidden.device)
+        wanted = to_device(np.concatenate([np.arange(rows.num_real), rows.absent]), hidden.device)
         return [output.index_select(0, wanted) for output in (hidden, *inner)]

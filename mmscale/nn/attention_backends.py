@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
+import inspect
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from data_pipeline.batch import Segments
 from mmscale.errors import UnsupportedError
 from mmscale.nn.dropout import Dropout
+from mmscale.nn.host import to_device
 
 Backend = Literal["sdpa", "flash", "torch_varlen"]
 """A kernel that this machine has, as returned by ``resolve_backend``."""
@@ -165,11 +167,13 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, c
 
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool) -> Tensor:
     kernel: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    repeats = q.shape[1] // k.shape[1]
-    if repeats > 1:  # The kernel supports enable_gqa only from torch 2.13 on.
+    repeats, options = q.shape[1] // k.shape[1], {}
+    if repeats > 1 and "enable_gqa" in inspect.signature(kernel).parameters:  # From torch 2.13 on.
+        options = {"enable_gqa": True}
+    elif repeats > 1:
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     window = (-1, 0) if causal else (-1, -1)
-    return kernel(q, k, v, queries.cu, keys.cu, queries.longest, keys.longest, window_size=window)
+    return kernel(q, k, v, queries.cu, keys.cu, queries.longest, keys.longest, window_size=window, **options)
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,7 @@ def _kernel_plan(
         for pieces, num_rows in ((gathered[0], query_bounds[-1]), (gathered[1], key_bounds[-1]), ([restore], done)):
             index = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
             is_identity = len(index) == num_rows and bool((index == np.arange(num_rows)).all())
-            indices.append(None if is_identity else torch.from_numpy(index).to(device))
+            indices.append(None if is_identity else to_device(index, device))
     has_keyless = bool(((query_lengths > 0) & (key_lengths == 0)).any())
     return _KernelPlan(tuple(groups), indices[0], indices[1], indices[2], has_keyless)
 
@@ -305,4 +309,4 @@ def _group(query_lengths: np.ndarray, key_lengths: np.ndarray, causal: bool, dev
         visible = visible & (key <= last[:, :, None])
     # A row that attends to nothing has no softmax. Let padded queries attend to the first key; ``restore`` drops them.
     visible = visible | ((key == 0) & (np.arange(queries)[None, :, None] >= query_lengths[:, None, None]))
-    return _Group(num, queries, keys, is_causal=False, mask=torch.from_numpy(visible[:, None].copy()).to(device))
+    return _Group(num, queries, keys, is_causal=False, mask=to_device(visible[:, None].copy(), device))

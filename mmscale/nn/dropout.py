@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from data_pipeline.order.randomness import mix
+from mmscale.nn.host import to_device
 
 _WORD_BITS = 64
 _STRIDE, _FIRST, _SECOND = (
@@ -87,7 +88,7 @@ class Dropout:
         seed, step = key
         hashed = mix(mix(seed) ^ step)
         rows = [_row_keys(mix(hashed ^ mix(lane)), count) for lane, count in zip(lanes, lane_tokens, strict=True)]
-        return cls(rate, torch.cat(rows).to(device), chosen=chosen)
+        return cls(rate, to_device(torch.cat(rows), device), chosen=chosen)
 
     def for_block(self, number: int) -> Dropout:
         """Return the masks of block ``number``, which may be negative."""

@@ -11,6 +11,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmscale.nn.host import to_device
+
 
 class FramesProjection(nn.Linear):
     """A projection of patches that span ``frames`` frames: of videos, and of still images as identical frames.
@@ -201,7 +203,7 @@ class BucketedPositions(nn.Module):
             )
             for time, height, width in grids
         ]
-        table_rows = torch.from_numpy(np.concatenate(indices)).to(patches.device)
+        table_rows = to_device(np.concatenate(indices), patches.device)
         return patches + F.embedding(table_rows, self.position_embedding)
 
 

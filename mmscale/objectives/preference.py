@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from data_pipeline.batch import MultimodalBatch, Segments
 from mmscale.models.multimodal import MultimodalModel
+from mmscale.nn.host import to_device
 from mmscale.nn.moe import MoeConfig
 from mmscale.objectives.next_token import NextToken
 from mmscale.objectives.outputs import ObjectiveOutput
@@ -105,7 +106,7 @@ class Preference(NextToken):
         with torch.no_grad():
             own = answer_log_probs(model, output.hidden.detach(), batch)
         places = pair_places(batch)
-        answers = torch.tensor([places.chosen, places.rejected], dtype=torch.int64, device=own.device)  # (2, K)
+        answers = to_device(torch.tensor([places.chosen, places.rejected], dtype=torch.int64), own.device)  # (2, K)
         lengths = _segment_sums(batch.loss_weights, batch)[answers].clamp(min=_LEAST_LENGTH)
         reference = sum((each[answers] for each in references), torch.zeros_like(lengths))
         losses, gradients, metrics = self._pair_losses(own[answers], reference, lengths)
@@ -121,7 +122,7 @@ class Preference(NextToken):
             router_loss, router_metrics = self._router.losses(mlp, output.router, self._weighted(batch), totals)
             loss = loss + router_loss
             metrics |= router_metrics
-        documents = torch.tensor(places.documents, dtype=torch.int64, device=own.device)
+        documents = to_device(torch.tensor(places.documents, dtype=torch.int64), own.device)
         by_document = losses.new_zeros(batch.segments.num).index_copy(0, documents, losses)
         return ObjectiveOutput(loss, metrics, by_document, output.router)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import MultimodalBatch
+from mmscale.nn.host import to_device
 from mmscale.nn.moe import MoeConfig
 from mmscale.nn.router import RouterTensors
 from mmscale.objectives.ranks import OneRank, WorldInfo
@@ -112,7 +113,7 @@ class RouterLosses:
     def _totals(self, loads: Sequence[Tensor], microbatches: Sequence[MultimodalBatch]) -> StepTotals:
         """Return the sums over all microbatches and ranks. All ranks must call."""
         host = [sum(batch.num_tokens for batch in microbatches), sum(batch.weight for batch in microbatches)]
-        own = torch.tensor(host, dtype=torch.float64, device=self._world.device)
+        own = to_device(torch.tensor(host, dtype=torch.float64), self._world.device)
         if loads:
             load = torch.stack([each.sum(1) for each in loads]).sum(0).double()
             own = torch.cat([own, load.flatten()])

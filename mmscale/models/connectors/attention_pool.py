@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmscale.models.connectors.projector import ProjectorBase, merge_order
 from mmscale.nn.block import DenseMlpConfig, Mlp
 from mmscale.nn.flops import Work
+from mmscale.nn.host import to_device
 from mmscale.nn.sizes import Heads, Side
 
 
@@ -68,7 +69,7 @@ class AttentionPool(nn.Module):
         self, features: Float[Tensor, "P feature_dim"], grids: Sequence[tuple[int, int, int]]
     ) -> Float[Tensor, "F_rows D"]:
         """Return ``P / merge**2`` rows, item after item."""
-        order = torch.from_numpy(merge_order(grids, self.config.merge)).to(features.device)
+        order = to_device(merge_order(grids, self.config.merge), features.device)
         squares = features.index_select(0, order).view(-1, self.config.merge**2, features.shape[1])
         heads = (self.config.num_heads, self.config.head_dim)
         q = self.q_proj(squares.mean(1)).unflatten(-1, heads)  # (F_rows, H, K)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from mmscale.models.connectors.projector import ProjectorBase
 from mmscale.nn.flops import Work
+from mmscale.nn.host import to_device
 from mmscale.nn.patch_embed import LearnedPositions
 from mmscale.nn.rope import LearnedPositionsConfig
 from mmscale.nn.sizes import Layers, ShrunkTo, Side, Width
@@ -206,7 +207,7 @@ class CAbstractor(nn.Module):
         rows = features if self.positions is None else self.positions(features)
         if order is not None:
             lengths = np.concatenate([np.full(time, height * width) for time, height, width in grids])
-            rows = rows.index_select(0, torch.from_numpy(rows_of(order, lengths)).to(rows.device))
+            rows = rows.index_select(0, to_device(rows_of(order, lengths), rows.device))
         for block in self.before:
             rows = block(rows, planes)
         rows = self._pooled(rows, planes)
@@ -215,7 +216,7 @@ class CAbstractor(nn.Module):
             rows = block(rows, squares)
         rows = self.fc2(F.silu(self.fc1(rows)))
         if order is not None:
-            inverse = torch.from_numpy(np.argsort(order)).to(rows.device)
+            inverse = to_device(np.argsort(order), rows.device)
             rows = rows.unflatten(0, (-1, self.side**2)).index_select(0, inverse).flatten(0, 1)
         return rows
 

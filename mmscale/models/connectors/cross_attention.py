@@ -32,6 +32,7 @@ from mmscale.nn.attention_backends import Backend, num_pairs
 from mmscale.nn.block import AttentionConfig, CrossAttention, DenseMlpConfig, Mlp, QkNorm, build_norm
 from mmscale.nn.dropout import Dropout, SubLayer
 from mmscale.nn.flops import Product, attention_product, linear_product
+from mmscale.nn.host import to_device
 from mmscale.nn.init import set_init_scale
 from mmscale.nn.moe import MoeConfig
 from mmscale.nn.sizes import Layers, ShrunkTo
@@ -355,4 +356,4 @@ def _last_span_keys(segments: Segments, media: MediaBlock, device: torch.device)
         inside = end > start and span < len(ends)
         pieces.append(np.arange(*media.span_keys.bounds[span : span + 2]) if inside else np.arange(0))
     parts = Segments.from_lengths([len(piece) for piece in pieces])
-    return torch.from_numpy(np.concatenate(pieces)).to(device), Segments(parts.cu.to(device), parts.bounds)
+    return to_device(np.concatenate(pieces), device), Segments(to_device(parts.cu, device), parts.bounds)

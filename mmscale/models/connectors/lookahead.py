@@ -10,13 +10,13 @@ import itertools
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from data_pipeline.batch import MediaBlock, Segments
 from mmscale.models.tiles import tiles_of_images
 from mmscale.models.vision_config import AnyVisionConfig
+from mmscale.nn.host import to_device
 
 
 def absent_tile_rows(media: MediaBlock, vision: AnyVisionConfig, merge: int) -> list[int]:
@@ -57,8 +57,8 @@ def lookahead_keys(
         filled += [each if len(each) else all_keys for each in document_keys]
     lengths = Segments.from_lengths([len(each) for each in filled])
     device = media.attended_index.device
-    attended_index = torch.from_numpy(np.concatenate(filled)).to(device)
-    return attended_index, Segments(lengths.cu.to(device), lengths.bounds)
+    attended_index = to_device(np.concatenate(filled), device)
+    return attended_index, Segments(to_device(lengths.cu, device), lengths.bounds)
 
 
 class _AbsentTileRows:

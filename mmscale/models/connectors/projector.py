@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import QuerySizes
 from mmscale.nn.block import ACTIVATIONS, Activation, NormConfig, NormKind, build_norm
 from mmscale.nn.flops import Work
+from mmscale.nn.host import to_device
 from mmscale.nn.sizes import Epsilon, Side, Width
 
 
@@ -165,7 +165,7 @@ class Projector(nn.Module):
         if self.config.norm == "before_merge":
             features = self.norm(features)
         if self.config.merge > 1:
-            order = torch.from_numpy(merge_order(grids, self.config.merge)).to(features.device)
+            order = to_device(merge_order(grids, self.config.merge), features.device)
             features = features.index_select(0, order).view(-1, features.shape[1] * self.config.merge**2)
         if self.config.norm == "after_merge":
             features = self.norm(features)

@@ -24,6 +24,7 @@ from mmscale.models.connectors.projector import ProjectorBase
 from mmscale.nn.attention_backends import varlen_attention
 from mmscale.nn.block import ACTIVATIONS, Activation
 from mmscale.nn.flops import Work
+from mmscale.nn.host import to_device
 from mmscale.nn.sizes import Heads, Side
 
 NumQueries = Annotated[int, Field(ge=1, le=1 << 14)]
@@ -156,7 +157,7 @@ class Resampler(nn.Module):
             for _ in range(time)
         ]
         patches, numbers = zip(*frames, strict=True)
-        order = torch.from_numpy(np.concatenate([np.arange(number) for number in numbers])).to(features.device)
+        order = to_device(np.concatenate([np.arange(number) for number in numbers]), features.device)
         keys = self.key_norm(features)
         rows = self.attention(
             self.q_proj(self.query_norm(self.query_embedding)),

@@ -1,0 +1,116 @@
+"""Records what a GPU would do badly or refuse while operations run on fake CUDA tensors.
+
+waits     the host waits for the device: a value or a size that depends on values
+uploads   a copy from host memory that is not pinned, during which the host waits too
+dtypes    matrix products of different dtypes, and float64 on the device
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_PRODUCTS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten._grouped_mm.")
+_OURS = ("/mmscale/", "/data_pipeline/", "/fake_cuda/planted")
+
+
+def own_line() -> str:
+    """Return file and function of the innermost frame in the code of this project, and the text of its line."""
+    for frame in reversed(traceback.extract_stack()):
+        path = frame.filename.replace("\\", "/")
+        if any(part in path for part in _OURS) and "/site-packages/" not in path:
+            return f"{'/'.join(path.split('/')[-2:])} {frame.name}: {frame.line}"
+    return "no line of the project"
+
+
+def on_cuda(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "cuda"
+
+
+class Observer(TorchDispatchMode):
+    """Inside this context every operation is examined; ``found`` counts the findings by kind and line."""
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self.found: Counter[tuple[str, str]] = Counter()
+        self._fake = fake
+
+    def add(self, kind: str) -> None:
+        self.found[kind, own_line()] += 1
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, str(func)
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self._copies(name, args, kwargs)
+        if name.startswith(_PRODUCTS) and len({leaf.dtype for leaf in leaves if leaf.is_floating_point()}) > 1:
+            self.add("dtypes")
+        if any(map(on_cuda, leaves)) and any(leaf.dtype is torch.float64 and leaf.dim() for leaf in leaves):
+            self.add("float64")
+        try:
+            return func(*args, **kwargs)
+        except (NotImplementedError, AssertionError) as error:
+            raise type(error)(f"{name}: {error}") from error
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            self.add("waits")
+            return self._plausible(name, args)
+
+    def _copies(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name == "aten._to_copy.default":
+            source, target = args[0], kwargs.get("device")
+        elif name == "aten.copy_.default":
+            source, target = args[1], args[0].device
+        else:
+            return
+        if target is None or torch.device(target).type == source.device.type:
+            return
+        if source.device.type == "cuda":
+            self.add("waits")
+        elif not kwargs.get("non_blocking") and not (len(args) > 2 and args[2]):
+            self.add("uploads")
+
+    def _plausible(self, name: str, args: tuple[Any, ...]) -> Any:
+        """Return a result in place of one that depends on values."""
+        source = args[0]
+        if name.startswith("aten._local_scalar_dense"):
+            return 1.0 if source.is_floating_point() else 1
+        if name.startswith("aten.nonzero"):
+            return source.new_zeros((max(1, source.numel() // 2), source.dim()), dtype=torch.int64)
+        if name.startswith("aten.bincount"):
+            return source.new_zeros(args[2] if len(args) > 2 else 1, dtype=torch.int64)
+        raise NotImplementedError(f"{name} depends on values, at {own_line()}")
+
+
+@contextmanager
+def fake_constructors(fake: FakeTensorMode, observer: Observer) -> Iterator[None]:
+    """Let ``torch.tensor(..., device="cuda")``, ``torch.from_numpy`` and ``Tensor.pin_memory`` return fake tensors.
+
+    The first copies from pageable memory: an upload. The last is not implemented for fake tensors.
+    """
+    right, right_numpy = torch.tensor, torch.from_numpy
+
+    def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
+        made = right(data, **options)
+        if device is None or torch.device(device).type != "cuda":
+            return made
+        observer.add("uploads")
+        return fake.from_tensor(made).to("cuda", non_blocking=True)
+
+    right_pin = Tensor.pin_memory
+    torch.tensor, torch.from_numpy = tensor, lambda array: fake.from_tensor(right_numpy(array))
+    Tensor.pin_memory = lambda self, *_: fake.from_tensor(self)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.tensor, torch.from_numpy = right, right_numpy
+        Tensor.pin_memory = right_pin  # type: ignore[method-assign]
