@@ -99,7 +99,7 @@ golden: $(STAMP) ## Write down anew what each model is: tests/golden and the tab
 	$(BIN)/python -m tests.golden
 
 bench: $(STAMP) ## Measure against peers, side by side
-	@for name in attention checkpoint dropout sample_log loader loss_memory moe order_scale packing remote shuffle train_step zero_memory; do \
+	@for name in attention checkpoint dropout image_tokens sample_log loader loss_memory moe order_scale packing remote shuffle train_step zero_memory; do \
 		echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; \
 	done
 

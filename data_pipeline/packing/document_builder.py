@@ -238,6 +238,7 @@ class DocumentBuilder:
         """
         template = self.dataset.template
         try:
+            sample = sample if self._video is not None else self._without_videos(sample)
             if prompt:
                 pieces = [replace(p, weight=0.0) if isinstance(p, TextPiece) else p for p in template.prompt(sample)]
             elif self._requires_images and not media_of(sample):
@@ -289,8 +290,7 @@ class DocumentBuilder:
                 assert self._transform is not None, "handled above"
                 draft.add_image(crops_of(self._transform, piece, num_images), tokenizer.image_id, self._layout)
             elif isinstance(piece, VideoPart):
-                if self._video is None:
-                    raise SampleError(f"video {piece.name}, but {self._no_video()}")
+                assert self._video is not None, "samples lose their videos before"
                 task = self._video.transform.decode_task(piece) if pixels else None
                 decode_tasks += [] if task is None else [task]
                 crops = task.crops if task else self._video.transform.dry_run(piece.size or video_size(piece.data))
@@ -319,10 +319,16 @@ class DocumentBuilder:
             document = replace(document, reference=stored)
         return DocumentPlan(document, tuple(decode_tasks))
 
-    def _no_video(self) -> str:
-        if self.spec.placement is Placement.NONE:
-            return "the model has no image tower"
-        return "the data set has no block video (data.video), which says how a video becomes frames"
+    def _without_videos(self, sample: Sample) -> Sample:
+        """Return the sample without its videos, which nothing here reads. Raises if it has no other media to learn."""
+        rest = tuple(part for part in sample.parts if not isinstance(part, VideoPart))
+        if len(rest) == len(sample.parts):
+            return sample
+        if self._requires_images and not any(isinstance(part, ImagePart) for part in rest):
+            reason = "the data set has no block video (data.video), which says how a video becomes frames"
+            reason = "the model has no image tower" if self.spec.placement is Placement.NONE else reason
+            raise SampleError(f"a video and no image, but {reason}", kind=FaultKind.NO_IMAGE)
+        return replace(sample, parts=rest)
 
     def _encode(self, text: str) -> list[int]:
         """Return the ids of a text.

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from zlib_ng.zlib_ng import crc32
 
-from data_pipeline.errors import ManifestError, SampleError, ShardError
+from data_pipeline.errors import DataConfigError, ManifestError, SampleError, ShardError
 from data_pipeline.io.checksums import sha256_of
 from data_pipeline.io.columns import Column, check_offsets, pack_strings, read_columns, write_columns
 from data_pipeline.io.json_member import text_bytes_of
@@ -400,7 +400,9 @@ def is_compressed(ext: str) -> bool:
 def describe_member(ext: str, offset: int, content: bytes | memoryview) -> Member:
     """Return the index entry of a member, with its checksum and, for an image or video, the size from its header."""
     of_header: tuple[int, ...] = ()
-    with contextlib.suppress(SampleError):  # Index damaged media too; ``verify`` and the fault policy handle them.
+    # Index damaged media too; ``verify`` and the fault policy handle them. Without PyAV (DataConfigError) videos get no
+    # size here: it is read from the video itself, if a run uses it.
+    with contextlib.suppress(SampleError, DataConfigError):
         if is_image(ext):
             of_header = image_size(content)[1:3]
         elif is_video(ext):

@@ -22,9 +22,7 @@ app = typer.Typer()
 _MOST_RANKS = 8
 
 
-@app.command(
-    epilog="Example: mmscale doctor --folder runs"
-)
+@app.command(epilog="Example: mmscale doctor --folder runs")
 def doctor(
     folder: Path = typer.Option(Path("runs"), "--folder", help="A folder for runs; its storage is measured."),
     ranks: int | None = typer.Option(

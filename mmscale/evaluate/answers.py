@@ -277,6 +277,8 @@ def _prompt_sample(
         _require_images(dataset, spec, "; leave out --image")
     if videos and spec.placement is Placement.NONE:
         raise ConfigError("this model has no vision tower, so it cannot read videos; leave out --video")
+    if videos and dataset.video is None:
+        raise ConfigError("the first data set has no block video, which says how a video becomes frames (data.video)")
     template = dataset.template.branch_template
     sample = _sample_from(images, videos)
     if prompt is None and sample.parts and not template.takes_images:

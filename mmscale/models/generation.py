@@ -7,7 +7,7 @@ prompts --one forward--> last rows --logits, ``choose_tokens``--> new tokens --o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,17 +63,17 @@ def generate(
     ends = {eos_id, *stop_ids}
     cache = KVCache(capacity=batch.segments.longest + max_new_tokens)
     generator = sampling.generator(batch.token_ids.device)
-    last = batch.segments.cu[1:].long() - 1
-    hidden = model(batch, cache=cache).hidden.index_select(0, last)
-    step = _first_step(batch, last)
     running = [number for number, keep in enumerate(is_real) if keep]
+    continued = running or [0]  # A rank without prompts runs the passes of a sharded model with a dummy document.
+    step, hidden = _prefill(model, batch, cache, continued)
     seen: Bool[Tensor, "S V"] | None = None
     for number in range(max_new_tokens):
         logits = model.head(hidden)
         if sampling.repetition_penalty != 1:
-            seen = _prompt_tokens(batch, logits) if seen is None else seen.scatter(1, step.token_ids[:, None], True)
+            first = seen is None
+            seen = _prompt_tokens(batch, continued, logits) if first else seen.scatter(1, step.token_ids[:, None], True)
         chosen = choose_tokens(logits, sampling, generator, seen)
-        running = _append_tokens(rows, chosen.tolist(), running, ends, watch)
+        running = _append_tokens(rows, dict(zip(continued, chosen.tolist(), strict=True)), running, ends, watch)
         if number + 1 == max_new_tokens or not any_running(bool(running)):
             break
         step = _with_tokens(step, chosen)
@@ -147,26 +147,27 @@ def draw(
     Source: Ho and Salimans 2022, "Classifier-free diffusion guidance"; Janus (arXiv 2410.13848), section 3.3.
     """
     device, copies = batch.token_ids.device, 1 if guidance == 1 else 2
-    prompts = torch.tensor(_real_documents(batch), device=device).nonzero().squeeze(1)
+    prompts = [number for number, keep in enumerate(_real_documents(batch)) if keep]
     _check_drawing(model, grids, sampling, guidance, len(prompts))
     ids, num_steps = model.config.decoder.image_ids, max(grid.num_steps for grid in grids)
     cache = KVCache(capacity=batch.segments.longest + num_steps)
-    generators = [sampling.for_sequence(number).generator(device) for number in range(len(grids))]
-    last = batch.segments.cu[1:].long() - 1
-    hidden = model(batch, cache=cache).hidden.index_select(0, last)
-    step = _first_step(batch, last)
+    generators = [
+        own for number in range(len(grids)) if (own := sampling.for_sequence(number).generator(device)) is not None
+    ]
+    step, hidden = _prefill(model, batch, cache, prompts)
     drawn: list[Tensor] = []
     for number in range(num_steps):
-        logits = guided_logits(_code_logits(model, hidden).index_select(0, prompts), guidance)
+        logits = guided_logits(_code_logits(model, hidden), guidance)
         forced = [grid.forced_token(number) for grid in grids]
-        chosen = [
-            choose_tokens(row, sampling, own) + ids.start if token is None else torch.full((1,), token, device=device)
-            for row, own, token in zip(logits.split(1), generators, forced, strict=True)
-        ]
-        drawn.append(torch.cat(chosen))
+        # Choose for all images in one call; the generator of an image whose token is forced must not advance.
+        free = [index for index, token in enumerate(forced) if token is None]
+        drawn.append(torch.tensor([token or 0 for token in forced], device=device))
+        if free:
+            own = [generators[index] for index in free] if generators else None
+            drawn[-1][free] = choose_tokens(logits[free], sampling, own) + ids.start
         if number + 1 == num_steps:
             break
-        step = _with_tokens(step, step.token_ids.index_copy(0, prompts, drawn[-1].repeat(copies)))
+        step = _with_tokens(step, drawn[-1].repeat(copies))
         hidden = model(step, cache=cache).hidden
     codes = torch.stack(drawn) - ids.start
     return [codes[grid.code_steps, number].view(grid.rows, grid.columns) for number, grid in enumerate(grids)]
@@ -203,9 +204,13 @@ def _code_logits(model: MultimodalModel, hidden: Float[Tensor, "S D"]) -> Float[
 
 
 def _append_tokens(
-    rows: list[list[int]], chosen: list[int], running: list[int], ends: Collection[int], watch: TokenCallback | None
+    rows: list[list[int]],
+    chosen: Mapping[int, int],
+    running: list[int],
+    ends: Collection[int],
+    watch: TokenCallback | None,
 ) -> list[int]:
-    """Append the chosen tokens to the running sequences; return those that continue."""
+    """Append the chosen tokens, by document, to the running sequences; return those that continue."""
     still_running = []
     for number in running:
         if chosen[number] in ends:
@@ -216,25 +221,34 @@ def _append_tokens(
     return still_running
 
 
-def _prompt_tokens(batch: MultimodalBatch, like: Float[Tensor, "S V"]) -> Bool[Tensor, "S V"]:
-    """Return a mask of the tokens in each sequence's prompt. Ids without a logit are left out."""
+def _prompt_tokens(batch: MultimodalBatch, documents: list[int], like: Float[Tensor, "S V"]) -> Bool[Tensor, "S V"]:
+    """Return a mask of the tokens in the prompts of S documents. Ids without a logit are left out."""
     counts = batch.segments.cu.diff().long()
     owner = torch.arange(len(counts), device=like.device).repeat_interleave(counts)
-    seen = torch.zeros_like(like, dtype=torch.bool)
+    seen = like.new_zeros(len(counts), like.shape[1], dtype=torch.bool)
     has_logit = batch.token_ids < like.shape[1]
     seen[owner[has_logit], batch.token_ids[has_logit]] = True
-    return seen
+    return seen[documents]
 
 
-def _first_step(batch: MultimodalBatch, last: Tensor) -> MultimodalBatch:
-    """Return a batch with one row per sequence, at the position of its last prompt token."""
-    pieces = Segments.from_lengths([1] * batch.segments.num)
+def _prefill(
+    model: MultimodalModel, batch: MultimodalBatch, cache: KVCache, documents: list[int]
+) -> tuple[MultimodalBatch, Float[Tensor, "S D"]]:
+    """Fill the cache. Return a batch with the last token of each of S documents, and their hidden rows.
+
+    The cache keeps these documents only.
+    """
+    last = (batch.segments.cu[1:].long() - 1)[documents]
+    hidden = model(batch, cache=cache).hidden.index_select(0, last)
+    cache.keep(documents)
+    pieces = Segments.from_lengths([1] * len(documents))
     segments = Segments(to_device(pieces.cu, last.device), pieces.bounds)
     position_ids = batch.position_ids.index_select(0, last)
     if position_ids.dim() == 2:  # New text continues at the largest position of all axes (Qwen2-VL, section 2.1).
         position_ids = position_ids.amax(1, keepdim=True).expand(-1, 3)
     ones = torch.ones(len(last), device=last.device)
-    return MultimodalBatch(last, last, ones * 0, position_ids, segments, ones.bool())
+    tokens = batch.token_ids.index_select(0, last)
+    return MultimodalBatch(tokens, tokens, ones * 0, position_ids, segments, ones.bool()), hidden
 
 
 def _with_tokens(step: MultimodalBatch, tokens: Tensor) -> MultimodalBatch:

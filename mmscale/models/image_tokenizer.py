@@ -34,6 +34,7 @@ from mmscale.nn.image_blocks import (
     Middle,
     images_of_patches,
     make_norm,
+    silu,
 )
 from mmscale.nn.sizes import Channels, Layers, ShrunkTo, Vocabulary, Width
 
@@ -144,7 +145,7 @@ class Encoder(nn.Module):
         hidden = self.conv_in(images)
         for level in self.levels:
             hidden = level(hidden)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(self.middle(hidden))))
+        out: Tensor = self.conv_out(silu(self.norm_out(self.middle(hidden))))
         return out
 
 
@@ -181,7 +182,7 @@ class Decoder(nn.Module):
         hidden = self.middle(self.conv_in(latents), codes)
         for level in self.levels:
             hidden = level(hidden, codes)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(hidden, codes)))
+        out: Tensor = self.conv_out(silu(self.norm_out(hidden, codes)))
         return out
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data_pipeline.batch import Segments
-from mmscale.nn.block import LayerCache
-from mmscale.nn.host import to_device
+from mmscale.nn.layer_cache import CacheRows, LayerCache, ranges
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,17 @@ class CrossCache:
     keys: Tensor
     values: Tensor
     segments: Segments
+
+    def of_sequences(self, sequences: Sequence[int]) -> CrossCache:
+        """Return the rows of some sequences, in this order."""
+        bounds, lengths = (
+            np.array(self.segments.bounds)[list(sequences)],
+            np.diff(self.segments.bounds)[list(sequences)],
+        )
+        index = torch.from_numpy(ranges(bounds, lengths)).to(self.keys.device)
+        pieces = Segments.from_lengths(lengths.tolist())
+        segments = Segments(pieces.cu.to(self.keys.device), pieces.bounds)
+        return CrossCache(self.keys.index_select(0, index), self.values.index_select(0, index), segments)
 
 
 @dataclass
@@ -33,18 +44,15 @@ class KVCache:
 
     capacity: int
     cross: dict[int, CrossCache] = field(default_factory=dict)
-    _lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     _stores: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _rows: Tensor | None = None
-    _visible: Tensor | None = None
-    _segments: Segments | None = None
+    _rows: CacheRows | None = None
     _shape: tuple[int, int] = (0, 0)
     _dtype: torch.dtype = torch.float32
 
     @property
     def started(self) -> bool:
         """Whether the prompts are in the cache."""
-        return len(self._lengths) > 0
+        return self._rows is not None
 
     def advance(self, segments: Segments, num_kv_heads: int, head_dim: int, like: Tensor) -> None:
         """Reserve buffer rows for new tokens. Call it once per forward pass, before the blocks.
@@ -59,36 +67,34 @@ class KVCache:
             ValueError: a sequence exceeds ``capacity``, or the number of sequences changed.
         """
         new = np.diff(segments.bounds)
-        if not self.started:
-            self._lengths = np.zeros(len(new), dtype=np.int64)
-        if len(new) != len(self._lengths):
-            raise ValueError(f"the cache holds {len(self._lengths)} sequences, the batch has {len(new)}")
-        total = self._lengths + new
-        if total.max() > self.capacity:
-            raise ValueError(f"a sequence grows to {total.max()} rows; the cache holds {self.capacity} a sequence")
-        first = np.arange(len(new)) * self.capacity
-        device = like.device
-        self._rows = _ranges(first + self._lengths, new).to(device)
-        self._visible = _ranges(first, total).to(device)
-        pieces = Segments.from_lengths(total.tolist())
-        self._segments = Segments(to_device(pieces.cu, device), pieces.bounds)
-        self._lengths = total
+        before = np.zeros(len(new), dtype=np.int64) if self._rows is None else self._rows.lengths
+        if len(new) != len(before):
+            raise ValueError(f"the cache holds {len(before)} sequences, the batch has {len(new)}")
+        if (longest := (before + new).max()) > self.capacity:
+            raise ValueError(f"a sequence grows to {longest} rows; the cache holds {self.capacity} a sequence")
+        self._rows = CacheRows.after(before, new, self.capacity, like.device)
         self._shape, self._dtype = (num_kv_heads, head_dim), like.dtype
+
+    def keep(self, sequences: Sequence[int]) -> None:
+        """Drop all but these sequences, for example dummy documents, and keep this order. Requires ``advance``.
+
+        New tokens would be computed for dropped sequences, too, and their lengths would need a mask in attention.
+        """
+        assert self._rows is not None, "advance() comes first"
+        if list(sequences) == list(range(len(self._rows.lengths))):
+            return
+        index = torch.tensor(sequences, device=self._rows.new.device)
+        for number, stores in self._stores.items():
+            keys, values = (store.index_select(0, index) for store in stores)
+            self._stores[number] = keys, values
+        self.cross = {layer: cached.of_sequences(sequences) for layer, cached in self.cross.items()}
+        self._rows = replace(self._rows, lengths=self._rows.lengths[list(sequences)])
 
     def layer(self, number: int) -> LayerCache:
         """Return the cache of decoder block ``number`` for this forward pass. Requires ``advance``."""
         assert self._rows is not None, "advance() comes first"
-        assert self._visible is not None
-        assert self._segments is not None
         if number not in self._stores:
-            shape = (len(self._lengths), self.capacity, *self._shape)
-            keys = torch.zeros(shape, dtype=self._dtype, device=self._rows.device)
+            shape = (len(self._rows.lengths), self.capacity, *self._shape)
+            keys = torch.zeros(shape, dtype=self._dtype, device=self._rows.new.device)
             self._stores[number] = (keys, torch.zeros_like(keys))
-        keys, values = self._stores[number]
-        return LayerCache(keys, values, self._rows, self._visible, self._segments)
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> Tensor:
-    """Return ``range(start, start + length)`` of each pair, concatenated."""
-    pieces = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-    return torch.from_numpy(np.concatenate(pieces))
+        return LayerCache(*self._stores[number], self._rows)

@@ -7,6 +7,7 @@ The rules and their order are those of ``transformers``, so settings published w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def guided_logits(logits: Float[Tensor, "R V"], guidance: float) -> Float[Tensor
 def choose_tokens(
     logits: Float[Tensor, "S V"],
     sampling: SamplingConfig,
-    generator: torch.Generator | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
     seen: Bool[Tensor, "S V"] | None = None,
 ) -> Int[Tensor, " S"]:
     """Return the next token of each sequence.
@@ -89,7 +90,7 @@ def choose_tokens(
     Args:
         logits: One row per sequence.
         sampling: Settings.
-        generator: From ``sampling.generator``; not used if the choice is not random.
+        generator: From ``sampling.generator``, or one for each row; not used if the choice is not random.
         seen: Tokens that each sequence already contains, for the repetition penalty; None for no penalty.
     """
     logits = logits.float()
@@ -98,7 +99,11 @@ def choose_tokens(
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if not sampling.is_random:
         return logits.argmax(-1)
-    return torch.multinomial(filter_logits(logits, sampling).softmax(-1), 1, generator=generator).squeeze(1)
+    probabilities = filter_logits(logits, sampling).softmax(-1)
+    if not isinstance(generator, Sequence):
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    rows = zip(probabilities, generator, strict=True)
+    return torch.cat([torch.multinomial(row, 1, generator=own) for row, own in rows])
 
 
 def filter_logits(logits: Float[Tensor, "S V"], sampling: SamplingConfig) -> Float[Tensor, "S V"]:

@@ -1,6 +1,6 @@
 """Attention over packed segments: one signature, three kernels.
 
-Projections, rotary positions and caches are in ``block.py``.
+Projections and rotary positions are in ``block.py``, caches in ``layer_cache.py``.
 
     sdpa          any device; one call for each group of segments of similar length
     flash         flash-attn's ``flash_attn_varlen_func`` on CUDA
@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import itertools
 import inspect
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -150,6 +150,26 @@ def _with_dropout(
         probabilities = dropout.on_probabilities(scores.softmax(-1).to(value.dtype), first)
         outputs.append((probabilities @ value).transpose(0, 1))
     return torch.cat(outputs)
+
+
+def step_attention(
+    q: Float[Tensor, "S H K"],
+    k: Float[Tensor, "S longest G K"],
+    v: Float[Tensor, "S longest G K"],
+    mask: Bool[Tensor, "S 1 1 longest"] | None,
+) -> Float[Tensor, "S H K"]:
+    """Return softmax attention of one query per sequence over its keys, on any device; scale ``1 / sqrt(K)``.
+
+    Args:
+        q: Queries.
+        k: Keys, padded to the longest sequence. G must divide H, as in ``varlen_attention``.
+        v: Values.
+        mask: Which rows belong to the sequence; None for all.
+    """
+    mixed = F.scaled_dot_product_attention(
+        q.unsqueeze(2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=q.shape[1] != k.shape[2]
+    )
+    return mixed.squeeze(2)
 
 
 def num_pairs(queries: Segments, keys: Segments) -> int:

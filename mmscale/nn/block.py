@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Literal
 
@@ -19,9 +18,10 @@ from torch.nn import functional as F
 
 from data_pipeline.batch import AttentionSegments, BranchedSegments, Segments
 from data_pipeline.io.strict import StrictConfig
-from mmscale.nn.attention_backends import Backend, varlen_attention
+from mmscale.nn.attention_backends import Backend, step_attention, varlen_attention
 from mmscale.nn.dropout import Dropout, SubLayer
 from mmscale.nn.flops import Product, attention_product, linear_product
+from mmscale.nn.layer_cache import LayerCache
 from mmscale.nn.rms_norm import RmsNorm
 from mmscale.nn.rope import Rotation, rotate
 from mmscale.nn.router import RoutedRows, RouterTensors
@@ -109,32 +109,6 @@ class AttentionConfig(StrictConfig):
         return 4 * self.num_heads * self.resolved_head_dim(dim)
 
 
-@dataclass
-class LayerCache:
-    """Buffers for keys and values of one layer and S sequences, for one forward pass.
-
-    Attributes:
-        keys: ``(S, capacity, G, K)``, written in place.
-        values: ``(S, capacity, G, K)``, written in place.
-        rows: Indices of the new tokens in the ``S * capacity`` buffer rows.
-        visible: Indices of all tokens so far, the new ones included, sequence after sequence.
-        segments: Partition of ``visible`` into sequences.
-    """
-
-    keys: Tensor
-    values: Tensor
-    rows: Tensor
-    visible: Tensor
-    segments: Segments
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the keys and values of the new tokens. Return those of all tokens so far, packed."""
-        stores = self.keys.flatten(0, 1), self.values.flatten(0, 1)
-        stores[0].index_copy_(0, self.rows, k)
-        stores[1].index_copy_(0, self.rows, v)
-        return stores[0].index_select(0, self.visible), stores[1].index_select(0, self.visible)
-
-
 class _Projections(nn.Module):
     """Projections and query/key norms of self- and cross-attention. Has no ``forward``."""
 
@@ -203,8 +177,10 @@ class SelfAttention(_Projections):
         else:
             queries = keys = segments
         if cache is not None:
-            k, v = cache.extend(k, v)
-            keys = cache.segments
+            cache.write(k, v)
+            if cache.rows.is_step and self.backend == "sdpa":
+                return self.o_proj(step_attention(q, *cache.padded(), cache.rows.mask).flatten(1))
+            (k, v), keys = cache.packed(), cache.rows.segments
         mixed = varlen_attention(q, k, v, queries, keys, self.causal, self.backend, dropout)
         return self.o_proj(mixed.flatten(1))
 

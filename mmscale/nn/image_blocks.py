@@ -21,6 +21,11 @@ from torch.nn import functional as F
 _EPS = 1e-6
 
 
+def silu(hidden: Tensor) -> Tensor:
+    """Return SiLU of a tensor that the caller does not use afterwards. Without gradients, the result replaces it."""
+    return F.silu(hidden, inplace=not torch.is_grad_enabled())
+
+
 class Conv2d(nn.Conv2d):
     """A convolution whose initial values follow its fan-in, as those of other layers (``mmscale/nn/init.py``)."""
 
@@ -73,9 +78,11 @@ class CodeNorm(nn.Module):
         self.offset = Conv2d(code_dim, channels, 1)
 
     def forward(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        codes = F.interpolate(codes, size=hidden.shape[-2:], mode="nearest")
-        normed: Tensor = self.norm(hidden) * self.scale(codes) + self.offset(codes)
-        return normed
+        # All pixels of a code have one scale and one offset: compute them once, and broadcast them over these pixels.
+        scale, offset = (each[:, :, :, None, :, None] for each in (self.scale(codes), self.offset(codes)))
+        rows, columns = codes.shape[-2:]
+        normed: Tensor = self.norm(hidden).unflatten(3, (columns, -1)).unflatten(2, (rows, -1))
+        return torch.addcmul(offset, normed, scale).flatten(4).flatten(2, 3)
 
 
 def make_norm(channels: int, groups: int, code_dim: int | None) -> GroupNorm | CodeNorm:
@@ -95,9 +102,9 @@ class ResidualBlock(nn.Module):
         self.shortcut = None if inputs == outputs else Conv2d(inputs, outputs, 1)
 
     def forward(self, hidden: Tensor, codes: Tensor | None = None) -> Tensor:
-        inner = self.conv1(F.silu(self.norm1(hidden, codes)))
-        inner = self.conv2(F.silu(self.norm2(inner, codes)))
-        return (hidden if self.shortcut is None else self.shortcut(hidden)) + inner
+        inner: Tensor = self.conv1(silu(self.norm1(hidden, codes)))
+        inner = self.conv2(silu(self.norm2(inner, codes)))
+        return inner.add_(hidden if self.shortcut is None else self.shortcut(hidden))
 
 
 class PixelAttention(nn.Module):

@@ -25,18 +25,26 @@ class RmsNorm(nn.RMSNorm):
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         if x.is_cuda or self.eps is None:
             return super().forward(x)
+        if not torch.is_grad_enabled():
+            return _normed(x, self.weight, self.eps)[0]
         normed: Tensor = _RmsNorm.apply(x, self.weight, self.eps)
         return normed
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the output, and the factor of each row."""
+    wide = _wide(x)
+    norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).mul_(weight).to(x.dtype), scale
 
 
 class _RmsNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = _wide(x)
-        norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normed, scale = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(x.dtype)
+        return normed
 
     @staticmethod
     @once_differentiable

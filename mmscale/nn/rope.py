@@ -176,7 +176,10 @@ def rotate(heads: Float[Tensor, "T H K"], rotation: Rotation) -> Float[Tensor, "
 
     Source: Su et al. 2021, "RoFormer"; the half-split pairing is that of GPT-NeoX and Hugging Face.
     """
-    rotated: Tensor = _Rotate.apply(heads, rotation.cos.unsqueeze(1), rotation.sin.unsqueeze(1))
+    cos, sin = rotation.cos.unsqueeze(1), rotation.sin.unsqueeze(1)
+    if not torch.is_grad_enabled():
+        return _rotated(heads, cos, sin, 1)
+    rotated: Tensor = _Rotate.apply(heads, cos, sin)
     return rotated
 
 

@@ -282,7 +282,7 @@ def test_a_question_about_videos_is_what_greedy_decoding_by_hand_gives(tmp_path:
     model, data = tiny_model("embedding"), data_config()
     path, spec = tmp_path / "clip.webm", media_spec(model.config)
     path.write_bytes(encoded(5, kind="webm"))
-    with pytest.raises(SampleError, match=r"video 0\.webm, but the data set has no block video"):
+    with pytest.raises(ConfigError, match="the first data set has no block video"):
         respond(model, data, spec, videos=[path])
     (dataset,) = data.model_dump()["datasets"]
     block = {**dataset, "video": {"min_pixels": 64, "max_pixels": 1024}}

@@ -140,6 +140,16 @@ def test_nucleus_draws_only_from_the_nucleus_with_the_right_odds() -> None:
     assert torch.equal(choose_tokens(logits[:50], sharp, generator), choose_tokens(logits[:50], SamplingConfig(), None))
 
 
+def test_a_row_with_its_own_generator_is_drawn_as_if_alone() -> None:
+    logits, sampling = torch.randn(4, 50), SamplingConfig(temperature=1, top_k=20, min_p=0.01)
+    seeded = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    together = [choose_tokens(logits, sampling, seeded) for _ in range(3)]
+    for number, row in enumerate(logits.split(1)):
+        own = torch.Generator().manual_seed(number)
+        alone = [choose_tokens(row, sampling, own) for _ in range(3)]
+        assert [step[number] for step in together] == alone
+
+
 def test_the_same_seed_draws_the_same_text() -> None:
     net = model("embedding")
     docs, spec = prompts(net)

@@ -22,7 +22,9 @@ def averaged(**options: bool) -> Codebook:
     return book
 
 
-def test_the_nearest_code_is_that_of_a_search_in_float64() -> None:
+@pytest.mark.parametrize("most", [1, 2 * SIZE, 1 << 20])
+def test_the_nearest_code_is_that_of_a_search_in_float64(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmscale.nn.codebook._MOST_DISTANCES", {"cpu": most})
     book, latents = averaged(), draw(50, DIM, seed=1)
     distances = torch.cdist(latents.double(), book.weight.detach().double())
     found = book(latents)
