@@ -33,6 +33,7 @@ from data_pipeline.images.transforms import FixedTransform
 from data_pipeline.prepare.encode import EncodedSource
 from data_pipeline.prepare.ingest import ingest
 from data_pipeline.prepare.reshard import NamedManifest, ReshardSource, Selection
+from data_pipeline.sample import ImagePart
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.shards.token_grid import decode_grid
@@ -179,7 +180,7 @@ def measure_files(pair: TokenizerPair, images: int, side: int, jobs: int, turns:
             torch.from_numpy(decode_grid(part.grid, part.name).codes)
             for sample in read_samples(outputs[0] / "tokens.manifest")
             for part in sample.parts
-            if getattr(part, "grid", None) is not None
+            if isinstance(part, ImagePart) and part.grid is not None
         ]
         pair.require_equal(torch.stack(stored).long(), theirs())
         case = f"{pair.name}, {images} JPEG files of {side} px, jobs: {jobs}"

@@ -73,8 +73,8 @@ class DatasetConfig(StrictConfig):
     """How an image becomes tokens of the decoder: for template ``drawing``, and for models that read images as tokens
     instead of through a tower. null: it does not. If the key is missing, ``data.image_tokens`` applies."""
     video: VideoConfig | None = None
-    """How a video becomes frames, patches and tokens. null: a sample with a video is a bad sample. If the key is
-    missing, ``data.video`` applies."""
+    """How a video becomes frames, patches and tokens. null: videos are ignored. If the key is missing,
+    ``data.video`` applies."""
 
     @model_validator(mode="after")
     def _check_source(self) -> DatasetConfig:

@@ -61,7 +61,7 @@ class SampleDescription:
 
     @property
     def text(self) -> str:
-        """The text of the document in one line, with ``[image]`` for each image."""
+        """The text of the document in one line, with ``[image]`` or ``[video]`` for each image or video."""
         texts = (f"[{span.kind}]" if span.kind in ("image", "video") else span.text for span in self.text_spans or ())
         return " ".join("".join(texts).split())
 

@@ -197,9 +197,10 @@ class DrawnImages:
     def _check_grid(self, name: str, height: int, width: int) -> None:
         if self.config.grid is not None and self.config.grid != (height, width):
             rows, columns = self.config.grid
+            advice = "encode the image at" if self.config.encoded == "stored" else "choose transforms that give"
             raise SampleError(
                 f"image {name} is a grid of {height}x{width} codes, but the model draws {rows}x{columns} "
-                "(image_tokens.grid); encode the image at that size"
+                f"(image_tokens.grid); {advice} that size"
             )
 
     def _with_marks(self, code_ids: npt.NDArray[np.int32]) -> DrawnTokens:

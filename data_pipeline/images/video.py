@@ -37,7 +37,7 @@ _IRREGULAR = 0.25
 """A frame rate is variable if a frame starts by more than this share of a mean frame before or after its regular time.
 WebM rounds times to milliseconds, which is below this share up to 500 frames a second."""
 _FLOOR = 1.05
-"""With ``max_tokens``, a frame keeps at least this factor of ``min_pixels``."""
+"""With ``max_tokens``, a frame keeps at least this multiple of ``min_pixels``, and one merged patch."""
 
 
 class _Spread(StrictConfig):
@@ -61,7 +61,11 @@ class _Spread(StrictConfig):
         places = torch.linspace(0, total - 1, count)
         if is_regular:
             return [int(i) for i in places.round()]
-        return [int(np.abs(times - mean * float(place)).argmin()) for place in places]
+        # The nearest frame, or the earlier one of two; by bisection, because a file may have a million frames.
+        targets = mean * places.numpy().astype(np.float64)
+        later = np.searchsorted(times, targets).clip(1, total - 1)
+        is_later = times[later] - targets < targets - times[later - 1]
+        return [int(i) for i in later - 1 + is_later]
 
 
 class RateChoice(_Spread):
@@ -244,8 +248,9 @@ class VideoTransform:
             return spec.fixed_grid[0] * spec.patch_size, spec.fixed_grid[1] * spec.patch_size
         most = config.max_pixels
         if config.max_tokens is not None:  # The tokens of all groups of frames together.
-            share = config.max_tokens * spec.size_multiple**2 * spec.frames_per_patch // count
-            most = max(min(most, share), int(_FLOOR * config.min_pixels))
+            num_groups = -(-count // spec.frames_per_patch)
+            share = config.max_tokens * spec.size_multiple**2 // num_groups
+            most = max(min(most, share), int(_FLOOR * config.min_pixels), spec.size_multiple**2)
         return area_size(size.height, size.width, spec.size_multiple, config.min_pixels, most)
 
     def _item(self, count: int, grid: Grid, is_black: bool) -> MediaItem:
@@ -285,7 +290,7 @@ class VideoTask:
     def decode(self) -> None:
         """Decode the frames and write the values of the item. Call it once, from any thread.
 
-        Memory is bounded by one decoded frame and the item.
+        Memory is bounded by one decoded frame, the item, and a copy of the encoded video.
 
         Raises:
             SampleError: the file is damaged, or its size is not the planned one, or too many frames must be decoded.

@@ -76,7 +76,7 @@ _LATER_KEYS = frozenset(
             )
         ),
         *("transforms.layout.tile_row_break", "transforms.layout.overview_break"),
-        *("transforms.background", "transforms.min_side"),
+        *("transforms.background", "transforms.min_side", "template.stored_reference"),
     }
 )
 """Keys that older checkpoints lack. At their default a fingerprint leaves them out, so that such checkpoints resume."""

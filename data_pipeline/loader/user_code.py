@@ -23,6 +23,7 @@ from data_pipeline.errors import DataConfigError, FaultKind, PipelineError, Samp
 from data_pipeline.io.trusted_code import import_attribute
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.token_grid import is_grid
+from data_pipeline.shards.video_file import is_video
 
 _TEXT_EXTENSIONS = ("txt", "json")
 
@@ -217,8 +218,8 @@ def key_and_shard(sample: Any, number: int) -> tuple[str, str]:
 def members_of(sample: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the members of a sample as a tar would contain them: encoded bytes by extension.
 
-    Decoded images are encoded as PNG, which is lossless; text and JSON are encoded too. Keeps images, token grids,
-    ``txt``, ``json`` and compressed members; other members are dropped.
+    Decoded images are encoded as PNG, which is lossless; text and JSON are encoded too. Keeps images, videos,
+    token grids, ``txt``, ``json`` and compressed members; other members are dropped.
 
     Raises:
         SampleError: a value has a type that does not fit its extension.
@@ -228,13 +229,17 @@ def members_of(sample: Mapping[str, Any]) -> dict[str, bytes]:
         ext = str(name).lower()
         last = ext.rpartition(".")[2]
         if ext.startswith("__") or not (
-            is_image(ext) or is_grid(ext) or ext in _TEXT_EXTENSIONS or last in ("gz", "zst")
+            is_image(ext) or is_video(ext) or is_grid(ext) or ext in _TEXT_EXTENSIONS or last in ("gz", "zst")
         ):
             continue
         if isinstance(value, bytes | bytearray | memoryview):
             members[ext] = bytes(value)
         elif is_image(ext):
             members[ext] = _png(value, ext)
+        elif is_video(ext):
+            raise SampleError(
+                f".{ext}: expected the encoded bytes of a video, got a {type(value).__name__}; do not decode it"
+            )
         elif isinstance(value, str):
             members[ext] = value.encode()
         else:

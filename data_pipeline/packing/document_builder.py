@@ -315,7 +315,8 @@ class DocumentBuilder:
             draft.weights = [0.0] * (len(draft.ids) - 1) + [1.0]
         document = draft.finish(sample.provenance)
         if self._stored_reference is not None and document.branches:
-            stored = reference_log_probs(sample.fields, document, self.dataset.transforms, self._stored_reference)
+            shape = (self.dataset.transforms, self.dataset.video)
+            stored = reference_log_probs(sample.fields, document, *shape, self._stored_reference)
             document = replace(document, reference=stored)
         return DocumentPlan(document, tuple(decode_tasks))
 

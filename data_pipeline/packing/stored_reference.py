@@ -17,28 +17,34 @@ from zlib_ng.zlib_ng import crc32
 from data_pipeline.document import Document
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.images.transforms import TransformConfig
+from data_pipeline.images.video import VideoConfig
 
 FIELD = "reference_log_probs"
 _ANSWERS = ("chosen", "rejected")
 
 
 def reference_record(
-    document: Document, transforms: TransformConfig, log_probs: tuple[float, float], model: str
+    document: Document,
+    transforms: TransformConfig,
+    video: VideoConfig | None,
+    log_probs: tuple[float, float],
+    model: str,
 ) -> dict[str, Any]:
     """Return the value of the field.
 
     Args:
         document: The document of the pair.
         transforms: How its images become crops.
+        video: How its videos become frames.
         log_probs: Log-probability of the chosen and of the rejected answer.
         model: Checksum of the reference model.
     """
     values = {name: float(np.float32(each)) for name, each in zip(_ANSWERS, log_probs, strict=True)}
-    return {"model": model, "document": _checksum(document, transforms), **values}
+    return {"model": model, "document": _checksum(document, transforms, video), **values}
 
 
 def reference_log_probs(
-    fields: Mapping[str, Any], document: Document, transforms: TransformConfig, model: str
+    fields: Mapping[str, Any], document: Document, transforms: TransformConfig, video: VideoConfig | None, model: str
 ) -> tuple[float, float]:
     """Return the stored log-probabilities of the chosen and of the rejected answer.
 
@@ -46,6 +52,7 @@ def reference_log_probs(
         fields: Fields of the sample, which may come from an untrusted source.
         document: The document of the pair.
         transforms: How its images become crops.
+        video: How its videos become frames.
         model: Checksum of the reference model that they must come from.
 
     Raises:
@@ -61,10 +68,10 @@ def reference_log_probs(
             f"template.stored_reference names {model!r}; {again}",
             kind=FaultKind.TEXT,
         )
-    if record.get("document") != _checksum(document, transforms):
+    if record.get("document") != _checksum(document, transforms, video):
         raise SampleError(
-            "its stored log-probabilities are of another document: tokenizer, template or transforms have changed, or "
-            f"the template draws a text at random; {again}",
+            "its stored log-probabilities are of another document: tokenizer, template, transforms or video have "
+            f"changed, or the template draws a text at random; {again}",
             kind=FaultKind.TEXT,
         )
     chosen, rejected = (record.get(name) for name in _ANSWERS)
@@ -73,11 +80,12 @@ def reference_log_probs(
     return chosen, rejected
 
 
-def _checksum(document: Document, transforms: TransformConfig) -> str:
+def _checksum(document: Document, transforms: TransformConfig, video: VideoConfig | None) -> str:
     """Return the crc32 of everything that a document without augmentation is computed from, except its pixels."""
     columns = (document.token_ids, document.labels, document.loss_weights, document.position_ids)
-    settings = transforms.model_dump_json().encode() if document.items or document.uncoded else b""
+    settings = [] if video is None else [video.model_dump_json().encode()]
+    settings = [transforms.model_dump_json().encode(), *settings] if document.items or document.uncoded else []
     found = 0
-    for part in (*(column.tobytes() for column in columns), settings):
+    for part in (*(column.tobytes() for column in columns), *settings):
         found = crc32(part, found)
     return f"{found:08x}"

@@ -107,8 +107,8 @@ class _GridEncoding:
                 images.setdefault(pixels.shape, []).append((number, ext, pixels))
         for shape, found in images.items():
             size = max(1, _BATCH_PIXELS // (shape[1] * shape[2]))
-            for first in range(0, len(found), size):
-                batch = found[first : first + size]
+            for start in range(0, len(found), size):
+                batch = found[start : start + size]
                 grids = self.encoder(np.stack([pixels for _, _, pixels in batch]))
                 for (number, ext, _), codes in zip(batch, grids, strict=True):
                     members = results[number]

@@ -317,7 +317,10 @@ def validated_members(members: Members) -> Members:
         if _rename_parts(fields, names):
             result["json"] = dump_json(fields)
     if not names and not videos and "txt" not in members and "json" not in members:
-        raise SampleError(f"neither an image (.jpg .jpeg .png .webp) nor .txt or .json among {sorted(members)}")
+        raise SampleError(
+            "neither an image (.jpg .jpeg .png .webp) nor a video (.mp4 .webm .mkv .gif) nor .txt or .json among "
+            f"{sorted(members)}"
+        )
     return result
 
 

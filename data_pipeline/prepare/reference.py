@@ -7,7 +7,6 @@ The model is passed in, because the data side knows none. ``computed`` runs it o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,10 +14,12 @@ from typing import Protocol
 from data_pipeline.config import DatasetConfig
 from data_pipeline.document import Document
 from data_pipeline.errors import DataConfigError, SampleError
+from data_pipeline.io.json_member import parse_member
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.stored_reference import FIELD, reference_record
 from data_pipeline.prepare.computed import ComputedSource
+from data_pipeline.prepare.records import dump_json
 from data_pipeline.prepare.reshard import ReshardSource
 from data_pipeline.prepare.rows import Members
 from data_pipeline.sample import Provenance
@@ -74,7 +75,7 @@ class ReferenceSource(ComputedSource):
         # Name the model, so that settings under which documents are random are refused as in training.
         DocumentBuilder(_with_reference(dataset, template, model.checksum), load_tokenizer(tokenizer), spec)
         plain = _with_reference(dataset, template, None)
-        settings = (plain.template, plain.transforms, plain.image_tokens, tokenizer)
+        settings = (plain.template, plain.transforms, plain.image_tokens, plain.video, tokenizer)
         super().__init__(
             samples,
             _Scoring(model, plain, tokenizer, spec, max_tokens),
@@ -122,6 +123,9 @@ class _Scoring:
         self, members: Members | SampleError, document: Document, log_probs: tuple[float, float]
     ) -> Members | SampleError:
         assert not isinstance(members, SampleError), "it gave a document"
-        record = reference_record(document, self.dataset.transforms, log_probs, self.model.checksum)
-        fields = json.loads(members["json"]) | {FIELD: record}
-        return {**members, "json": json.dumps(fields, ensure_ascii=False).encode()}
+        shape = (self.dataset.transforms, self.dataset.video)
+        record = reference_record(document, *shape, log_probs, self.model.checksum)
+        try:
+            return {**members, "json": dump_json({**parse_member(members["json"]), FIELD: record})}
+        except SampleError as error:  # Another field holds half of a surrogate pair, which is no UTF-8.
+            return error

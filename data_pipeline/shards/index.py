@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from zlib_ng.zlib_ng import crc32
 
-from data_pipeline.errors import DataConfigError, ManifestError, SampleError, ShardError
+from data_pipeline.errors import ManifestError, SampleError, ShardError
 from data_pipeline.io.checksums import sha256_of
 from data_pipeline.io.columns import Column, check_offsets, pack_strings, read_columns, write_columns
 from data_pipeline.io.json_member import text_bytes_of
@@ -278,8 +278,13 @@ class ShardIndex:
         members before each sample, then the total.
 
         Raises:
-            ManifestError: any row of the index is damaged.
+            ManifestError: any row of the index is damaged, or an index of an earlier version lacks a column of videos.
         """
+        if name not in self._checked:
+            raise ManifestError(
+                f"{self.display_name}: an index of an earlier version, without {name} of videos; build it again with: "
+                "mmscale data index"
+            )
         return self._checked[name]
 
 
@@ -400,11 +405,10 @@ def is_compressed(ext: str) -> bool:
 def describe_member(ext: str, offset: int, content: bytes | memoryview) -> Member:
     """Return the index entry of a member, with its checksum and, for an image or video, the size from its header."""
     of_header: tuple[int, ...] = ()
-    # Index damaged media too; ``verify`` and the fault policy handle them. Without PyAV (DataConfigError) videos get no
-    # size here: it is read from the video itself, if a run uses it.
-    with contextlib.suppress(SampleError, DataConfigError):
+    with contextlib.suppress(SampleError):  # Index damaged media too; ``verify`` and the fault policy handle them.
         if is_image(ext):
-            of_header = image_size(content)[1:3]
+            image = image_size(content)
+            of_header = (image.width, image.height)
         elif is_video(ext):
             video = video_size(content)
             of_header = (video.width, video.height, video.num_frames, video.microseconds)

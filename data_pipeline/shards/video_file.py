@@ -25,6 +25,10 @@ _EXTENSIONS = frozenset({"mp4", "webm", "mkv", "gif"})
 MAX_FRAME_PIXELS = 1 << 26
 """Largest number of pixels of a frame. ffmpeg rejects a larger one before it allocates memory for it."""
 _MAX_PACKETS = 1 << 20
+_MAX_MICROSECONDS = 1 << 50  # 35 years. An index stores 63 bits, and headers can claim more.
+_MOST_DELAY = 64
+"""A decoder is given at most this many packets after the last one that ``num_decoded`` counts. H.264 and H.265 delay a
+frame by at most 16 frames, each of one or two packets; other codecs by fewer."""
 # ffmpeg contains hundreds of decoders and demuxers. Others than these are not reachable, because rare ones are fuzzed
 # less, and some demuxers open further files or URLs.
 _CODECS = frozenset({"h264", "hevc", "mpeg4", "vp8", "vp9", "av1", "libdav1d", "gif"})
@@ -111,18 +115,20 @@ class VideoFile:
             self._context.options = options
             self._context.thread_count = 1  # Each worker process has one core, and threads delay frames.
             self._packets, last = self._read_packets()
+            self._pts = sorted(packet.pts for packet in self._packets if self._is_shown(packet))
+            unit = Fraction(self._stream.time_base)
+            self.num_frames = len(self._pts)
+            self.microseconds = round((last - self._pts[0]) * unit * 1_000_000)
+            if not 0 <= self.microseconds <= _MAX_MICROSECONDS:
+                raise _fault(f"its frames last {self.microseconds / 1e6:g} s")
+            self.times: npt.NDArray[np.float64] = (np.array(self._pts) - self._pts[0]) * float(unit)
+            self._check_whole()
         except self._errors as error:
             self._container.close()
             raise _fault(_message(error)) from error
         except BaseException:
             self._container.close()
             raise
-        self._pts = sorted(packet.pts for packet in self._packets if self._is_shown(packet))
-        unit = Fraction(self._stream.time_base)
-        self.num_frames = len(self._pts)
-        self.times: npt.NDArray[np.float64] = (np.array(self._pts) - self._pts[0]) * float(unit)
-        self.microseconds = round((last - self._pts[0]) * unit * 1_000_000)
-        self._check_whole()
 
     def __enter__(self) -> VideoFile:
         return self
@@ -191,20 +197,32 @@ class VideoFile:
     def _ranges(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
         """Return ascending, disjoint ranges of packets that begin at key frames and contain these frames."""
         place = {packet.pts: i for i, packet in enumerate(self._packets)}
-        # A frame of a GIF may change its predecessor, although its packet is marked as a key frame.
-        keys = [i for i, packet in enumerate(self._packets) if i == 0 or (packet.is_keyframe and self._demuxer != _GIF)]
+        starts = self._starts()
         ranges = list[tuple[int, int]]()
         for number in sorted(set(numbers)):
             last = place[self._pts[number]]
-            at = bisect.bisect_right(keys, last) - 1
-            # A frame that precedes its key frame in time needs the frames before that key frame.
-            while at > 0 and self._packets[keys[at]].pts > self._pts[number]:
-                at -= 1
-            if ranges and keys[at] <= ranges[-1][1]:
+            if ranges and starts[last] <= ranges[-1][1]:
                 ranges[-1] = (ranges[-1][0], max(ranges[-1][1], last + 1))
             else:
-                ranges.append((keys[at], last + 1))
+                ranges.append((starts[last], last + 1))
         return ranges
+
+    def _starts(self) -> list[int]:
+        """Return the packet from which each packet can be decoded: the last key frame that is not later in time.
+
+        A frame that precedes a key frame in time, but follows it in the file, needs the frames before that key frame.
+        """
+        starts, keys, times = list[int](), list[int](), list[int]()
+        for i, packet in enumerate(self._packets):
+            # A frame of a GIF may change its predecessor, although its packet is marked as a key frame.
+            if packet.is_keyframe and self._demuxer != _GIF:
+                while times and times[-1] >= packet.pts:  # An earlier key frame that is later in time is never needed.
+                    del keys[-1], times[-1]
+                keys.append(i)
+                times.append(packet.pts)
+            at = bisect.bisect_right(times, packet.pts)
+            starts.append(keys[at - 1] if at else 0)
+        return starts
 
     def decode(self, numbers: Sequence[int]) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
         """Yield (number, pixels) of frames, ascending and each once. Decodes from key frames, not from the start.
@@ -222,7 +240,7 @@ class VideoFile:
         ranges = self._ranges(numbers)
         try:
             for i, (start, stop) in enumerate(ranges):
-                following = ranges[i + 1][0] if i + 1 < len(ranges) else len(self._packets)
+                following = min(ranges[i + 1][0] if i + 1 < len(ranges) else len(self._packets), stop + _MOST_DELAY)
                 inside = {packet.pts for packet in self._packets[start:stop]} & wanted.keys()
                 for frame in self._frames(start, following):
                     if frame.pts in inside:
@@ -255,7 +273,9 @@ def _pixels(frame: Any) -> npt.NDArray[np.uint8]:
         raise _fault(f"the frame at {float(frame.time or 0):.2f} s is corrupt")
     turns, rest = divmod(frame.rotation, 90)
     if rest:
-        raise SampleError(f"a video rotated by {frame.rotation} degrees; expected a multiple of 90")
+        raise SampleError(
+            f"a video rotated by {frame.rotation} degrees; expected a multiple of 90", kind=FaultKind.DECODE
+        )
     if any(component.is_alpha for component in frame.format.components):
         colors = frame.to_ndarray(format="rgba").astype(np.uint16)
         alpha = colors[..., 3:]

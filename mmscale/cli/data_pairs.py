@@ -46,7 +46,7 @@ def pairs(
     field: str = _FIELD,
     drawings: int = typer.Option(8, "--drawings", min=2, max=1024, help="Drawings of each text."),
     size: str = _SIZE,
-    guidance: float = typer.Option(1.0, "--guidance", help="Scale of classifier-free guidance; 1 for none."),
+    guidance: float = typer.Option(1.0, "--guidance", min=1.0, help="Scale of classifier-free guidance; 1 for none."),
     temperature: float = typer.Option(1.0, "--temperature", min=1e-6, help="Divides the logits of the codes."),
     top_k: int | None = typer.Option(
         None, "--top-k", min=1, help="Draw each code from this many likeliest ones; by default from all."

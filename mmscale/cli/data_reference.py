@@ -46,11 +46,13 @@ def reference(
     number = preference_stage(run, stage)
     data = run.stage_data(number)
     chosen = next((each for each in data.datasets if dataset in (None, each.name)), None)
-    if chosen is None or chosen.manifest is None:
-        names = ", ".join(each.name for each in data.datasets if each.manifest is not None)
-        raise ConfigError(f"--dataset {dataset or data.datasets[0].name}: the data sets with a manifest are {names}")
+    if chosen is None or not isinstance(chosen.manifest, Path):
+        names = ", ".join(each.name for each in data.datasets if isinstance(each.manifest, Path)) or "none"
+        raise ConfigError(
+            f"--dataset {dataset or data.datasets[0].name}: the data sets with a local manifest are {names}"
+        )
     model = CheckpointReference.open(run, number, device)
-    samples = ReshardSource([NamedManifest(chosen.name, Path(chosen.manifest))], Selection())
+    samples = ReshardSource([NamedManifest(chosen.name, chosen.manifest)], Selection())
     source = ReferenceSource(samples, model, chosen, data.tokenizer, model.spec, model.max_tokens)
     console.print(source.description, markup=False)
     with progress("reference", source.count()) as meter:

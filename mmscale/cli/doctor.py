@@ -32,7 +32,7 @@ def doctor(
     timeout: float = typer.Option(120.0, "--timeout", min=1.0, help="Seconds until a missing rank counts as lost."),
     json: bool = typer.Option(False, "--json", help="Print one JSON object: status, lines."),
 ) -> None:
-    """Check packages, devices, kernels, ranks, storage, limits and clocks, in about a minute.
+    """Check packages, devices, kernels, ranks, storage, limits and clocks.
 
     Started by srun, torchrun or MPI, each process is one rank, and the checks cover all machines. Alone, the command
     starts its ranks here. Each line is ok, a warning or a failure, the last two with a remedy. Exit code 0: no failure.

@@ -67,7 +67,7 @@ _JSON = typer.Option(
     False,
     "--json",
     help="Print one JSON object: text (the first answer), texts, images, checkpoint; of drawings images, contact, "
-    "checkpoint; of an answer with drawings its parts.",
+    "prompt, seed, checkpoint; of an answer with drawings its parts.",
 )
 
 

@@ -36,7 +36,12 @@ _FREE_BYTES = 10 << 30
 def packages() -> Iterator[Line]:
     """Compare the installed packages with the ranges that this project declares."""
     wrong, count = [], 0
-    for text in requires("mmscale") or ():
+    try:
+        declared = requires("mmscale") or []
+    except PackageNotFoundError:
+        yield Line("packages", "failure", "mmscale is not installed", "install it: pip install -e .")
+        declared = []
+    for text in declared:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -50,7 +55,7 @@ def packages() -> Iterator[Line]:
             wrong.append(f"{requirement.name} {found} is not {requirement.specifier}")
     if wrong:
         yield Line("packages", "failure", "; ".join(wrong), "install the package again: pip install -e .")
-    else:
+    elif declared:
         yield Line("packages", "ok", f"{count} required packages are in their ranges")
     shown = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     for name in _SHOWN:
@@ -78,8 +83,9 @@ def devices() -> Iterator[Line]:
             major, minor = torch.cuda.get_device_capability(index)
             free, total = torch.cuda.mem_get_info(index)
             found = f"{torch.cuda.get_device_name(index)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
-            same_major = [each for each in built_for if each.startswith(f"sm_{major}") and len(each) == len("sm_80")]
-            if same_major or f"sm_{major}{minor}" in built_for:
+            versions = [re.fullmatch(r"sm_(\d+)(\d)", each) for each in built_for]
+            # Kernels run on devices of their own major version with an equal or higher minor version.
+            if any(each and int(each[1]) == major and int(each[2]) <= minor for each in versions):
                 yield Line(f"GPU {index}", "ok", found)
             else:
                 remedy = f"install a torch that has kernels for sm_{major}{minor}; this one has {', '.join(built_for)}"

@@ -1,4 +1,4 @@
-"""Scores on held-out sets: choice of the right answer, use of the image, perplexity, and generated answers.
+"""Scores on held-out sets: choice of the right answer, use of the image, perplexity, generated answers, drawings.
 
 config         the ``evaluation`` block: sets and their questions
 heldout        samples, right answers, prompts as documents
@@ -11,13 +11,14 @@ choice         multiple-choice questions -> ChoiceResult
 perplexity     documents -> PerplexityResult
 generation     prompts -> generated answers -> GenerationResult
 classifier     a contrastive run as a classifier of images
-drawings       texts -> drawn images
+drawings       texts -> drawn images, for a user and for the report
 drawing_scores drawings -> DrawingsResult
 answer_metrics generated answers, reference answers -> values
 score          every set -> its result
 check          checks of the sets before a run starts
 answers        answers to a user's prompt, and captions
-drawings       images that a model draws from texts
+mixed_answers  answers of text and drawings
+drawn_pairs    several drawings of each text -> preference pairs
 """
 
 from mmscale.evaluate.check import check_best, check_sets

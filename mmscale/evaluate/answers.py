@@ -19,6 +19,7 @@ from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.document import Document
 from data_pipeline.errors import SampleError
 from data_pipeline.images.decode import Pixels, decode_image
+from data_pipeline.images.transforms import FixedTransform
 from data_pipeline.io.missing import no_such_file
 from data_pipeline.io.untrusted import UntrustedError, read_bytes
 from data_pipeline.media_spec import MediaSpec, Placement
@@ -132,6 +133,8 @@ def _encoding(prompts: DatasetConfig, spec: MediaSpec, model: nn.Module) -> tupl
     tokens, tokenizer = prompts.image_tokens, getattr(model, "image_tokenizer", None)
     if tokens is None or tokens.ids is not None or not isinstance(tokenizer, ImageTokenizer):
         return prompts, spec
+    if isinstance(prompts.transforms, FixedTransform) and prompts.transforms.size is None:
+        return prompts, spec  # Nothing says how large an image of a file becomes.
     encoded = tokens.model_copy(update={"encoded": "in_step", "tokenizer": None})
     return prompts.model_copy(update={"image_tokens": encoded}), replace(spec, code_size=tokenizer.stride)
 
@@ -143,8 +146,9 @@ def _require_images(prompts: DatasetConfig, spec: MediaSpec, remedy: str = "") -
     if prompts.image_tokens is None:
         raise ConfigError(f"this model has no vision tower, so it cannot read images{remedy}")
     raise ConfigError(
-        "this model reads images as tokens, and its checkpoint has no image tokenizer to encode a file with "
-        "(model.image_tokenizer); store token grids with: mmscale data encode, and score them with: mmscale eval"
+        "this model reads images as tokens, and nothing can encode a file: its checkpoint has no image tokenizer "
+        "(model.image_tokenizer), or the data set has no size (transforms.size); store token grids with: mmscale data "
+        "encode, and score them with: mmscale eval"
     )
 
 

@@ -42,6 +42,7 @@ from mmscale.evaluate.drawings import (
     Text,
     check_model,
     draw_images,
+    drawing_dataset,
     pixels_of_a_code,
 )
 from mmscale.evaluate.heldout import EvaluationContext, ImageQuestions, call_on_all_ranks
@@ -402,6 +403,7 @@ def _write(
     assert folder is not None
     if not context.world.is_main:
         return
+    _, template = drawing_dataset((context.drawing or DrawingContext(context.data)).data)
     lines = []
     try:
         for number, drawing in enumerate(drawings):
@@ -410,7 +412,7 @@ def _write(
             sample, expected = questions.samples[number], questions.answers[number]
             text, origin = _text(held, sample), sample.provenance
             line: dict[str, Any] = {"shard": origin.shard, "key": origin.key}
-            line |= {"prompt": text if isinstance(text, str) else expected, "drawing": image}
+            line |= {"prompt": text if isinstance(text, str) else template.text_to_draw(text), "drawing": image}
             lines.append(line | {"answer": said[number], "reference": expected})
         if near is not None:
             _write_nearest(folder, held, near.drawings, lines)

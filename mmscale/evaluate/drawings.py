@@ -312,6 +312,9 @@ def grid_of(dataset: DatasetConfig, size: Size | None, stride: int) -> tuple[int
 
 
 def to_pixels(image: Float[Tensor, "channels H W"]) -> Pixels:
-    """Return an image of values in [-1, 1] as uint8 ``(H, W, 3)``. A single channel is repeated three times."""
+    """Return an image of values in [-1, 1] as uint8 ``(H, W, 3)``.
+
+    Values outside are clamped. A single channel is repeated three times.
+    """
     values = ((image.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
     return np.ascontiguousarray(np.repeat(values, 3, axis=2) if values.shape[2] == 1 else values[:, :, :3])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -97,15 +98,15 @@ class DrawnPairs:
 
     @property
     def settings(self) -> str:
-        """Everything beside the samples and the model's weights that determines the pairs."""
+        """Everything besides the samples and the model's weights that determines the pairs."""
         dataset, template = drawing_dataset(self.data)
         prompts = f"{self.data.tokenizer} {template} {dataset.image_tokens}"
         parts = (self.image_tokenizer, self.classifier.digest, self.classifier.held.template, self.names, self.field)
         return f"{prompts} {parts} {self.num} {self.size} {self.guidance} {self.sampling}"
 
-    @property
+    @cached_property
     def image_tokenizer(self) -> str:
-        """SHA-256 of the image tokenizer."""
+        """SHA-256 of the image tokenizer. Cached, because it reads all weights."""
         return image_tokenizer_digest(self.tokenizer)
 
     def __call__(self, samples: Sequence[Members | SampleError], first: int) -> list[Members | SampleError]:
@@ -123,7 +124,7 @@ class DrawnPairs:
             image_tokenizer=self.tokenizer,
         )
         scores = self.classifier.name_log_probabilities(
-            [drawing.pixels for drawing in drawings], [fields[self.field] for fields in texts], self.names
+            [drawing.pixels for drawing in drawings], [_name_of(fields, self.field) for fields in texts], self.names
         )
         groups = iter(range(0, len(texts), self.num))
         return [
@@ -131,18 +132,18 @@ class DrawnPairs:
         ]
 
     def _fields(self, members: Members | SampleError) -> dict[str, Any] | SampleError:
-        """Return the fields of a sample whose text can be drawn, or why it cannot."""
+        """Return the fields of a sample that has a name and a text to draw, or why it is unusable."""
         if isinstance(members, SampleError):
             return members
         _, template = drawing_dataset(self.data)
         try:
             texts = {ext: content for ext, content in members.items() if ext in ("json", "txt")}
             fields = assemble(texts, Provenance("pairs", "", "", 0)).fields
-            name = _name_of(fields, self.field)
+            _name_of(fields, self.field)
             template.text_to_draw(fields)
         except SampleError as error:
             return error
-        return fields | {self.field: name}
+        return fields
 
     def _pair(
         self, fields: dict[str, Any], drawings: Sequence[Drawing], scores: npt.NDArray[np.float64], start: int

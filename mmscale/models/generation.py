@@ -70,8 +70,10 @@ def generate(
     for number in range(max_new_tokens):
         logits = model.head(hidden)
         if sampling.repetition_penalty != 1:
-            first = seen is None
-            seen = _prompt_tokens(batch, continued, logits) if first else seen.scatter(1, step.token_ids[:, None], True)
+            if seen is None:
+                seen = _prompt_tokens(batch, continued, logits)
+            else:
+                seen = seen.scatter(1, step.token_ids[:, None], True)
         chosen = choose_tokens(logits, sampling, generator, seen)
         running = _append_tokens(rows, dict(zip(continued, chosen.tolist(), strict=True)), running, ends, watch)
         if number + 1 == max_new_tokens or not any_running(bool(running)):
@@ -161,10 +163,12 @@ def draw(
         forced = [grid.forced_token(number) for grid in grids]
         # Choose for all images in one call; the generator of an image whose token is forced must not advance.
         free = [index for index, token in enumerate(forced) if token is None]
-        drawn.append(torch.tensor([token or 0 for token in forced], device=device))
+        drawn.append(to_device(torch.tensor([token or 0 for token in forced]), device))
         if free:
-            own = [generators[index] for index in free] if generators else None
-            drawn[-1][free] = choose_tokens(logits[free], sampling, own) + ids.start
+            random = [generators[index] for index in free] if generators else None
+            index = to_device(torch.tensor(free), device)
+            chosen = choose_tokens(logits.index_select(0, index), sampling, random)
+            drawn[-1].index_copy_(0, index, chosen + ids.start)
         if number + 1 == num_steps:
             break
         step = _with_tokens(step, drawn[-1].repeat(copies))

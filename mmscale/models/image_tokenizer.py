@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from data_pipeline.io.strict import StrictConfig
 from mmscale.nn.codebook import Codebook, Quantized
 from mmscale.nn.expert_parallel import full_shape
+from mmscale.nn.host import to_device
 from mmscale.nn.image_blocks import (
     CausalConv3d,
     Conv2d,
@@ -257,14 +258,14 @@ class ImageTokenizer(nn.Module):
         for (height, width), numbers in by_size.items():
             size = max(1, _BATCH_PIXELS // (height * width * self.stride**2))
             for chunk in (numbers[first : first + size] for first in range(0, len(numbers), size)):
-                places.append(torch.cat([torch.arange(starts[number], starts[number + 1]) for number in chunk]))
-                patches = values[places[-1].to(values.device, non_blocking=True)]
-                images = images_of_patches(patches, (height, width), self.config.channels, self.stride)
+                place = torch.cat([torch.arange(starts[number], starts[number + 1]) for number in chunk])
+                places.append(to_device(place, values.device))
+                images = images_of_patches(values[places[-1]], (height, width), self.config.channels, self.stride)
                 batches.append(images.to(self.codebook.weight.dtype))
         tokens = self(batches)  # Also without images: ZeRO-3 gathers the weights on all ranks together.
         codes = torch.empty(len(values), dtype=torch.int64, device=values.device)
         for place, each in zip(places, tokens, strict=True):
-            codes[place.to(codes.device, non_blocking=True)] = each.flatten()
+            codes[place] = each.flatten()
         return codes
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Segments
+from mmscale.nn.host import to_device
 from mmscale.nn.layer_cache import CacheRows, LayerCache, ranges
 
 
@@ -23,13 +24,11 @@ class CrossCache:
 
     def of_sequences(self, sequences: Sequence[int]) -> CrossCache:
         """Return the rows of some sequences, in this order."""
-        bounds, lengths = (
-            np.array(self.segments.bounds)[list(sequences)],
-            np.diff(self.segments.bounds)[list(sequences)],
-        )
-        index = torch.from_numpy(ranges(bounds, lengths)).to(self.keys.device)
+        bounds, chosen = np.array(self.segments.bounds), list(sequences)
+        starts, lengths = bounds[chosen], np.diff(bounds)[chosen]
+        index = to_device(ranges(starts, lengths), self.keys.device)
         pieces = Segments.from_lengths(lengths.tolist())
-        segments = Segments(pieces.cu.to(self.keys.device), pieces.bounds)
+        segments = Segments(to_device(pieces.cu, self.keys.device), pieces.bounds)
         return CrossCache(self.keys.index_select(0, index), self.values.index_select(0, index), segments)
 
 
@@ -83,7 +82,7 @@ class KVCache:
         assert self._rows is not None, "advance() comes first"
         if list(sequences) == list(range(len(self._rows.lengths))):
             return
-        index = torch.tensor(sequences, device=self._rows.new.device)
+        index = to_device(np.array(sequences), self._rows.new.device)
         for number, stores in self._stores.items():
             keys, values = (store.index_select(0, index) for store in stores)
             self._stores[number] = keys, values

@@ -30,6 +30,7 @@ _LEVELS = 1 << 16
 """Number of values of the 16 bits that decide one channel. One 64-bit hash serves four channels: hashing takes nearly
 all of the time."""
 _PROBABILITIES = int.from_bytes(b"attends", "little")
+"""Separates the bits of ``Dropout.on_probabilities`` from those of the masks of rows."""
 _JITTER = int.from_bytes(b"jitter", "little")
 """Separates the numbers of ``Dropout.jitter`` from those of the masks."""
 

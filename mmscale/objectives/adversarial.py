@@ -54,7 +54,8 @@ class AdversarialConfig(StrictConfig):
     discriminator measures the norms and has no adversarial term."""
     start_step: int = Field(default=0, ge=0, le=1 << 40)
     """Steps of training before the discriminator starts, counted over all stages of the run; at least 0. Until then
-    neither player has an adversarial loss (LlamaGen: 20000)."""
+    neither player has an adversarial loss (LlamaGen: 20000). Its gradients are then 0, but the optimizer runs, as in
+    VQGAN's code: weight decay applies, and ``warmup_steps`` counts from the beginning of the stage."""
     loss: GameLoss = "hinge"
     """``hinge``, or ``non_saturating`` (softplus)."""
 
@@ -175,10 +176,10 @@ class Adversarial:
         return Turn(reconstructions, learned + (misled if config.adaptive else weight * misled), metrics, sums)
 
     def after_step(self, discriminator: PatchDiscriminator, sums: Tensor, *, applied: bool) -> dict[str, float]:
-        """Count the step and keep its ratio of gradient norms. Return the metrics of the whole step.
+        """Keep the ratio of gradient norms of the step. Return the metrics of the whole step.
 
         Args:
-            discriminator: Its buffers change if ``applied``.
+            discriminator: Its ``adaptive_bits`` change if ``applied``. The caller counts its ``steps``.
             sums: ``Turn.sums``, added over all microbatches and ranks.
             applied: Whether the optimizer changed weights.
         """
@@ -188,10 +189,8 @@ class Adversarial:
             pixels, misled = sums.norm(dim=1).tolist()
             ratio = min(pixels / misled, _MOST_ADAPTIVE) if misled else 0.0
             metrics["adaptive_weight"] = ratio
-        if applied:
-            discriminator.steps += 1
-            if ratio is not None:
-                discriminator.adaptive_bits.copy_(torch.tensor(ratio, dtype=torch.float32).view(torch.int32))
+        if applied and ratio is not None:
+            discriminator.adaptive_bits.copy_(torch.tensor(ratio, dtype=torch.float32).view(torch.int32))
         return metrics
 
 

@@ -27,6 +27,7 @@ from mmscale.models.build import TowerAlone, build_weights
 from mmscale.models.config import TowerConfig
 from mmscale.models.flops import TrainingFlops
 from mmscale.models.vision import VisionConfig
+from mmscale.nn.host import to_device
 
 
 class PerceptualConfig(StrictConfig):
@@ -139,7 +140,7 @@ def resize(images: Float[Tensor, "N channels H W"], height: int, width: int) -> 
     if images.shape[-2:] == (height, width):
         return images
     rows, columns = (
-        _interpolation(before, after).to(images.device)
+        to_device(_interpolation(before, after), images.device)
         for before, after in ((images.shape[-2], height), (images.shape[-1], width))
     )
     return rows @ images @ columns.t()
@@ -157,8 +158,8 @@ def packed_patches(patches: Tensor, grids: list[tuple[int, int, int]]) -> MediaB
     device, none = patches.device, Segments.from_lengths([])
     items = Segments.from_lengths([rows * columns for _, rows, columns in grids])
     empty = torch.empty(0, dtype=torch.int64, device=device)
-    items = Segments(items.cu.to(device), items.bounds)
-    grid = torch.tensor(grids, dtype=torch.int32, device=device)
+    items = Segments(to_device(items.cu, device), items.bounds)
+    grid = to_device(torch.tensor(grids, dtype=torch.int32), device)
     return MediaBlock(patches, grid, tuple(grids), items, empty, empty, empty, none, none)
 
 

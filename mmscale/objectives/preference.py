@@ -73,8 +73,8 @@ class Preference(NextToken):
 
     Args:
         config: The loss.
-        teachers: The frozen reference, of which only its predictions are used; empty for a reference-free loss, and
-            if the batches hold its log-probabilities.
+        teachers: The frozen reference, of which only the predictions are used. Empty for a loss without a reference,
+            and if the batches hold the reference's log-probabilities.
         world: The ranks that share a step; see ``NextToken``.
     """
 

@@ -73,7 +73,7 @@ class ReconstructionConfig(StrictConfig):
                 return "train contains discriminator, which has no loss: set reconstruction.discriminator: {}"
             return None
         if model.discriminator is None:
-            return "reconstruction.discriminator: there is none; set model.discriminator: {}"
+            return "reconstruction.discriminator: the model has no discriminator; set model.discriminator: {}"
         return None if trained else "reconstruction.discriminator: add discriminator to train, so that it learns"
 
 
@@ -180,6 +180,8 @@ class Reconstruct:
         if self._adversarial is not None:
             assert model.discriminator is not None
             metrics |= self._adversarial.after_step(model.discriminator, statistics[1], applied=applied)
+        if applied and model.discriminator is not None:
+            model.discriminator.steps += 1  # Also in a stage without an adversarial loss.
         size = (model.image_tokenizer.codebook_size, codes.shape[1] - 1)
         values, chosen = torch.zeros(size), torch.zeros(size[0], dtype=torch.bool)
         if applied:

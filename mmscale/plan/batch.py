@@ -39,7 +39,7 @@ def largest_batch(
         example: Assume documents of this size, even if the data exist here. None: only if they do not.
 
     Raises:
-        ConfigError: the image of ``example`` does not fit the transforms.
+        ConfigError: see ``example_documents``.
     """
     try:
         packs = replay_packs(data, spec, seed) if example is None else []

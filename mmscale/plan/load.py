@@ -144,11 +144,12 @@ def replay_packs(data: DataConfig, spec: MediaSpec, seed: int) -> list[Pack]:
 def example_documents(data: DataConfig, spec: MediaSpec, example: ExampleDocument) -> list[Document]:
     """Return one document of each data set with the size of ``example``, cut to what a pack holds.
 
-    An image as tokens has the rows and columns of ``image_tokens.grid``, or follows from the size of ``example``. One
-    that no pack could hold is assumed to be reduced.
+    An image as tokens has the rows and columns of ``image_tokens.grid``. Without this setting they follow from the size
+    of ``example``, and an image that no pack could hold is assumed to be reduced.
 
     Raises:
-        ConfigError: the image of ``example`` does not fit the transforms.
+        ConfigError: the image of ``example`` does not fit the transforms, or an image of ``image_tokens.grid`` fits no
+            document.
     """
     room = data.packing.max_tokens - dummy_document(spec, 0).num_tokens
     longest = min(room, spec.max_document_tokens or room)
@@ -158,6 +159,11 @@ def example_documents(data: DataConfig, spec: MediaSpec, example: ExampleDocumen
         images = [(example.height, example.width)] * (takes_images and dataset.template.takes_images)
         drawn = _example_image(dataset, spec, example, longest - min(_IMAGE_TOKENS, longest // 4))
         room_for_text = longest - (0 if drawn is None else len(drawn.ids))
+        if drawn is not None and room_for_text < 1:
+            raise ConfigError(
+                f"data set {dataset.name}: an image has {len(drawn.ids)} tokens, and a document has at most {longest}; "
+                "increase data.packing.max_tokens or reduce image_tokens.grid"
+            )
         tokens = example.tokens or (min(_IMAGE_TOKENS, room_for_text) if images or drawn else room_for_text)
         tokens, weight = min(tokens, room_for_text), float(dataset.template.draws)
         try:
@@ -168,7 +174,10 @@ def example_documents(data: DataConfig, spec: MediaSpec, example: ExampleDocumen
 
 
 def _example_image(dataset: DatasetConfig, spec: MediaSpec, example: ExampleDocument, most: int) -> DrawnTokens | None:
-    """Return the image as tokens of a document, of at most ``most`` tokens; None if documents have none."""
+    """Return the image as tokens of a document; None if documents have none.
+
+    Without ``image_tokens.grid`` it has at most ``most`` tokens.
+    """
     config, template = dataset.image_tokens, dataset.template
     if config is None or not (template.draws or (template.takes_images and spec.placement is Placement.NONE)):
         return None

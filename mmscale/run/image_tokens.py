@@ -45,7 +45,8 @@ def load_image_tokenizer(path: Path, device: str = "cpu", ema: bool | None = Non
     """
     checkpoint = newest_of(path)
     manifest = read_manifest(checkpoint)
-    model = build_unset(model_config_of(manifest, checkpoint))
+    with torch.random.fork_rng(devices=[]):  # A run that loads it to draw continues with the random state that it had.
+        model = build_unset(model_config_of(manifest, checkpoint))
     if not isinstance(model, ImageTokenizerModel):
         raise ConfigError(f"{path}: its model is no image tokenizer (model.image_tokenizer); name the run of one")
     load_weights(model, checkpoint, ema=manifest.ema if ema is None else ema)

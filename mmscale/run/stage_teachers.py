@@ -9,9 +9,9 @@ the teacher's run has written newer ones since.
 
 A reference model and the tower of a perceptual loss are found and recorded in the same way. If the reference is the
 model at the beginning of the stage (``preference.reference: start``), the checkpoint of the previous stage is linked to
-``RUN/references/STAGE``, because
-``checkpoint.keep_last`` removes it from the run's checkpoints. If the data hold its log-probabilities
-(``template.stored_reference``), the stage only compares its checksum and does not load it.
+``RUN/references/STAGE``, because ``checkpoint.keep_last`` removes it from the run's checkpoints. If the data hold the
+log-probabilities of the reference (``template.stored_reference``), the stage only compares its checksum and does not
+load it.
 
 Source: the setting is that of Llama 3.2 1B and 3B, with the logits of 8B and 70B (Meta 2024, model card).
 """
@@ -124,11 +124,14 @@ def _other_reference(config: RunConfig, number: int, state: TrainState, *, begin
     stored = config.stored_reference(number)
     if stored is None:
         return None
-    if number == state.stage_index and state.stage_step:
-        _, begun = _recorded(state).get(_STORED, ("", stored))
-        reason = f"template.stored_reference={stored}, but this stage began with log-probabilities of the model {begun}"
-        return None if begun == stored else reason
     (source,) = reference_source(config, number)
+    if number == state.stage_index and state.stage_step:
+        # A stage that began with a loaded reference recorded the checksum of its checkpoint alone.
+        suffix = "-ema" if source.ema else ""
+        recorded = _recorded(state).items()
+        began = [checksum + ("" if key == _STORED else suffix) for key, (_, checksum) in recorded]
+        reason = f"template.stored_reference={stored}, but this stage began with the reference model {''.join(began)}"
+        return None if began in ([], [stored]) else reason
     path = source.checkpoint
     if reference_is_previous(config, number):
         if not begins:

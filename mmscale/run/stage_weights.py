@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_pipeline.errors import DataPipelineError
 from mmscale.checkpoint import LoadReport, TrainState, warm_start
 from mmscale.checkpoint.manifest import (
     folder_name,
@@ -92,7 +93,7 @@ def _problems(config: RunConfig, state: TrainState, world: World) -> Iterator[st
                 )
                 if reason is None and world.is_main and {ALL, TOKENIZER} & set(source.components):
                     reason = foreign_codes(config.stage_data(number), path, ema=source.ema)
-            except CheckpointError as error:
+            except (CheckpointError, DataPipelineError) as error:
                 reason = str(error)
             if reason is not None:
                 yield f"{place}: {reason}"

@@ -19,6 +19,7 @@ from data_pipeline.loader.loader import Loader
 from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.dist import World, raise_on_any_rank
 from mmscale.engine.engine import Engine
+from mmscale.evaluate.drawings import to_pixels
 from mmscale.metrics.run_log import NullLog, RunLog
 from mmscale.metrics.sample_images import CaptionedImage, Pixels, batch_images
 from mmscale.models.config import TokenizerConfig
@@ -77,7 +78,7 @@ class StepImages:
             dtype = model.image_tokenizer.decoder.conv_out.weight.dtype
             shown = model.reconstruct(self._images.to(self._world.device, dtype)).reconstructions
         if self._world.is_main:
-            pairs = zip(_pixels(self._images), _pixels(shown), strict=True)
+            pairs = zip(map(to_pixels, self._images), map(to_pixels, shown), strict=True)
             captioned = [
                 CaptionedImage(_one_above_the_other(*pair), f"image {number}: original above, reconstruction below")
                 for number, pair in enumerate(pairs, 1)
@@ -118,13 +119,6 @@ def _plain(data: DataConfig) -> DataConfig:
         for dataset in data.datasets
     )
     return data.model_copy(update={"datasets": plain, "lanes": 1, "workers": 0})
-
-
-def _pixels(images: Tensor) -> list[Pixels]:
-    """Return images in [-1, 1] as pixels; values outside are clamped, a single channel is repeated."""
-    values = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
-    values = values.expand(-1, 3, -1, -1) if values.shape[1] == 1 else values[:, :3]
-    return list(values.permute(0, 2, 3, 1).contiguous().numpy())
 
 
 def _one_above_the_other(above: Pixels, below: Pixels) -> Pixels:

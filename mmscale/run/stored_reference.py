@@ -33,8 +33,10 @@ def preference_stage(config: RunConfig, name: str | None) -> int:
     """
     found = [n for n, each in enumerate(config.stages) if each.preference and name in (None, each.name)]
     if len(found) != 1:
-        stages = ", ".join(each.name for each in config.stages if each.preference) or "none"
-        raise ConfigError(f"--stage {name or ''}: the stages with preference are {stages}; name one")
+        stages = ", ".join(each.name for each in config.stages if each.preference)
+        if not stages:
+            raise ConfigError("no stage has the block preference; give the configuration of a run that has one")
+        raise ConfigError(f"--stage{f' {name}' if name else ''}: the stages with preference are {stages}; name one")
     preference = config.stages[found[0]].preference
     assert preference is not None, "selected above"
     if preference.reference == "none":

@@ -50,7 +50,7 @@ def test_a_run_of_imported_adapters_answers_like_the_trained_run(
     assert (written["family"], written["layers"]) == ("llama", 16)
     words = ["checkpoint", "import", tmp_path / "adapters", runs / "back", "--from", "peft", "--base", runs / "base"]
     assert printed(words, capsys)["adapters"]["targets"]["decoder"] == ["q_proj", "up_proj"]
-    asked = ["--prompt", "the", "--max-new-tokens", "12", "--temperature", "3", "--top-p", "1"]
+    asked = ["--prompt", "the", "--max-new-tokens", "24", "--temperature", "3", "--top-p", "1"]
     answers = {name: printed(["generate", runs / name, *asked], capsys)["text"] for name in ("base", "tuned", "back")}
     assert answers["tuned"] == answers["back"]
     assert answers["tuned"] != answers["base"]

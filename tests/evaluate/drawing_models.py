@@ -110,17 +110,22 @@ def with_tokens(document: Document, ids: list[int]) -> Document:
     )
 
 
+def write_codes(folder: Path, digest: str = "ab" * 32, rows: int = 3, columns: int = 3) -> Path:
+    """Write a shard of six named images as codes; return its manifest."""
+    with ShardWriter(folder, "drawn") as writer:
+        for number, name in enumerate(("fox", "moon", "cat", "tree", "star", "apple")):
+            codes = np.random.default_rng(number).integers(0, CODES, (rows, columns))
+            fields = json.dumps({"caption": name, "name": name}).encode()
+            writer.write(name, {"json": fields, "png.tokens": encode_grid(codes, CODES, digest)})
+    manifest = folder / "drawn.manifest"
+    write_manifest(manifest, writer.shards, digest)
+    return manifest
+
+
 def drawing_run(folder: Path, kind: Kind, **changes: Any) -> Path:
     """Write shards of six images and the file of a run that draws them; return the file. The run has four steps."""
     tokenizer = build_image_tokenizer(ModelConfig.model_validate(model_block(kind)).image_tokenizer)  # type: ignore[arg-type]
-    digest, names = image_tokenizer_digest(tokenizer), ["fox", "moon", "cat", "tree", "star", "apple"]
-    with ShardWriter(folder / "shards", "drawn") as writer:
-        for number, name in enumerate(names):
-            codes = np.random.default_rng(number).integers(0, CODES, (3, 3))
-            fields = json.dumps({"caption": name, "name": name}).encode()
-            writer.write(name, {"json": fields, "png.tokens": encode_grid(codes, CODES, digest)})
-    manifest = folder / "shards" / "drawn.manifest"
-    write_manifest(manifest, writer.shards, digest)
+    manifest = write_codes(folder / "shards", image_tokenizer_digest(tokenizer))
     block: dict[str, Any] = {
         "run_dir": str(folder / "run"),
         "data": {

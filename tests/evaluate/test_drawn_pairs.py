@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ def test_a_text_without_a_pair_does_not_change_the_samples_beside_it(program: Dr
     assert found[1] == alone
     assert "field 'name' is missing" in str(found[2])
     assert "expected a text" in str(found[3])
-    certain = DrawnPairs(**{**vars(program), "sampling": SamplingConfig(temperature=1.0, top_k=1)})
+    certain = replace(program, sampling=SamplingConfig(temperature=1.0, top_k=1))
     assert "its 3 drawings are equal" in str(certain([named("fox")], 1)[0])
 
 

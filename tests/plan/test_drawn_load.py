@@ -8,6 +8,7 @@ import pytest
 
 from data_pipeline.config import DataConfig
 from data_pipeline.media_spec import MediaSpec, Placement
+from mmscale.errors import ConfigError
 from mmscale.plan.load import ExampleDocument, example_documents
 
 EMU3 = {"start": "s", "size": "{height}*{width}", "content": "c", "row_end": "r", "frame_end": "f", "end": "e"}
@@ -57,3 +58,8 @@ def test_an_image_that_no_pack_holds_is_reduced_with_its_aspect() -> None:
         assert 0.6 * most < document.num_tokens < most
         assert document.drawn is not None
         assert document.drawn.any()
+
+
+def test_a_grid_that_no_pack_holds_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"64 tokens, and a document has at most 63; increase data\.packing\.max_tok"):
+        example_documents(data({"kind": "drawing"}, 64, grid=[8, 8]), MediaSpec(), ExampleDocument())

@@ -89,7 +89,9 @@ def _check_the_tokenizer_of_a_drawing_model(folder: Path, digest: str) -> None:
         data = DataConfig.model_validate({**drawing_data("separate").model_dump(), "datasets": [dataset]})
         return image_tokenizer_digest(tokenizer_of_data(folder / "run", data, torch.device("cpu")))
 
+    state = torch.get_rng_state()
     assert found("out/data.manifest", None) == found("absent.manifest", digest) == digest
+    assert torch.equal(torch.get_rng_state(), state)  # A run that loads it trains on with the same random numbers.
     with pytest.raises(ConfigError, match=r"but abababababab\.\.\. encoded the images of data set drawn"):
         found("out/data.manifest", "ab" * 32)
     with pytest.raises(ConfigError, match="it is unknown which image tokenizer encoded"):

@@ -23,7 +23,7 @@ def pid_of_rank(run_dir: Path, rank: int) -> int:
         except OSError:
             continue
         if (
-            b"mmscale.cli.main" in words
+            b"mmscale.cli.main\0train" in words  # Not the launcher, which may have inherited RANK.
             and f"run_dir={run_dir}".encode() in words
             and b"RANK=%d" % rank in variables.split(b"\0")
         ):

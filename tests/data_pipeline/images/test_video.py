@@ -128,6 +128,16 @@ def test_pixels_and_grid_equal_those_of_the_processor(shape: tuple[int, int, int
         assert torch.equal(torch.from_numpy(ours[order]).view(len(order), 3, -1), values[:, :, frame])
 
 
+@pytest.mark.parametrize("count", range(1, 8))
+def test_max_tokens_bounds_even_and_odd_numbers_of_frames(count: int) -> None:
+    limits = {"min_pixels": 1, "max_pixels": 64 * 64, "max_tokens": 6}
+    config = VideoConfig.model_validate({**limits, "frames": {"kind": "uniform", "num_frames": count}})
+    (item,) = VideoTransform(config, SPEC).dry_run(VideoSize(9, 1_000_000, 120, 80))
+    time, rows, columns = item.grid
+    assert time == math.ceil(count / 2)
+    assert time <= time * (rows // 2) * (columns // 2) <= 6
+
+
 def test_towers_of_single_frames_and_of_one_size_take_videos() -> None:
     data = encoded(3)
     item = _item(data, MediaSpec(Placement.EMBEDDING, patch_size=8), frames={"kind": "uniform", "num_frames": 3})

@@ -249,8 +249,8 @@ def test_the_spans_of_a_document_name_its_tokens(tokenizer: Tokenizer) -> None:
         (sample(GRID + 15), r"has the code 50, but codes end at 49 \(image_tokens.codebook_size=50\)"),
         (sample(digest="cd" * 32), "of the image tokenizer cdcdcdcdcdcd..., but image_tokens.tokenizer names abababab"),
         (sample(caption="see <code_3>"), "the text spells a code of an image"),
-        (replace(sample(), parts=()), "0 images, but template.kind=drawing takes exactly one"),
-        (replace(sample(), parts=sample().parts * 2), "2 images, but"),
+        (replace(sample(), parts=()), "0 images and 0 videos, but template.kind=drawing takes exactly one image"),
+        (replace(sample(), parts=sample().parts * 2), "2 images and 0 videos, but"),
         (sample(caption=" "), "the answer is empty"),
     ],
 )

@@ -276,6 +276,8 @@ def test_an_index_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     arrays = {name: array.copy() for name, array in columns.arrays.items() if name != "row_crc32"}
     write_columns(path, arrays, columns.record)
     assert all_rows(shard) == sound
+    with pytest.raises(ManifestError, match="an index of an earlier version, without num_frames of videos; build it"):
+        ShardIndex.open(shard).column("num_frames")
     ShardIndex.open(shard).check()
 
 
