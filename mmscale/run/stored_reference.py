@@ -67,11 +67,12 @@ class CheckpointReference:
     def open(cls, config: RunConfig, stage: int, device: str) -> CheckpointReference:
         """Find and check the reference model of a stage. Reads no weights.
 
-        If the reference is the end of the stage before, the run's newest checkpoint is taken.
+        If the reference is the end of the stage before, the run's newest checkpoint must be that end.
 
         Raises:
             CheckpointError: there is no checkpoint.
-            ConfigError: the model does not fit the stage, or this machine has no such device.
+            ConfigError: the model does not fit the stage, the run's newest checkpoint is not the end of the stage
+                before, or this machine has no such device.
         """
         try:
             torch.empty(0, device=device)
@@ -80,7 +81,15 @@ class CheckpointReference:
         (source,) = reference_source(config, stage)
         is_previous = reference_is_previous(config, stage)
         path = newest_of(config.run_dir / CHECKPOINTS if is_previous else source.checkpoint)
-        reason = unfit(read_manifest(path), path, config.decoder_model(stage), source, distills=False)
+        manifest = read_manifest(path)
+        reason = unfit(manifest, path, config.decoder_model(stage), source, distills=False)
+        end = (stage - 1, config.stages[stage - 1].steps)
+        if is_previous and (manifest.state.stage_index, manifest.state.stage_step) != end:
+            reason = (
+                f"it is step {manifest.state.stage_step} of stage {config.stages[manifest.state.stage_index].name}, and "
+                f"the reference is the end of stage {config.stages[stage - 1].name}; let the run save there first "
+                f"(max_steps={sum(each.steps for each in config.stages[:stage])})"
+            )
         if reason is not None:
             raise ConfigError(f"stages.{stage}.preference.reference={path}: {reason}")
         return cls(

@@ -73,3 +73,20 @@ def test_a_run_on_stored_log_probabilities_equals_one_that_holds_the_reference(
     other = [f"run_dir={tmp_path / 'other'}", "stages.0.steps=1", *stored]
     with pytest.raises(CheckpointError, match=f"template.stored_reference={checksum}, but the reference model"):
         train(load(CONFIG, ["seed=9", "max_steps=2", *other], RunConfig))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_within_the_stage_before_is_no_reference(
+    answers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "data",
+        "reference",
+        str(CONFIG),
+        f"run_dir={answers}",
+        "stages.0.steps=2",
+        "--output",
+        str(tmp_path / "s"),
+    ]
+    assert main(words) == 2
+    assert "it is step 1 of stage learn, and the reference is the end of stage learn" in capsys.readouterr().err
