@@ -220,7 +220,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=2, help="images of a batch")
     parser.add_argument("--drawn", type=int, default=4, help="drawn images")
     parser.add_argument("--grid", type=int, default=8, help="tokens of a drawn image, a side")
-    parser.add_argument("--files", type=int, default=64, help="JPEG files")
+    parser.add_argument("--files", type=int, default=128, help="JPEG files")
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 2], help="processes that encode files")
     parser.add_argument("--turns", type=int, default=4, help="measured turns of tokenizers and drawing")
     parser.add_argument("--file-turns", type=int, default=1, help="measured turns of files")

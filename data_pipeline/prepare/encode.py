@@ -25,9 +25,6 @@ from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.page_images import image_order
 from data_pipeline.shards.token_grid import encode_grid, grid_extension, is_grid
 
-_BATCH_PIXELS = 1 << 21
-"""Largest number of pixels in a batch of the encoder; one larger image is a batch of its own."""
-
 
 class GridEncoder(Protocol):
     """An image tokenizer. Every worker process gets a pickled copy, so load the weights in the first call.
@@ -42,6 +39,10 @@ class GridEncoder(Protocol):
     @property
     def codebook_size(self) -> int:
         """Number of codes."""
+
+    @property
+    def batch_pixels(self) -> int:
+        """Largest number of pixels of a batch, at least 1; one larger image is a batch of its own."""
 
     @property
     def digest(self) -> str:
@@ -106,7 +107,7 @@ class _GridEncoding:
             for ext, pixels in decoded:
                 images.setdefault(pixels.shape, []).append((number, ext, pixels))
         for shape, found in images.items():
-            size = max(1, _BATCH_PIXELS // (shape[1] * shape[2]))
+            size = max(1, self.encoder.batch_pixels // (shape[1] * shape[2]))
             for start in range(0, len(found), size):
                 batch = found[start : start + size]
                 grids = self.encoder(np.stack([pixels for _, _, pixels in batch]))

@@ -33,14 +33,12 @@ from mmscale.nn.image_blocks import (
     FrameBlock,
     Level,
     Middle,
+    batch_pixels,
     images_of_patches,
     make_norm,
     silu,
 )
 from mmscale.nn.sizes import Channels, Layers, ShrunkTo, Vocabulary, Width
-
-_BATCH_PIXELS = 1 << 21
-"""Largest number of pixels that ``codes_of_patches`` encodes at once; one larger image is a batch of its own."""
 
 
 class _TokenizerConfig(StrictConfig):
@@ -256,7 +254,7 @@ class ImageTokenizer(nn.Module):
             by_size.setdefault(grid, []).append(number)
         batches, places = list[Tensor](), list[Tensor]()
         for (height, width), numbers in by_size.items():
-            size = max(1, _BATCH_PIXELS // (height * width * self.stride**2))
+            size = max(1, batch_pixels(values.device) // (height * width * self.stride**2))
             for chunk in (numbers[first : first + size] for first in range(0, len(numbers), size)):
                 place = torch.cat([torch.arange(starts[number], starts[number + 1]) for number in chunk])
                 places.append(to_device(place, values.device))

@@ -28,6 +28,7 @@ from mmscale.models.build import build_unset
 from mmscale.models.config import TokenizerConfig
 from mmscale.models.image_tokenizer import ImageTokenizer, image_tokenizer_digest
 from mmscale.models.image_tokenizer_model import ImageTokenizerModel
+from mmscale.nn.image_blocks import batch_pixels
 from mmscale.run.folder import CONFIG
 
 
@@ -153,6 +154,11 @@ class CheckpointEncoder:
         tokenizer, size = model.image_tokenizer, model.config.image_size
         digest = image_tokenizer_digest(tokenizer)
         return cls(newest_of(path), device, size, tokenizer.stride, tokenizer.codebook_size, digest)
+
+    @property
+    def batch_pixels(self) -> int:
+        """Largest number of pixels of a batch."""
+        return batch_pixels(torch.device(self.device))
 
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.integer[Any]]:
         if self._tokenizer is None:

@@ -85,8 +85,9 @@ class CheckpointReference:
         reason = unfit(manifest, path, config.decoder_model(stage), source, distills=False)
         end = (stage - 1, config.stages[stage - 1].steps)
         if is_previous and (manifest.state.stage_index, manifest.state.stage_step) != end:
+            begun = config.stages[manifest.state.stage_index].name
             reason = (
-                f"it is step {manifest.state.stage_step} of stage {config.stages[manifest.state.stage_index].name}, and "
+                f"it is step {manifest.state.stage_step} of stage {begun}, and "
                 f"the reference is the end of stage {config.stages[stage - 1].name}; let the run save there first "
                 f"(max_steps={sum(each.steps for each in config.stages[:stage])})"
             )

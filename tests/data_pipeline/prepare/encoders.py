@@ -24,6 +24,7 @@ class BatchEncoder:
     digest: str = DIGEST
     stride: int = 8
     codebook_size: int = 500
+    batch_pixels: int = 1 << 21
 
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.integer[Any]]:
         count, _, height, width = images.shape
