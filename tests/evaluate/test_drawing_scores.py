@@ -142,6 +142,7 @@ def test_a_copy_has_distance_zero(classifier: Path) -> None:
     assert asdict(result)["nearest"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_shards_on_two_ranks_give_the_result_of_one_process(
     classifier: Path, scored: tuple[dict[str, Any], Path], tmp_path: Path

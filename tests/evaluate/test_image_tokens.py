@@ -100,5 +100,5 @@ def test_a_file_is_encoded_by_the_models_own_tokenizer(
         assert first == respond(net, inputs, spec, images=[tmp_path / "a.png"], prompt="x", max_new_tokens=6)
         assert first != second
     without = build_model(settings("vocabulary").model_copy(update={"image_tokenizer": None}), seed=SEED).eval()
-    with pytest.raises(ConfigError, match="its checkpoint has no image tokenizer to encode a file with"):
+    with pytest.raises(ConfigError, match="nothing can encode a file: its checkpoint has no image tokenizer"):
         respond(without, data(tokenizer_path), spec, images=[tmp_path / "a.png"], prompt="x")

@@ -169,8 +169,9 @@ def test_the_operations_of_a_step_include_those_of_the_encoder(kind: str, tokeni
     assert found == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("kind", ["vocabulary", pytest.param("separate", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["vocabulary", "separate"])
 def test_two_sharded_ranks_train_as_one_process_with_stored_codes(kind: str, tokenizer_path: Path) -> None:
     """The second rank has a pack without images, and ranks have grids of different sizes."""
     results = run_ranks("tests.models.encoders:run", 2, {"kind": kind, "tokenizer_path": str(tokenizer_path)})

@@ -134,6 +134,7 @@ def test_a_logit_sees_34_pixels_a_side_with_two_halvings(monkeypatch: pytest.Mon
     assert int(rows.max() - rows.min()) + 1 == 34
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.resume
 def test_both_players_are_equal_on_two_ranks_and_after_resumes_on_others(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_towers_that_cannot_compare_are_named() -> None:
     assert "reads 3 channels" in str(tower_problem(tower, (0,), 1))
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_training_is_equal_on_two_ranks_and_needs_no_tower_of_its_own(tmp_path: Path) -> None:
     game = {"discriminator": GAME, "codebook_update": "ema"}
