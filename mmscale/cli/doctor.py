@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -43,7 +42,8 @@ def doctor(
     from mmscale.io.rank_variables import NO_LAUNCHER, launched_rank
 
     if launched_rank(os.environ).launcher == NO_LAUNCHER and (count := ranks or _own_ranks(device)) > 1:
-        raise typer.Exit(_launch(sys.argv[1:], count))
+        words = ["doctor", "--folder", str(folder), "--device", device, "--timeout", str(timeout)]
+        raise typer.Exit(_launch([*words, "--json"] if json else words, count))
     lines = examine(Settings(device, timeout), folder)
     if lines is None:
         return
