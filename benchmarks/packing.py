@@ -23,8 +23,9 @@ from data_pipeline.document import Document, ImageExtent, MediaItem
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.order.state import Drawn, StreamPosition
 from data_pipeline.packing.config import PackingConfig
-from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
+from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Budget, DrawnDocument, Packer
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.sample import Provenance
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.document import IGNORE
+from data_pipeline.media_spec import IMAGE
 from data_pipeline.sample import Provenance
 
 _MAX_REPR_ITEMS = 3
@@ -148,12 +149,15 @@ class CropLocation(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class MediaBlock(_Brief):
-    """All crops of one modality in a batch, packed. An item is one crop.
+    """All items of one modality in a batch, packed: crops of images, or chunks of sound.
 
-    The feature rows are the output of tower and projector: for each item in order, its ``MediaSpec.num_features`` rows.
+    The feature rows are the output of tower and projector: for each item in order, its ``num_features`` rows
+    (``MediaSpec.inputs_of``). Every feature of another modality than images is written into a token slot, so the fields
+    after ``scatter_index`` are empty there, except ``locations``.
 
     Attributes:
-        values: uint8 ``(P, patch_dim)`` patches. A perceptual loss passes floats from 0 to 255 with a gradient.
+        values: uint8 ``(P, patch_dim)`` patches. A perceptual loss passes floats from 0 to 255 with a gradient. Sound
+            has float32 ``(P, num_bins)`` frames.
         grid: int32 ``(N, 3)`` patches along (time, height, width) of each item.
         grids: The same on the host.
         items: Partition of the P patches into N items.
@@ -223,7 +227,8 @@ class MultimodalBatch:
         segments: Partition of the T tokens into S documents.
         branched: Attention segments if any document has branches; None: each token attends its document up to itself.
         valid: bool ``(T,)``; False in dummy documents, whose tokens router statistics leave out.
-        media: Blocks by modality, ``{"image": MediaBlock}``; empty for a text model.
+        media: A block for each modality of the model, ``{"image": MediaBlock, "audio": MediaBlock}``; empty for a text
+            model.
         pairs: int64 ``(K, 2)`` (item, segment) of each document with exactly one image, dummy documents excluded. The
             item is the image's overview, or its first crop if it has none.
         lanes: Rows of the global batch in this microbatch, in order; -1 for a dummy pack.
@@ -267,7 +272,8 @@ class MultimodalBatch:
 
     def __repr__(self) -> str:
         crops = "".join(
-            f", {name}: {block.items.num} crops of {block.items.total:,} patches" for name, block in self.media.items()
+            f", {name}: {block.items.num} {'crops' if name == IMAGE else 'items'} of {block.items.total:,} patches"
+            for name, block in self.media.items()
         )
         return (
             f"MultimodalBatch({len(self.token_ids):,} tokens, {self.num_samples} documents{crops}, "
@@ -297,5 +303,10 @@ class MultimodalBatch:
     @property
     def num_images(self) -> int:
         """Number of images, without those of dummy documents; an image counts once, however many crops it has."""
-        locations = [location for block in self.media.values() for location in block.locations]
+        return self.num_inputs(IMAGE)
+
+    def num_inputs(self, modality: str) -> int:
+        """Return the number of images, or of clips of another modality, without those of dummy documents."""
+        block = self.media.get(modality)
+        locations = () if block is None else block.locations
         return len({location.image for location in locations if self.provenance[location.segment] is not None})

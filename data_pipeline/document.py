@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.media_spec import Grid, MediaSpec
+from data_pipeline.media_spec import IMAGE, Grid, MediaSpec
 from data_pipeline.sample import Provenance
 
 IGNORE = -100
@@ -50,7 +50,7 @@ class ContentArea(NamedTuple):
 
 
 class ImageExtent(NamedTuple):
-    """Tokens and crops of one image or video of a document. Cutting a document never cuts one.
+    """Tokens and items of one image, video or clip of sound of a document. Cutting a document never cuts one.
 
     Attributes:
         start: Its first token: a placeholder, an anchor, or a layout token (such as a tile tag or a row end).
@@ -66,10 +66,11 @@ class ImageExtent(NamedTuple):
 
 @dataclass(frozen=True)
 class MediaItem:
-    """One crop for a tower: a whole image, an overview or a tile, or all frames of a video.
+    """One crop for a tower: a whole image, an overview or a tile, or all frames of a video; or one chunk of sound.
 
     Attributes:
-        values: uint8 ``(P, patch_dim)``, patches row-major, each in order (channel, row, column).
+        values: uint8 ``(P, patch_dim)``, patches row-major, each in order (channel, row, column). Of another modality
+            ``(P, patch_dim)`` of ``ModalitySpec.dtype``: of sound float32 ``(frames, num_bins)``.
         grid: Patches along (time, height, width); their product is P.
         embedded: Whether its features are written into token slots. Otherwise they are attended by cross-attention, or
             compared with the text of the document (``Placement.PAIR``).
@@ -82,9 +83,11 @@ class MediaItem:
         later_values: uint8 ``(P, (frames_per_patch - 1) * patch_dim)``: of a video, the second and later frames of each
             patch in order, if patches span several frames; ``values`` has the first. None for a still image, which
             counts as identical frames.
+        modality: Name of its modality. Items of other modalities than ``image`` are embedded, and have only ``values``,
+            ``grid`` and ``image``.
     """
 
-    values: npt.NDArray[np.uint8]
+    values: npt.NDArray[Any]
     grid: Grid
     embedded: bool
     kept_region: Region | None = None
@@ -94,6 +97,7 @@ class MediaItem:
     image: int = 0
     tag: tuple[int, ...] = ()
     later_values: npt.NDArray[np.uint8] | None = None
+    modality: str = IMAGE
 
     def kept_features(self, spec: MediaSpec, first: int = 0) -> list[IndexRange]:
         """Return the ranges of the crop's feature rows that the decoder gets, ascending.
@@ -105,9 +109,9 @@ class MediaItem:
         Raises:
             SampleError: as ``MediaSpec.num_features``.
         """
-        frames, rows, columns = spec.feature_grid(self.grid)
         if self.kept_region is None:
-            return [(first, spec.num_features(self.grid))]
+            return [(first, self.num_features(spec))]
+        frames, rows, columns = spec.feature_grid(self.grid)
         top, left, height, width = self.kept_region
         corner, frame_size = first + spec.class_features + top * columns + left, rows * columns + spec.class_features
         return [
@@ -120,7 +124,7 @@ class MediaItem:
         Raises:
             SampleError: as ``MediaSpec.num_features``.
         """
-        made = spec.num_features(self.grid)
+        made = spec.inputs_of(self.modality).num_features(self.grid)
         return made if self.kept_region is None else self.grid[0] * self.kept_region.height * self.kept_region.width
 
 
@@ -140,11 +144,11 @@ class Document:
         labels: int32 ``(T,)``: the token to predict *at* this position (already shifted), or ``IGNORE``.
         loss_weights: float32 ``(T,)``; 0 wherever ``labels`` is ``IGNORE``.
         position_ids: int32 ``(T,)`` or ``(T, 3)``, from 0.
-        items: Crops in reading order.
+        items: Crops and chunks of all modalities in reading order.
         scatter_index: int32 ``(M,)``: token slot of each kept feature of the embedded items, item by item.
         spans: Cross-attention spans, by ascending start; the first starts at 0 (with no items if text comes first).
         provenance: Origin; None for a dummy document.
-        images: The images and videos of the sample in reading order; an image may have several items.
+        images: The images, videos and clips of sound of the sample in reading order; each may have several items.
         branches: First token of each branch, ascending; none, or at least two. A branch attends itself and the tokens
             before the first branch. The positions of every branch start where those before the first branch end.
         is_cut: Whether this is a part of a sample that does not fit into a pack.
@@ -184,7 +188,10 @@ class Document:
 
     def cost(self, spec: MediaSpec) -> float:
         """Return the estimated compute time of its tokens and patches, in units of one token in the decoder."""
-        return self.num_tokens + spec.cost_per_patch * self.computed_patches(spec)
+        cost = self.num_tokens + spec.cost_per_patch * self.computed_patches(spec)
+        for name, inputs in spec.modalities.items():
+            cost += inputs.cost_per_patch * sum(len(item.values) for item in self.items if item.modality == name)
+        return cost
 
     def uncoded_at(self, kept: npt.NDArray[np.integer] | slice) -> tuple[MediaItem, ...]:
         """Return the images of ``uncoded`` among the tokens ``kept`` (indices or a slice), which divide no image."""
@@ -196,6 +203,8 @@ class Document:
         return tuple(itertools.compress(self.uncoded, chosen[np.flatnonzero(self.drawn)[first]]))
 
     def computed_patches(self, spec: MediaSpec) -> int:
-        """Return the number of patches that the tower computes: its own, or more if absent tiles are computed too."""
-        per_image = spec.patches_per_image
-        return self.num_patches if per_image is None else per_image * len({item.image for item in self.items})
+        """Return the patches of images that the tower computes: its own, or more if absent tiles are computed too."""
+        items = [item for item in self.items if item.modality == IMAGE] if spec.modalities else self.items
+        if spec.patches_per_image is None:
+            return sum(len(item.values) for item in items)
+        return spec.patches_per_image * len({item.image for item in items})

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from data_pipeline.errors import DataConfigError, SampleError
 
@@ -29,6 +34,149 @@ def num_queries(sizes: QuerySizes, grid: Grid) -> int:
         f"a crop of {height}x{width} patches; the model takes at most {sizes[-1][0]} patches a side "
         "(connector.projector.queries)"
     )
+
+
+IMAGE = "image"
+"""Name of the modality of images and videos, whose inputs ``MediaSpec`` itself describes."""
+
+
+class ModalitySpec(ABC):
+    """Base class of the inputs of a modality besides images.
+
+    To add a modality, derive a frozen dataclass from this class and give ``MediaSpec`` a field for it, with the name of
+    the modality. Every feature of such a modality is written into a token slot. Its tokens take one position each.
+    """
+
+    dtype: ClassVar[npt.DTypeLike]
+    """Number format of the values of an item."""
+    noun: ClassVar[str]
+    """One item in plain words, for messages: ``clip of sound``."""
+
+    @property
+    @abstractmethod
+    def cost_per_patch(self) -> float:
+        """Time of one row of values in tower and projector relative to one token in the decoder."""
+
+    @property
+    @abstractmethod
+    def patch_dim(self) -> int:
+        """Number of values of one row of an item."""
+
+    @property
+    @abstractmethod
+    def minimal_grid(self) -> Grid:
+        """Grid of the smallest valid item, which a dummy document uses."""
+
+    @property
+    @abstractmethod
+    def typical_grid(self) -> Grid:
+        """Grid of a typical item, for estimates where the data are not known."""
+
+    @abstractmethod
+    def num_features(self, grid: Grid) -> int:
+        """Return the number of features that tower and projector make of one item; its rows are ``prod(grid)``.
+
+        Raises:
+            SampleError: the grid does not fit the model.
+        """
+
+
+Reductions = tuple[tuple[int, int, int], ...]
+"""Convolutions or poolings in order, each as (kernel, stride, padding): n rows become (n + 2 p - k) // s + 1."""
+
+
+def reduced(rows: int, reductions: Reductions) -> int:
+    """Return the number of rows after ``reductions``; 0 if there are too few for one of the kernels."""
+    for kernel, stride, padding in reductions:
+        rows = max(0, (rows + 2 * padding - kernel) // stride + 1)
+    return rows
+
+
+@dataclass(frozen=True)
+class AudioSpec(ModalitySpec):
+    """The audio inputs of a model: log-mel spectrograms. An item is a chunk of a clip.
+
+    Args:
+        num_bins: Mel bins of a frame.
+        sample_rate: Samples of sound in a second, Hz.
+        window: Samples of the window of a frame.
+        hop: Samples between the starts of two frames.
+        max_frames: Largest number of frames of a chunk. A longer clip becomes several chunks.
+        padded: Whether each chunk is filled with silence up to ``max_frames`` (Whisper); False: chunks have the length
+            of the sound.
+        extra_frames: Frames of silence that follow the frames of a chunk in its values. The tower's convolutions read
+            them, but they give no feature.
+        normalised: Rule for the range of the values: ``clip`` (Whisper: over the whole clip).
+        reductions: Convolutions and poolings of tower and projector, which determine the number of features.
+        cost_per_frame: Time of one frame in tower and projector relative to one token in the decoder.
+
+    Raises:
+        DataConfigError: a number is out of its range, or a chunk of ``max_frames`` frames has no feature.
+    """
+
+    dtype: ClassVar[npt.DTypeLike] = np.float32
+    noun: ClassVar[str] = "clip of sound"
+
+    num_bins: int = 128
+    sample_rate: int = 16000
+    window: int = 400
+    hop: int = 160
+    max_frames: int = 3000
+    padded: bool = True
+    extra_frames: int = 0
+    normalised: Literal["clip"] = "clip"
+    reductions: Reductions = ()
+    cost_per_frame: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.num_bins, self.sample_rate, self.hop, self.max_frames) < 1 or self.window < self.hop:
+            raise DataConfigError(f"bins, rate, hop and frames must be at least 1, and window at least hop: {self}")
+        if self.extra_frames < 0 or (self.padded and self.extra_frames):
+            raise DataConfigError(f"extra_frames={self.extra_frames}: needs padded=False, and at least 0")
+        if reduced(self.max_frames, self.reductions) < 1:
+            raise DataConfigError(f"max_frames={self.max_frames}: a chunk has no feature after {self.reductions}")
+
+    @property
+    def cost_per_patch(self) -> float:
+        """Alias of ``cost_per_frame``."""
+        return self.cost_per_frame
+
+    @property
+    def patch_dim(self) -> int:
+        """Number of values of a frame: ``num_bins``."""
+        return self.num_bins
+
+    @cached_property
+    def minimal_grid(self) -> Grid:
+        """Grid of the shortest chunk with a feature."""
+        if self.padded:
+            return (self.max_frames, 1, 1)
+        frames = next(each for each in range(1, self.max_frames + 1) if reduced(each, self.reductions))
+        return (frames + self.extra_frames, 1, 1)
+
+    @property
+    def typical_grid(self) -> Grid:
+        """Grid of a chunk of 10 seconds, or of the longest chunk if that is shorter."""
+        typical = 10 * self.sample_rate // self.hop
+        frames = self.max_frames if self.padded else min(self.max_frames, typical)
+        return (max(frames + self.extra_frames, self.minimal_grid[0]), 1, 1)
+
+    def num_features(self, grid: Grid) -> int:
+        """Return the number of features of a chunk of ``grid[0]`` frames, of which ``extra_frames`` are silence.
+
+        Raises:
+            SampleError: the chunk is longer than ``max_frames``, or too short for one feature, or not as long as
+                ``padded`` requires.
+        """
+        frames = grid[0] - self.extra_frames
+        if grid[1:] != (1, 1) or frames > self.max_frames or (self.padded and frames != self.max_frames):
+            raise SampleError(
+                f"a chunk of {frames} mel frames; the model takes up to {self.max_frames} (padded={self.padded})"
+            )
+        features = reduced(frames, self.reductions)
+        if features < 1:
+            raise SampleError(f"a clip of {frames} mel frames is too short: the model makes no feature of it")
+        return features
 
 
 class Placement(str, Enum):
@@ -73,6 +221,7 @@ class MediaSpec:
         code_size: Pixels of a code, a side, if batches hold the pixels of images as tokens and the model encodes them
             (``image_tokens.encoded: in_step``); None if they hold stored codes, or no images as tokens.
         frames_per_patch: Consecutive frames of a video that become one patch (Qwen2-VL: 2).
+        audio: The inputs of the modality audio; None if the model takes no sound.
 
     Raises:
         DataConfigError: ``patch_size``, ``merge`` or ``channels`` is below 1, ``position_axes`` is neither 1 nor 3, or
@@ -96,6 +245,7 @@ class MediaSpec:
     code_size: int | None = None
     # Not in ``repr``, from which checkpoints have a fingerprint: it changes no document without videos.
     frames_per_patch: int = field(default=1, repr=False)
+    audio: AudioSpec | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or self.merge < 1 or self.channels < 1:
@@ -104,6 +254,34 @@ class MediaSpec:
             raise DataConfigError(f"position_axes={self.position_axes}: must be 1 or 3")
         if self.class_features and self.placement not in (Placement.CROSS_ATTENTION, Placement.PAIR):
             raise DataConfigError(f"class_features={self.class_features}: only where features are attended or compared")
+
+    def __repr__(self) -> str:
+        # Checkpoints have a fingerprint of it, so a modality that the model lacks is left out.
+        shown = [(each.name, getattr(self, each.name)) for each in fields(self) if each.repr]
+        shown += self.modalities.items()
+        return f"MediaSpec({', '.join(f'{name}={value!r}' for name, value in shown)})"
+
+    @cached_property
+    def modalities(self) -> dict[str, ModalitySpec]:
+        """The inputs of each modality besides images that the model takes, by name."""
+        values: list[tuple[str, Any]] = [(each.name, getattr(self, each.name)) for each in fields(self)]
+        return {name: value for name, value in values if isinstance(value, ModalitySpec)}
+
+    def inputs_of(self, modality: str) -> MediaSpec | ModalitySpec:
+        """Return the inputs of a modality; those of images are this object. Both give ``num_features`` and costs."""
+        return self if modality == IMAGE else self.modalities[modality]
+
+    @cached_property
+    def needed_kinds(self) -> frozenset[tuple[str, bool]]:
+        """(modality, embedded) of each kind of item that every batch must hold, so that all ranks run all modules."""
+        images = {(IMAGE, True)} if self.needs_embedded else set()
+        images |= {(IMAGE, False)} if self.needs_unembedded else set()
+        return frozenset(images | {(name, True) for name in self.modalities})
+
+    @property
+    def dtype(self) -> npt.DTypeLike:
+        """Number format of pixels."""
+        return np.uint8
 
     @cached_property
     def patch_dim(self) -> int:

@@ -1,4 +1,4 @@
-"""A sample as it is stored in a shard: text, images and videos in reading order, with its origin."""
+"""A sample as it is stored in a shard: text, images, videos and sounds in reading order, with its origin."""
 
 from __future__ import annotations
 
@@ -89,7 +89,40 @@ class VideoPart:
         return f"VideoPart(data=<{len(self.data)} bytes>, name={self.name!r}, size={self.size})"
 
 
-MediaPart = ImagePart | VideoPart
+class AudioSize(NamedTuple):
+    """The properties of a sound that determine how many features a document has.
+
+    Attributes:
+        samples: Decoded samples of each channel, at the file's own rate; 0 if the file is damaged.
+        rate: Samples of a second, Hz.
+        channels: Number of channels.
+    """
+
+    samples: int
+    rate: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class AudioPart:
+    """An encoded sound (WAV, FLAC, MP3, Ogg or M4A bytes), as stored.
+
+    Attributes:
+        data: The encoded bytes; empty if the sample was read without media, for a dry run. The sound track of a video
+            has the bytes of the video.
+        name: Extension part of the member's name, ``wav`` or ``0.flac``.
+        size: From the shard's index; None if no index gives it.
+    """
+
+    data: bytes
+    name: str
+    size: AudioSize | None = None
+
+    def __repr__(self) -> str:
+        return f"AudioPart(data=<{len(self.data)} bytes>, name={self.name!r}, size={self.size})"
+
+
+MediaPart = ImagePart | VideoPart | AudioPart
 Part = TextPart | MediaPart
 
 

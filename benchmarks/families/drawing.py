@@ -16,8 +16,8 @@ from benchmarks.families.pair import our_model, randomise
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.media_spec import Placement
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import dummy_document, plain_document
 from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.synthetic_documents import dummy_document, plain_document
 from data_pipeline.sample import Provenance
 from mmscale.checkpoint.imports import import_folder
 from mmscale.models.build import media_spec

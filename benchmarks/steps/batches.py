@@ -23,8 +23,8 @@ from data_pipeline.batch import MultimodalBatch
 from data_pipeline.config import DataConfig
 from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
 from data_pipeline.loader.loader import Loader
-from data_pipeline.media_spec import MediaSpec
-from data_pipeline.packing.collate import IMAGE, collate
+from data_pipeline.media_spec import IMAGE, MediaSpec
+from data_pipeline.packing.collate import collate
 from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import Provenance
 from mmscale.models.build import media_spec

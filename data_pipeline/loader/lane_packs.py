@@ -23,8 +23,8 @@ from data_pipeline.order.fault_lists import RunFaults
 from data_pipeline.order.fault_policy import Fault, FaultPolicy, Skipped
 from data_pipeline.order.lanes import LaneSequence, Schedule
 from data_pipeline.order.state import Drawn, LaneState, StreamPosition
-from data_pipeline.packing.document_builder import dummy_document
 from data_pipeline.packing.packer import Budget, DrawnDocument, Pack, Packer
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.storage.storage import Storage
 from data_pipeline.text.tokenizer import load_tokenizer
 

@@ -31,8 +31,9 @@ from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.fault_policy import Skipped
 from data_pipeline.order.state import Drawn, LaneState, LoaderState, StreamPosition
 from data_pipeline.packing.collate import Join, collate, concatenate, join_copies
-from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
+from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Budget, Pack
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.storage.storage import Storage

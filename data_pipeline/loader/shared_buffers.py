@@ -92,10 +92,10 @@ class BatchSender:
     _joined: dict[int, _TensorSlot] = field(default_factory=dict)
     """Slots of the tensors that ``join`` returned for the current message, by address."""
 
-    def join(self, arrays: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
-        """Concatenate arrays with the same number of columns into a tensor that ``encode`` need not copy."""
+    def join(self, arrays: Sequence[npt.NDArray[Any]]) -> Tensor:
+        """Concatenate arrays with the same dtype and number of columns to a tensor that ``encode`` need not copy."""
         rows, columns = sum(len(array) for array in arrays), arrays[0].shape[1]
-        slot = self._reserve("|u1", (rows, columns))
+        slot = self._reserve(arrays[0].dtype.str, (rows, columns))
         values = slot.view(self._buffers[slot.buffer])
         np.concatenate(arrays, out=values)
         tensor = torch.from_numpy(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,24 +13,21 @@ from torch import Tensor
 
 from data_pipeline.batch import BranchedSegments, CropLocation, MediaBlock, MultimodalBatch, Segments, UncodedImages
 from data_pipeline.document import IGNORE, ContentArea, Document, IndexRange, MediaItem
-from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.media_spec import IMAGE, MediaSpec, Placement
 from data_pipeline.packing.packer import Pack
 
-IMAGE = "image"
-"""Key of the image block in ``MultimodalBatch.media``."""
-
-Join = Callable[[Sequence[npt.NDArray[np.uint8]]], Tensor]
-"""Concatenates the rows of arrays with the same number of columns to one tensor."""
+Join = Callable[[Sequence[npt.NDArray[Any]]], Tensor]
+"""Concatenates the rows of arrays with the same dtype and number of columns to one tensor."""
 
 
-def join_copies(arrays: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+def join_copies(arrays: Sequence[npt.NDArray[Any]]) -> Tensor:
     """Concatenate the rows of the arrays in new memory."""
     return torch.from_numpy(np.concatenate(arrays))
 
 
-def join_nothing(arrays: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+def join_nothing(arrays: Sequence[npt.NDArray[Any]]) -> Tensor:
     """Return no rows. A batch that is only counted needs no pixels."""
-    return torch.empty((0, arrays[0].shape[1]), dtype=torch.uint8)
+    return torch.from_numpy(np.empty((0, arrays[0].shape[1]), arrays[0].dtype))
 
 
 def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) -> MultimodalBatch:
@@ -62,10 +60,12 @@ def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) ->
     # A document with exactly one image gives a pair: its overview (or its first crop), and its segment.
     pairs, first_item = list[tuple[int, int]](), 0
     for segment, document in enumerate(documents):
-        if document.num_images == 1 and document.items and not document.is_dummy:
-            whole = [number for number, item in enumerate(document.items) if item.cell is None]
+        items = [item for item in document.items if item.modality == IMAGE]
+        num_clips = len({item.image for item in document.items if item.modality != IMAGE})
+        if document.num_images - num_clips == 1 and items and not document.is_dummy:
+            whole = [number for number, item in enumerate(items) if item.cell is None]
             pairs.append((first_item + (whole[0] if whole else 0), segment))
-        first_item += len(document.items)
+        first_item += len(items)
     token_ids = np.concatenate([document.token_ids for document in documents], dtype=np.int64)
     labels = np.concatenate([document.labels for document in documents], dtype=np.int64)
     position_ids = np.concatenate([document.position_ids for document in documents], dtype=np.int64)
@@ -76,7 +76,7 @@ def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) ->
         position_ids=torch.from_numpy(position_ids),
         segments=Segments.from_lengths(lengths),
         valid=torch.from_numpy(valid),
-        media={} if spec.placement is Placement.NONE else {IMAGE: _media(documents, spec, join)},
+        media=_media(documents, spec, join),
         pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
         lanes=tuple(pack.lane for pack in packs),
         lane_tokens=tuple(sum(document.num_tokens for document in pack.documents) for pack in packs),
@@ -110,8 +110,54 @@ def _uncoded(documents: Sequence[Document], spec: MediaSpec, join: Join) -> Unco
     )
 
 
-def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaBlock:
-    items = [item for document in documents for item in document.items]
+def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> dict[str, MediaBlock]:
+    """Return the block of each modality of the model."""
+    blocks = {} if spec.placement is Placement.NONE else {IMAGE: _images(documents, spec, join)}
+    for name, inputs in spec.modalities.items():
+        items = [item for document in documents for item in document.items if item.modality == name]
+        grids = tuple(item.grid for item in items)
+        blocks[name] = MediaBlock(
+            values=join([item.values for item in items] or [np.empty((0, inputs.patch_dim), inputs.dtype)]),
+            grid=torch.tensor(grids, dtype=torch.int32).reshape(-1, 3),
+            grids=grids,
+            items=Segments.from_lengths([len(item.values) for item in items]),
+            gather_index=torch.arange(sum(map(inputs.num_features, grids))),
+            scatter_index=torch.from_numpy(np.concatenate(_slots(documents, spec, name))),
+            attended_index=torch.empty(0, dtype=torch.int64),
+            span_tokens=Segments.from_lengths([]),
+            span_keys=Segments.from_lengths([]),
+            locations=_locations(documents, name),
+        )
+    return blocks
+
+
+def _locations(documents: Sequence[Document], modality: str) -> tuple[CropLocation, ...]:
+    locations, image, last = list[CropLocation](), -1, None
+    for segment, document in enumerate(documents):
+        for item in document.items:
+            if item.modality == modality:
+                image += (segment, item.image) != last
+                last = segment, item.image
+                locations.append(CropLocation(segment, image, item.tiles, item.cell))
+    return tuple(locations)
+
+
+def _slots(documents: Sequence[Document], spec: MediaSpec, modality: str) -> list[npt.NDArray[np.int64]]:
+    """Return the token slots of the features of one modality in each document, counted over all documents."""
+    found, first_token = list[npt.NDArray[np.int64]](), 0
+    for document in documents:
+        slots = document.scatter_index
+        if any(item.modality != modality for item in document.items):
+            embedded = [item for item in document.items if item.embedded]
+            counts = [item.num_features(spec) for item in embedded]
+            slots = slots[np.repeat([item.modality == modality for item in embedded], counts)]
+        found.append(slots.astype(np.int64) + first_token)
+        first_token += document.num_tokens
+    return found
+
+
+def _images(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaBlock:
+    items = [item for document in documents for item in document.items if item.modality == IMAGE]
     # Feature rows: the features of all items, item by item, then the embeddings of all tags. The index arrays use only
     # the kept features.
     num_features = [spec.num_features(item.grid) for item in items]
@@ -122,23 +168,17 @@ def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaB
     for item, ranges in zip(items, kept, strict=True):
         attended.append([(tag_row, len(item.tag)), *ranges] if item.tag else ranges)
         tag_row += len(item.tag)
-    slots, keys, span_tokens, span_keys = list[npt.NDArray[np.int64]](), list[IndexRange](), list[int](), list[int]()
-    locations, image, last = list[CropLocation](), -1, None
-    first_token = first_item = 0
-    for segment, document in enumerate(documents):
-        slots.append(document.scatter_index.astype(np.int64) + first_token)
+    keys, span_tokens, span_keys = list[IndexRange](), list[int](), list[int]()
+    rows_of = iter(attended)
+    for document in documents:
+        # Spans have numbers of items of all modalities, but attend only those of images.
+        own = [next(rows_of) if item.modality == IMAGE else [] for item in document.items]
         ends = [*(span.start for span in document.spans[1:]), document.num_tokens]
         for span, end in zip(document.spans, ends, strict=True):
-            own_keys = [each for item_number in span.items for each in attended[first_item + item_number]]
+            own_keys = [each for item_number in span.items for each in own[item_number]]
             keys += own_keys
             span_tokens.append(end - span.start)
             span_keys.append(sum(count for _, count in own_keys))
-        for item in document.items:
-            image += (segment, item.image) != last
-            last = segment, item.image
-            locations.append(CropLocation(segment, image, item.tiles, item.cell))
-        first_token += document.num_tokens
-        first_item += len(document.items)
     content_area = None
     if spec.padding:
         areas = [item.content_area or ContentArea.whole(*item.grid[1:]) for item in items]
@@ -158,12 +198,12 @@ def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaB
         grids=grids,
         items=Segments.from_lengths([len(item.values) for item in items]),
         gather_index=_expand(gathered),
-        scatter_index=torch.from_numpy(np.concatenate(slots)),
+        scatter_index=torch.from_numpy(np.concatenate(_slots(documents, spec, IMAGE))),
         attended_index=_expand(keys),
         span_tokens=Segments.from_lengths(span_tokens),
         span_keys=Segments.from_lengths(span_keys),
         content_area=content_area,
-        locations=tuple(locations),
+        locations=_locations(documents, IMAGE),
         tag_ids=torch.tensor([token for item in items for token in item.tag], dtype=torch.int64),
         later_values=join([values for _, values in later]) if later else torch.empty(0, later_dim, dtype=torch.uint8),
         later_index=_expand([(start, len(values)) for start, values in later]),
@@ -189,7 +229,7 @@ def concatenate(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> Multimod
     pairs, first_item, first_segment = list[Tensor](), 0, 0
     for batch in batches:
         pairs.append(batch.pairs + torch.tensor([first_item, first_segment]))
-        first_item += batch.media[IMAGE].items.num if batch.media else 0
+        first_item += batch.media[IMAGE].items.num if IMAGE in batch.media else 0
         first_segment += batch.segments.num
     return MultimodalBatch(
         token_ids=torch.cat([batch.token_ids for batch in batches]),
@@ -198,7 +238,7 @@ def concatenate(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> Multimod
         position_ids=torch.cat([batch.position_ids for batch in batches]),
         segments=_join([batch.segments for batch in batches]),
         valid=torch.cat([batch.valid for batch in batches]),
-        media={IMAGE: _concatenate_media(batches, spec)} if batches[0].media else {},
+        media={name: _concatenate_media(batches, name, spec) for name in batches[0].media},
         pairs=torch.cat(pairs),
         lanes=tuple(lane for batch in batches for lane in batch.lanes),
         lane_tokens=tuple(count for batch in batches for count in batch.lane_tokens),
@@ -238,9 +278,9 @@ def _concatenate_reference(batches: Sequence[MultimodalBatch]) -> Tensor:
     return torch.cat(parts)
 
 
-def _concatenate_media(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> MediaBlock:
-    blocks = [batch.media[IMAGE] for batch in batches]
-    num_features = [sum(map(spec.num_features, block.grids)) for block in blocks]
+def _concatenate_media(batches: Sequence[MultimodalBatch], modality: str, spec: MediaSpec) -> MediaBlock:
+    blocks, inputs = [batch.media[modality] for batch in batches], spec.inputs_of(modality)
+    num_features = [sum(map(inputs.num_features, block.grids)) for block in blocks]
     gather, scatter, attended, locations = list[Tensor](), list[Tensor](), list[Tensor](), list[CropLocation]()
     later = list[Tensor]()
     first_token = first_feature = first_tag = first_segment = first_image = first_patch = 0
@@ -271,7 +311,7 @@ def _concatenate_media(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> M
         attended_index=torch.cat(attended),
         span_tokens=_join([block.span_tokens for block in blocks]),
         span_keys=_join([block.span_keys for block in blocks]),
-        content_area=torch.cat(content_area) if spec.padding else None,
+        content_area=torch.cat(content_area) if content_area else None,
         locations=tuple(locations),
         tag_ids=torch.cat([block.tag_ids for block in blocks]),
         later_values=torch.cat([block.later_values for block in blocks]),

@@ -9,30 +9,27 @@ Not for: several documents together (``packer``, ``collate``).
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
-
 from data_pipeline.document import Document, MediaItem
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
-from data_pipeline.images.drawn_images import DrawnImages, DrawnTokens, ImageTokensConfig
+from data_pipeline.images.drawn_images import DrawnImages, ImageTokensConfig
 from data_pipeline.images.image_tokens import ImageLayout
 from data_pipeline.images.transforms import (
-    DecodeTask,
     ImageTransform,
     ScaledTransform,
     TilesTransform,
     TransformConfig,
 )
-from data_pipeline.images.video import VideoConfig, Videos, VideoTask
-from data_pipeline.media_spec import Grid, MediaSpec, Placement
+from data_pipeline.images.video import VideoConfig, Videos
+from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.modality import DecodeTask, ModalityConfig, ModalityInputs
 from data_pipeline.order.randomness import Rng
 from data_pipeline.packing.draft import Draft
 from data_pipeline.packing.stored_reference import reference_log_probs
-from data_pipeline.sample import ImagePart, Provenance, Sample, VideoPart
+from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart, VideoPart
 from data_pipeline.shards.image_header import image_size
 from data_pipeline.shards.video_file import video_size
 from data_pipeline.text.templates import (
@@ -53,21 +50,21 @@ from data_pipeline.text.tokenizer import Tokenizer, check_unicode
 
 @dataclass(frozen=True)
 class DocumentPlan:
-    """A document whose images and videos are not decoded yet.
+    """A document whose images, videos and sound are not decoded yet.
 
     Attributes:
         document: The document; the values of its items are not written yet.
-        decode_tasks: The tasks that decode the images and videos and write the values.
+        decode_tasks: The tasks that decode the media and write the values.
     """
 
     document: Document
-    decode_tasks: tuple[DecodeTask | VideoTask, ...] = ()
+    decode_tasks: tuple[DecodeTask, ...] = ()
 
     def __call__(self) -> Document:
-        """Decode the images and videos and return the document. Call it once.
+        """Decode the media and return the document. Call it once.
 
         Raises:
-            SampleError: an image or a video cannot be decoded.
+            SampleError: an image, a video or a clip of sound cannot be decoded.
         """
         try:
             for task in self.decode_tasks:
@@ -96,6 +93,8 @@ class DocumentConfig(Protocol):
     @property
     def video(self) -> VideoConfig | None:
         """How a video becomes frames, patches and tokens; None: it does not."""
+
+    # Further modalities have optional fields with their names in ``MediaSpec``, such as ``audio``.
 
 
 class DocumentBuilder:
@@ -143,7 +142,11 @@ class DocumentBuilder:
         uses_codes = dataset.template.draws or (dataset.template.takes_images and not takes_images)
         self._code_transform = code_transform(transforms, spec) if self._draws_pixels and uses_codes else None
         self._video = Videos(dataset.video, tokenizer, spec) if takes_images and dataset.video is not None else None
+        configs = {name: getattr(dataset, name, None) for name in spec.modalities if dataset.template.takes_images}
+        given = [each.inputs(tokenizer, spec) for each in configs.values() if isinstance(each, ModalityConfig)]
+        self._modalities: dict[type, ModalityInputs] = {each.part_type: each for each in given}
         uses_images = takes_images or (self._drawn is not None and dataset.template.takes_images)
+        uses_media = uses_images or bool(self._modalities)
         template = dataset.template
         self._stored_reference = template.stored_reference if isinstance(template, PreferenceTemplate) else None
         is_random = transforms.augment is not None or getattr(transforms, "crop", None) == "random"
@@ -152,9 +155,7 @@ class DocumentBuilder:
                 "template.stored_reference: a randomly cropped or augmented image differs from the one that the "
                 "reference model read; set crop: center and augment: null in the transforms"
             )
-        self._requires_images = (
-            uses_images and spec.placement is not Placement.PAIR and dataset.template.requires_images
-        )
+        self._requires_images = uses_media and spec.placement is not Placement.PAIR and dataset.template.requires_images
         grids = () if self._transform is None else self._transform.grids
         layout = transforms.layout if takes_images else None
         self._layout = None if layout is None else ImageLayout.resolve(layout, tokenizer, spec, grids)
@@ -165,7 +166,12 @@ class DocumentBuilder:
         laid_out = layout.tokens(grids) if layout is not None else []
         self._reserved = self._special | {name: tokenizer.special_id(name, "transforms.layout") for name in laid_out}
         self._reserved |= {} if self._drawn is None else self._drawn.marks
-        self._reserved |= {} if self._video is None else self._video.reserved
+        self._placeholders = {tokenizer.image_id, *(each.placeholder for each in given)}
+        if self._video is not None:
+            self._reserved |= self._video.reserved
+            self._placeholders.add(self._video.placeholder)
+        for each in given:
+            self._reserved |= each.reserved
 
     def __call__(self, sample: Sample, rng: Rng | None = None) -> Document:
         """Build a document with its pixels.
@@ -238,7 +244,7 @@ class DocumentBuilder:
         """
         template = self.dataset.template
         try:
-            sample = sample if self._video is not None else self._without_videos(sample)
+            sample = self._without_unread(sample)
             if prompt:
                 pieces = [replace(p, weight=0.0) if isinstance(p, TextPiece) else p for p in template.prompt(sample)]
             elif self._requires_images and not media_of(sample):
@@ -257,7 +263,7 @@ class DocumentBuilder:
         self, pieces: Sequence[Piece | OpeningPiece], sample: Sample, rng: Rng | None, pixels: bool
     ) -> DocumentPlan:
         spec, tokenizer, draft = self.spec, self.tokenizer, Draft(self.spec)
-        decode_tasks = list[DecodeTask | VideoTask]()
+        decode_tasks = list[DecodeTask]()
         if tokenizer.bos_id is not None:
             draft.add_tokens((tokenizer.bos_id,), 0.0)
         num_images = sum(isinstance(piece, ImagePart) for piece in pieces)
@@ -295,6 +301,12 @@ class DocumentBuilder:
                 decode_tasks += [] if task is None else [task]
                 crops = task.crops if task else self._video.transform.dry_run(piece.size or video_size(piece.data))
                 draft.add_image(crops, self._video.placeholder, self._video.layout)
+            elif (inputs := self._modalities.get(type(piece))) is not None:
+                assert isinstance(piece, inputs.part_type), "the inputs are found by their type"
+                clip = inputs.decode_task(piece) if pixels else None
+                decode_tasks += [] if clip is None else [clip]
+                items = clip.crops if clip else inputs.dry_run(piece)
+                draft.add_clip(items, inputs.placeholder, inputs.start, inputs.end)
             elif isinstance(piece, BranchPiece):
                 draft.begin_branch(piece.repeats_last)
             elif isinstance(piece, EndPiece):
@@ -320,15 +332,22 @@ class DocumentBuilder:
             document = replace(document, reference=stored)
         return DocumentPlan(document, tuple(decode_tasks))
 
-    def _without_videos(self, sample: Sample) -> Sample:
-        """Return the sample without its videos, which nothing here reads. Raises if it has no other media to learn."""
-        rest = tuple(part for part in sample.parts if not isinstance(part, VideoPart))
+    def _without_unread(self, sample: Sample) -> Sample:
+        """Return the sample without the videos and other media that nothing here reads; images are kept.
+
+        Raises:
+            SampleError: the template requires media, and no other are left.
+        """
+        read = (TextPart, ImagePart, *([VideoPart] if self._video is not None else []), *self._modalities)
+        rest = tuple(part for part in sample.parts if isinstance(part, read))
         if len(rest) == len(sample.parts):
             return sample
-        if self._requires_images and not any(isinstance(part, ImagePart) for part in rest):
-            reason = "the data set has no block video (data.video), which says how a video becomes frames"
-            reason = "the model has no image tower" if self.spec.placement is Placement.NONE else reason
-            raise SampleError(f"a video and no image, but {reason}", kind=FaultKind.NO_IMAGE)
+        if self._requires_images and all(isinstance(part, TextPart) for part in rest):
+            unread = next(part for part in sample.parts if not isinstance(part, read))
+            kind = type(unread).__name__.removesuffix("Part").lower()
+            takes = self.spec.placement is not Placement.NONE if kind == "video" else kind in self.spec.modalities
+            reason = f"the data set has no block {kind} (data.{kind})" if takes else f"the model takes no {kind}"
+            raise SampleError(f"a {kind} and no image, but {reason}", kind=FaultKind.NO_IMAGE)
         return replace(sample, parts=rest)
 
     def _encode(self, text: str) -> list[int]:
@@ -361,10 +380,8 @@ class DocumentBuilder:
             raise SampleError("it has no token: the sample is empty, and the tokenizer has no bos token")
         # The image of a pair has no token.
         if self.spec.placement is not Placement.PAIR:
-            # Each embedded feature has its token; an image without embedded crops has one anchor.
-            expected = sum(map(len, draft.scatter_index)) or len(draft.images) - len(draft.drawn)
-            placeholders = {self.tokenizer.image_id, *(() if self._video is None else (self._video.placeholder,))}
-            found = sum(map(draft.ids.count, placeholders))
+            expected = draft.num_placeholders
+            found = sum(map(draft.ids.count, self._placeholders))
             if found != expected:
                 raise SampleError(
                     f"{found} image tokens, but its {len(draft.images) - len(draft.drawn)} images give {expected}: "
@@ -399,101 +416,3 @@ def _size_of(data: bytes) -> tuple[int, int]:
     """Return height and width of an encoded image, from its header."""
     header = image_size(data)
     return header.height, header.width
-
-
-def example_document(
-    transforms: TransformConfig,
-    spec: MediaSpec,
-    image_sizes: Sequence[tuple[int, int]],
-    text_tokens: int,
-    drawn: DrawnTokens | None = None,
-    drawn_weight: float = 1.0,
-) -> Document:
-    """Return a document of given sizes: images, then learned text. It needs no sample, tokenizer or layout.
-
-    Its token ids and pixels are meaningless. For estimates of a run whose data do not exist here.
-
-    Args:
-        transforms: How an image becomes crops.
-        spec: The model's inputs.
-        image_sizes: (height, width) of each image in pixels.
-        text_tokens: Number of text tokens, at least 1.
-        drawn: An image as tokens, after the text.
-        drawn_weight: Loss weight of its codes.
-
-    Raises:
-        DataConfigError: the transforms do not fit the model.
-        SampleError: an image is too large, too small or too elongated.
-    """
-    draft = Draft(spec)
-    if image_sizes:
-        transform = ImageTransform(transforms, spec)
-        for size in image_sizes:
-            draft.add_image(transform.dry_run(size, None, len(image_sizes)), 0, None)
-    draft.add_tokens((0,) * text_tokens, 1.0)
-    if drawn is not None:
-        draft.add_drawn(drawn, drawn_weight, 0.0)
-    return draft.finish(Provenance("example", "", "", 0))
-
-
-def dummy_document(spec: MediaSpec, pad_id: int) -> Document:
-    """Return the smallest document that uses every module of the model. It has no labels, loss weights or provenance.
-
-    ZeRO-3 gathers the parameters of a module on all ranks together, so a rank without images must still run its tower.
-    An image tokenizer needs no image: one call for each batch gathers it (``ImageTokenizer.forward``).
-    """
-    draft = Draft(spec)
-    if crops := _crops(spec, spec.minimal_grid):
-        draft.add_image(crops, pad_id, None)
-    if not draft.ids:
-        draft.add_tokens((pad_id,), 0.0)
-    return draft.finish(None)
-
-
-def plain_document(
-    spec: MediaSpec,
-    token_ids: Sequence[int],
-    image_id: int,
-    grids: Sequence[Grid],
-    origin: Provenance,
-    *,
-    num_answers: int = 1,
-    uncoded: Sequence[tuple[int, int]] = (),
-) -> Document:
-    """Return a document of black images and then tokens, made without a sample.
-
-    Args:
-        spec: The model's inputs.
-        token_ids: The text after the images, at least two tokens. The model learns all but the first; of a pair, the
-            weight is at the last token.
-        image_id: Id of the placeholder of an image feature.
-        grids: Patches of the crops of each image. An image has one crop for each role: embedded, attended or compared.
-        origin: Its provenance.
-        num_answers: 1 makes no branches; 2 makes a preference pair of at least four tokens.
-        uncoded: Rows and columns of images as tokens, learned, whose codes the model computes.
-
-    Raises:
-        SampleError: a grid does not fit the model.
-    """
-    draft = Draft(spec)
-    for grid in grids:
-        draft.add_image(_crops(spec, grid), image_id, None)
-    for height, width in uncoded:
-        pixels = np.zeros((height * width, spec.of_codes.patch_dim), np.uint8)
-        codes = DrawnTokens(np.full(height * width, image_id, np.int32), np.ones(height * width, np.bool_))
-        draft.add_drawn(codes, 1.0, 0.0, MediaItem(pixels, (1, height, width), embedded=True))
-    draft.add_tokens(token_ids[:num_answers], 0.0)
-    for answer in range(num_answers):
-        if num_answers > 1:
-            draft.begin_branch(repeats_last=True)
-        draft.add_tokens(token_ids[num_answers + answer :: num_answers], 1.0)
-    if spec.placement is Placement.PAIR:
-        draft.weights = [0.0] * (len(draft.ids) - 1) + [1.0]
-    return draft.finish(origin)
-
-
-def _crops(spec: MediaSpec, grid: Grid) -> tuple[MediaItem, ...]:
-    """Return one black crop for each kind of item that each batch needs; none for a text model."""
-    values = np.zeros((math.prod(grid), spec.patch_dim), dtype=np.uint8)
-    roles = [True] * spec.needs_embedded + [False] * spec.needs_unembedded
-    return tuple(MediaItem(values, grid, embedded) for embedded in roles)

@@ -41,7 +41,7 @@ class Draft:
     scatter_index: list[npt.NDArray[np.int32]] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     attended: tuple[int, ...] = ()
-    """Attended items of the last image and of the images directly before it, without text between them."""
+    """Attended items of the last image and of the images directly before it, without text or sound between them."""
     drawn: list[tuple[int, npt.NDArray[np.bool_]]] = field(default_factory=list)
     """First token of each image as tokens, and which of its tokens are codes."""
     uncoded: list[MediaItem] = field(default_factory=list)
@@ -131,6 +131,28 @@ class Draft:
         self.scatter_index.extend(slots.values())
         self.images.append(ImageExtent(start, first_item, len(self.ids)))
 
+    def add_clip(
+        self, items: Sequence[MediaItem], placeholder: int, start: Sequence[int] = (), end: Sequence[int] = ()
+    ) -> None:
+        """Append an input of another modality than images: its items, and one placeholder for each feature.
+
+        No token of it is learned. ``start`` and ``end`` are the tokens around it.
+
+        Raises:
+            SampleError: an item does not fit the model.
+        """
+        assert not self.branches, "an input in a branch would be attended by the branches after it"
+        first, first_item, number = len(self.ids), len(self.items), len(self.images)
+        self.add_tokens(start, 0.0)
+        for item in items:
+            at, count = len(self.ids), item.num_features(self.spec)
+            self.scatter_index.append(np.arange(at, at + count, dtype=np.int32))
+            self.add_tokens((placeholder,) * count, 0.0)
+        self.add_tokens(end, 0.0)
+        self.items.extend(replace(item, image=number) for item in items)
+        self.images.append(ImageExtent(first, first_item, len(self.ids)))
+        self.attended = ()
+
     def add_drawn(self, image: DrawnTokens, weight: float, mark_weight: float, pixels: MediaItem | None = None) -> None:
         """Append an image as tokens, with the loss weights of its codes and of its marks.
 
@@ -145,6 +167,14 @@ class Draft:
         self.uncoded += [] if pixels is None else [pixels]
         self.images.append(ImageExtent(start, len(self.items), len(self.ids)))
         self.attended = ()
+
+    @property
+    def num_placeholders(self) -> int:
+        """Number of tokens that stand for features: one for each slot, and one anchor for an image without slots."""
+        firsts = [*(image.first_item for image in self.images), len(self.items)]
+        of_images = [self.items[first:stop] for first, stop in itertools.pairwise(firsts)]
+        anchors = sum(bool(items) and not any(item.embedded for item in items) for items in of_images)
+        return sum(map(len, self.scatter_index)) + anchors
 
     def _add_features_on_three_axes(self, crop: MediaItem, count: int, image_id: int) -> None:
         # The position of a feature is its (time, row, column); the next token follows the largest coordinate. Layouts

@@ -37,21 +37,21 @@ class Pack:
 
 
 class PackUsage(NamedTuple):
-    """The part of the budgets that a pack or a single document uses, and whether it has embedded and other items."""
+    """The part of the budgets that a pack or a single document uses, and the kinds of items that it has.
+
+    A kind is (modality, embedded), as in ``MediaSpec.needed_kinds``.
+    """
 
     documents: int = 0
     tokens: int = 0
     cost: float = 0.0
-    embedded: bool = False
-    unembedded: bool = False
+    kinds: frozenset[tuple[str, bool]] = frozenset()
 
     @classmethod
     def of_document(cls, document: Document, spec: MediaSpec) -> PackUsage:
         """Return the usage of one document."""
-        embedded = unembedded = False
-        for item in document.items:
-            embedded, unembedded = embedded or item.embedded, unembedded or not item.embedded
-        return cls(1, document.num_tokens, document.cost(spec), embedded, unembedded)
+        kinds = frozenset((item.modality, item.embedded) for item in document.items)
+        return cls(1, document.num_tokens, document.cost(spec), kinds)
 
 
 class Budget:
@@ -71,7 +71,7 @@ class Budget:
         self.spec = spec
         self.dummy = dummy
         self._dummy_usage = PackUsage.of_document(dummy, spec)
-        self._needs = (spec.needs_embedded, spec.needs_unembedded)
+        self._needs = spec.needed_kinds
         self._pairs = spec.placement is Placement.PAIR
         if self._pairs and config.too_long == "split":
             raise DataConfigError(
@@ -91,8 +91,7 @@ class Budget:
 
     def needs_dummy(self, usage: PackUsage) -> bool:
         """Return whether a pack lacks a kind of item that the model needs, so that it needs the dummy document."""
-        embedded, unembedded = self._needs
-        return (embedded and not usage.embedded) or (unembedded and not usage.unembedded)
+        return not self._needs <= usage.kinds
 
     def join(self, usage: PackUsage, more: PackUsage) -> PackUsage | None:
         """Return the usage of both together, without a dummy document; None if a pack may not hold both."""
@@ -101,8 +100,7 @@ class Budget:
             usage.documents + more.documents,
             usage.tokens + more.tokens,
             usage.cost + more.cost,
-            usage.embedded or more.embedded,
-            usage.unembedded or more.unembedded,
+            usage.kinds | more.kinds,
         )
         tokens, cost = both.tokens, both.cost
         if self.needs_dummy(both):

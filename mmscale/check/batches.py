@@ -19,8 +19,8 @@ from data_pipeline.document import IGNORE, Document
 from data_pipeline.media_spec import Grid, MediaSpec, Placement
 from data_pipeline.packing.collate import collate
 from data_pipeline.packing.config import PackingConfig
-from data_pipeline.packing.document_builder import dummy_document, plain_document
 from data_pipeline.packing.packer import Budget, Pack, PackUsage
+from data_pipeline.packing.synthetic_documents import dummy_document, plain_document
 from data_pipeline.sample import Provenance
 
 _FIRST_ID, _PAD_ID, _IMAGE_ID = 4, 0, 3
@@ -73,11 +73,7 @@ class BatchMaker:
         usage = PackUsage()
         for document in documents:
             more = PackUsage.of_document(document, self.spec)
-            usage = usage._replace(
-                documents=usage.documents + 1,
-                embedded=usage.embedded or more.embedded,
-                unembedded=usage.unembedded or more.unembedded,
-            )
+            usage = usage._replace(documents=usage.documents + 1, kinds=usage.kinds | more.kinds)
         budget = Budget(PackingConfig(max_tokens=1 << 30), self.spec, dummy)
         if not documents:
             pack = Pack((dummy,), lane=-1)

@@ -24,8 +24,9 @@ from data_pipeline.io.missing import no_such_file
 from data_pipeline.io.untrusted import UntrustedError, read_bytes
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
+from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.sample import ImagePart, MediaPart, Provenance, Sample, VideoPart
 from data_pipeline.text.templates import LITERAL, CaptionTemplate, DialogueTemplate
 from data_pipeline.text.templates.base import images_of

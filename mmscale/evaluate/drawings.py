@@ -25,8 +25,9 @@ from data_pipeline.document import Document
 from data_pipeline.images.drawn_images import DrawnImages, ImageTokensConfig
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
+from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.text.templates import DrawingTemplate
 from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.errors import ConfigError

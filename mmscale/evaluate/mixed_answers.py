@@ -19,9 +19,10 @@ from data_pipeline.document import Document
 from data_pipeline.images.drawn_images import DrawnImages
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
+from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.draft import Draft
 from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.sample import Provenance
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from mmscale.errors import ConfigError

@@ -20,8 +20,9 @@ from data_pipeline.document import IGNORE, Document
 from data_pipeline.errors import SampleError
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
+from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.packing.truncation import split
 from data_pipeline.sample import Sample
 from data_pipeline.shards.manifest import Manifest

@@ -21,8 +21,9 @@ from data_pipeline.document import IGNORE, Document, Span
 from data_pipeline.errors import DataPipelineError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
+from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.text.templates import LITERAL, DialogueTemplate
 from data_pipeline.text.tokenizer import load_tokenizer

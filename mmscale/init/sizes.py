@@ -11,7 +11,8 @@ import numpy as np
 from data_pipeline.config import DatasetConfig
 from data_pipeline.errors import SampleError
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
+from data_pipeline.packing.document_builder import DocumentBuilder
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader
 from data_pipeline.text.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from mmscale.models.connectors.connector import Connector
 from mmscale.models.connectors.contrastive import ContrastiveConnector
 from mmscale.models.contrastive import ContrastiveModel
 from mmscale.models.decoder import Decoder, DecoderConfig
-from mmscale.models.flops import cost_per_patch
+from mmscale.models.flops import cost_per_patch, modality_cost
 from mmscale.models.image_tokenizer import build_image_tokenizer
 from mmscale.models.image_tokenizer_model import ImageTokenizerModel
 from mmscale.models.image_tokens import ImageHead
@@ -38,9 +38,9 @@ class ParameterCount:
     Attributes:
         total: All parameters; tied ones count once.
         active: Parameters that one token uses: A of the E routed experts count.
-        components: Number per component of the model: "vision", "connector", "decoder", "extra_tokens", "image_tokens",
-            "image_tokenizer", "adapters"; of an image tokenizer alone "encoder", "codebook", "decoder",
-            "discriminator".
+        components: Number per component of the model: "vision", "connector", "audio", "audio_connector", "decoder",
+            "extra_tokens", "image_tokens", "image_tokenizer", "adapters"; of an image tokenizer alone "encoder",
+            "codebook", "decoder", "discriminator".
     """
 
     total: int
@@ -83,7 +83,8 @@ def build_model(
         tied = decoder.embed_tokens if config.decoder.tie_embeddings else None
         head = _head(config.decoder, tied)
         tokenizer = None if config.image_tokenizer is None else build_image_tokenizer(config.image_tokenizer)
-        model = MultimodalModel(config, decoder, head, vision, connector, tokenizer)
+        modalities = {name: each.build(backend, config.decoder.hidden_dim) for name, each in config.modalities.items()}
+        model = MultimodalModel(config, decoder, head, vision, connector, tokenizer, modalities)
     if config.adapters is not None:
         attach_adapters(model, config.adapters)
     if seed is not None and not any(parameter.is_meta for parameter in model.parameters()):
@@ -171,14 +172,16 @@ def media_spec(config: ModelConfig | TokenizerConfig, *, encodes: bool = False) 
         return MediaSpec(**config.media_needs())
     tokenizer = config.image_tokenizer if encodes else None
     code_size = None if tokenizer is None else tokenizer.stride
+    modalities = {name: each.spec(modality_cost(config, name)) for name, each in config.modalities.items()}
     if config.vision is None or config.connector is None:
-        return MediaSpec(**config.decoder.media_needs(), code_size=code_size)
+        return MediaSpec(**config.decoder.media_needs(), code_size=code_size, **modalities)
     return MediaSpec(
         **config.decoder.media_needs(),
         code_size=code_size,
         **config.vision.media_needs(),
         **config.connector.media_needs(),
         cost_per_patch=cost_per_patch(config),
+        **modalities,
     )
 
 

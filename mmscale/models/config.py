@@ -10,11 +10,13 @@ from pydantic import Discriminator, Tag, model_validator
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import Placement
 from mmscale.models.adapters import COMPONENT, AdaptersConfig
+from mmscale.models.audio import AudioModalityConfig
 from mmscale.models.connector_config import ConnectorConfig
 from mmscale.models.decoder import DecoderConfig
 from mmscale.models.image_tokenizer import ImageTokenizerConfig
 from mmscale.models.image_tokens import COMPONENT as IMAGE_TOKENS
 from mmscale.models.image_tokens import TOKENIZER
+from mmscale.models.modality import ModalityBase
 from mmscale.models.vision_config import AnyVisionConfig, VisionConfig
 from mmscale.nn.discriminator import PatchDiscriminatorConfig
 from mmscale.nn.sizes import Side
@@ -83,6 +85,8 @@ class ModelConfig(StrictConfig):
     patch to the connector. Null for a text model."""
     connector: ConnectorConfig | None = None
     """How image features reach the decoder. Null for a text model: set ``vision`` and ``connector`` together."""
+    audio: AudioModalityConfig | None = None
+    """How the model hears: an audio tower and a projector. Null for a model that takes no sound."""
     image_tokenizer: ImageTokenizerConfig | None = None
     """The image tokenizer whose codes are ``decoder.image_tokens``. Checkpoints and exports contain its weights, and no
     stage trains them. Null if it has a checkpoint of its own."""
@@ -94,10 +98,18 @@ class ModelConfig(StrictConfig):
         """Names of the components that a stage can train or freeze: the keys of the model's ``components()``."""
         tower = ("vision",) if self.vision is not None and self.vision.learns else ()
         towers = (*tower, "connector") if self.vision is not None else ()
+        for name, modality in self.modalities.items():
+            towers = (*towers, *((name,) if modality.tower.learns else ()), f"{name}_connector")
         extra_tokens = ("extra_tokens",) if self.decoder.extra_tokens else ()
         image_tokens = (IMAGE_TOKENS,) if self.decoder.separate_image_tokens else ()
         tokenizer = (TOKENIZER,) if self.image_tokenizer else ()
         return (*towers, "decoder", *extra_tokens, *image_tokens, *tokenizer, *((COMPONENT,) if self.adapters else ()))
+
+    @property
+    def modalities(self) -> dict[str, ModalityBase]:
+        """The modalities besides images, by name."""
+        values = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return {name: value for name, value in values if isinstance(value, ModalityBase)}
 
     @property
     def predicts_tokens(self) -> bool:
@@ -110,6 +122,10 @@ class ModelConfig(StrictConfig):
             raise ValueError("vision and connector: set both, or neither for a text model")
         if self.vision is not None and self.connector is not None:
             self.connector.check(self.vision, self.decoder)
+        if self.modalities and not self.predicts_tokens:
+            raise ValueError(
+                f"{next(iter(self.modalities))}: a contrastive model compares images with texts; leave it out"
+            )
         codes, tokenizer = len(self.decoder.image_ids), self.image_tokenizer
         if tokenizer is not None and tokenizer.codebook_size != codes:
             raise ValueError(

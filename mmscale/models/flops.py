@@ -6,6 +6,7 @@ Only matrix products count, as in torch's ``FlopCounterMode``. Each module repor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -56,13 +57,30 @@ def cost_per_patch(config: ModelConfig) -> float:
     if config.vision is None or config.connector is None:
         return 0.0
     crop = config.connector.typical_crop(config.vision)
-    token, patch = {"token_rows": 1, "routed_rows": 1, "logit_rows": 1}, {"patches": 1, "tower_rows": 1}
-    per_token = per_patch = per_crop = 0
+    patch = {"patches": 1, "tower_rows": 1}
+    per_patch = per_crop = 0
     for product in _base_products(config, frozenset(), frozenset()):
-        per_token += product.forward * token.get(product.per, 0)
         per_patch += product.forward * patch.get(product.per, 0)
         per_crop += product.forward * crop.get(product.per, 0)
-    return (per_patch + per_crop / crop["feature_patches"]) / per_token
+    return (per_patch + per_crop / crop["feature_patches"]) / _per_token(config)
+
+
+def modality_cost(config: ModelConfig, name: str) -> float:
+    """Return the estimated cost of one row of values of a modality besides images, relative to one token.
+
+    Counts all products of tower and projector over a typical item, also those of attention within it.
+    """
+    modality = config.modalities[name]
+    grid = modality.spec(1.0).typical_grid
+    counts = modality.counts(name, [grid])
+    products = modality.products(name, config.decoder.hidden_dim, (), ())
+    return sum(each.forward * counts[each.per] for each in products) / math.prod(grid) / _per_token(config)
+
+
+def _per_token(config: ModelConfig) -> int:
+    """Return the forward operations of one token that do not grow with the length of the sequence."""
+    counted = {"token_rows", "routed_rows", "logit_rows"}
+    return sum(each.forward for each in _base_products(config, frozenset(), frozenset()) if each.per in counted)
 
 
 def forward_flops(config: ModelConfig, batch: MultimodalBatch) -> int:
@@ -128,6 +146,8 @@ def batch_counts(config: ModelConfig, batch: MultimodalBatch, logit_rows: int) -
     """
     counts = {**config.decoder.counts(batch), "logit_rows": logit_rows, "new_logit_rows": logit_rows, "passes": 1}
     counts |= {"image_logit_rows": 0, "image_head_rows": 0, "encoded_codes": 0}
+    for name, modality in config.modalities.items():
+        counts |= modality.counts(name, batch.media[name].grids)
     if config.vision is not None and config.connector is not None:
         counts |= config.vision.counts(batch.media["image"]) | config.connector.counts(config.vision, batch)
     return counts
@@ -174,11 +194,14 @@ def _base_products(config: ModelConfig, trained: frozenset[str], reached: frozen
     if config.vision is not None and connector is not None:
         found += kept("vision", config.vision.products(learns="vision" in reached))
         found += kept("connector", connector.products(config.vision, decoder, reached))
+    for name, modality in config.modalities.items():
+        found += modality.products(name, decoder.hidden_dim, trained, reached)
     learned_features = connector is not None and not {"vision", "connector"}.isdisjoint(reached)
     embeds = connector is not None and connector.placement in (Placement.EMBEDDING, Placement.HYBRID)
     # The backward pass reaches down to where trained values enter the decoder: at its input, or at the first
     # cross-attention block.
     flows = not {"decoder", "extra_tokens", IMAGE_TOKENS}.isdisjoint(reached) or (learned_features and embeds)
+    flows = flows or any(name in reached or f"{name}_connector" in reached for name in config.modalities)
     cross_attention_blocks = [] if connector is None else connector.block_layers(decoder)
     for number, mlp in enumerate(decoder.block_mlps()):
         if connector is not None and number in cross_attention_blocks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -12,12 +12,14 @@ from data_pipeline.batch import MultimodalBatch
 from mmscale.models.adapters import with_adapters
 from mmscale.models.config import ModelConfig
 from mmscale.models.connectors.connector import Connector
+from mmscale.models.connectors.embedding import write_features
 from mmscale.models.decoder import CrossAttentionHooks, Decoder
 from mmscale.models.flops import TrainingFlops, forward_flops, training_flops
 from mmscale.models.image_tokenizer import ImageTokenizer
 from mmscale.models.image_tokens import COMPONENT as IMAGE_TOKENS
 from mmscale.models.image_tokens import TOKENIZER
 from mmscale.models.kv_cache import KVCache
+from mmscale.models.modality import ModalityTower
 from mmscale.models.outputs import ModelOutput
 from mmscale.models.parameter_counts import describe_parameters
 from mmscale.models.vision_kind import Tower
@@ -29,10 +31,10 @@ from mmscale.nn.router import RoutedRows
 
 
 class MultimodalModel(nn.Module):
-    """Computes hidden rows from text and, with a tower, from images.
+    """Computes hidden rows from text and, with towers, from images and other modalities.
 
-    Every batch runs every module, because sharded ranks must run the same modules: packs without an image carry a dummy
-    document. The image tokenizer is the exception: it runs in ``with_codes``, if the data do not hold its codes.
+    Every batch runs every module, because sharded ranks must run the same modules: packs that lack a modality carry a
+    dummy document. The image tokenizer is the exception: it runs in ``with_codes``, if the data do not hold its codes.
     """
 
     def __init__(
@@ -43,11 +45,15 @@ class MultimodalModel(nn.Module):
         vision: Tower | None,
         connector: Connector | None,
         image_tokenizer: ImageTokenizer | None = None,
+        modalities: Mapping[str, tuple[ModalityTower, nn.Module]] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.vision = vision
         self.connector = connector
+        for name, (tower, projector) in (modalities or {}).items():
+            self.add_module(name, tower)
+            self.add_module(f"{name}_connector", projector)
         self.decoder = decoder
         self.head = head
         self.image_tokenizer = image_tokenizer
@@ -128,9 +134,18 @@ class MultimodalModel(nn.Module):
                 media = batch.media["image"]
                 features = self.vision(media).to(hidden.dtype)
                 hidden, cross_attention = self.connector.connect(hidden, features, tags, media, batch.segments, cache)
+        if not resumed:
+            for name in self.config.modalities:
+                (tower, projector), block = self._parts(name), batch.media[name]
+                grids = self.config.modalities[name].feature_grids(block.grids)
+                hidden = write_features(hidden, projector(tower(block).to(hidden.dtype), grids), block)
         rows = self._routed_rows(batch) if isinstance(self.config.decoder.mlp, MoeConfig) else None
         hidden, router = self.decoder(hidden, batch.position_ids, batch.attended, rows, cross_attention, cache, dropout)
         return ModelOutput(hidden, router)
+
+    def _parts(self, modality: str) -> tuple[ModalityTower, nn.Module]:
+        """Return tower and projector of a modality besides images."""
+        return getattr(self, modality), getattr(self, f"{modality}_connector")
 
     @staticmethod
     def _routed_rows(batch: MultimodalBatch) -> RoutedRows:
@@ -175,6 +190,10 @@ class MultimodalModel(nn.Module):
             parts["vision"] = learned
         if self.connector is not None:
             parts["connector"] = list(self.connector.parameters())
+        for name, modality in self.config.modalities.items():
+            tower, projector = self._parts(name)
+            parts |= {name: list(tower.parameters())} if modality.tower.learns else {}
+            parts[f"{name}_connector"] = list(projector.parameters())
         image = [p for each in (self.decoder.embed_tokens.image, self.head.image) if each for p in each.parameters()]
         drawn = {id(parameter) for parameter in image}
         both = dict.fromkeys([*self.decoder.parameters(), *self.head.parameters()])
@@ -193,6 +212,7 @@ class MultimodalModel(nn.Module):
         """Return the blocks that activation checkpointing recomputes in the backward pass."""
         units: list[nn.Module] = self.vision.blocks() if self.vision is not None else []
         units += self.connector.blocks_to_recompute() if self.connector is not None else []
+        units += [block for name in self.config.modalities for block in self._parts(name)[0].blocks()]
         return units + list(self.decoder.layers)
 
     def flops(self, batch: MultimodalBatch) -> int:

@@ -21,8 +21,8 @@ from data_pipeline.document import Document
 from data_pipeline.errors import DataPipelineError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import dummy_document, example_document
 from data_pipeline.packing.packer import Budget, Pack, PackUsage
+from data_pipeline.packing.synthetic_documents import dummy_document, example_document
 from mmscale.plan.load import ExampleDocument, example_documents, replay_packs
 
 

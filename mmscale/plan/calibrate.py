@@ -41,8 +41,8 @@ from data_pipeline.errors import out_of_memory
 from data_pipeline.loader.loader import Loader
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import example_document
 from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.synthetic_documents import example_document
 from mmscale.dist import (
     World,
     all_reduce_sum_list,

@@ -21,8 +21,8 @@ from data_pipeline.history.replay import Replay
 from data_pipeline.images.drawn_images import DrawnTokens, example_tokens
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.collate import collate, join_nothing
-from data_pipeline.packing.document_builder import dummy_document, example_document
 from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.synthetic_documents import dummy_document, example_document
 from data_pipeline.shards.manifest import Manifest
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.models.config import ModelConfig

@@ -16,8 +16,9 @@ from data_pipeline.loader.front_to_back import expand_shards
 from data_pipeline.loader.sample_source import with_image_tokenizer
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing.config import PackingConfig
-from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
+from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Budget
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.manifest_check import reject_non_manifest
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer

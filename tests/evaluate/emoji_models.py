@@ -11,8 +11,9 @@ import torch
 
 from data_pipeline.config import DataConfig
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
+from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.sample import Sample
 from data_pipeline.text.templates import TemplateConfig
 from data_pipeline.text.tokenizer import load_tokenizer

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from data_pipeline.config import DatasetConfig
 from data_pipeline.errors import DataPipelineError
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
+from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.sample import Sample
 from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.text.tokenizer import load_tokenizer

@@ -19,8 +19,9 @@ from torch import Tensor
 from data_pipeline.batch import MultimodalBatch, Segments
 from data_pipeline.config import DatasetConfig
 from data_pipeline.packing.config import PackingConfig
-from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
+from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Budget
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, load_tokenizer
 from mmscale.checkpoint.export import HuggingFace, export_weights

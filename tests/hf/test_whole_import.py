@@ -12,8 +12,9 @@ import torch
 
 from data_pipeline.document import Document
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
+from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.cli.trained import Trained, open_trained

@@ -15,8 +15,9 @@ from data_pipeline.images.transforms import NativeTransform
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.randomness import SampleRng
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, code_transform, dummy_document
+from data_pipeline.packing.document_builder import DocumentBuilder, code_transform
 from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.shards.token_grid import encode_grid
 from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, load_tokenizer

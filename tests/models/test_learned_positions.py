@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import SampleError
 from data_pipeline.packing.config import PackingConfig
-from data_pipeline.packing.document_builder import dummy_document
 from data_pipeline.packing.packer import Budget
+from data_pipeline.packing.synthetic_documents import dummy_document
 from mmscale.models.build import build_weights, media_spec
 from mmscale.models.generation import generate
 from mmscale.optim.schedule import decays, tables

@@ -22,8 +22,9 @@ from data_pipeline.config import DatasetConfig
 from data_pipeline.document import IGNORE, Document
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing.collate import collate, concatenate
-from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
+from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.text.tokenizer import SentencePieceTokenizerConfig, Tokenizer, load_tokenizer
 from mmscale.hf.layouts import layout_of
 from mmscale.models.build import build_model, media_spec

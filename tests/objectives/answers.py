@@ -14,8 +14,8 @@ from data_pipeline.batch import MultimodalBatch
 from data_pipeline.document import IGNORE, Document
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import dummy_document, plain_document
 from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.synthetic_documents import dummy_document, plain_document
 from data_pipeline.sample import Provenance
 from mmscale.dist import World
 from mmscale.engine.config import EngineConfig

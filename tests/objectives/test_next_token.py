@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.document import IGNORE
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import plain_document
 from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.synthetic_documents import plain_document
 from data_pipeline.sample import Provenance
 from mmscale.engine.graph import LossGraph
 from mmscale.models.build import build_model, media_spec

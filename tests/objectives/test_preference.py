@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from data_pipeline.packing.collate import collate, concatenate
-from data_pipeline.packing.document_builder import dummy_document
 from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.synthetic_documents import dummy_document
 from mmscale.models.build import build_model, media_spec
 from mmscale.objectives.preference import Preference, pair_places
 from mmscale.objectives.teacher import Teacher

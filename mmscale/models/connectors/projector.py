@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from data_pipeline.io.strict import StrictConfig
-from data_pipeline.media_spec import QuerySizes
+from data_pipeline.media_spec import QuerySizes, Reductions
 from mmscale.nn.block import ACTIVATIONS, Activation, NormConfig, NormKind, build_norm
 from mmscale.nn.flops import Work
 from mmscale.nn.host import to_device
@@ -59,6 +59,11 @@ class ProjectorBase(StrictConfig, ABC):
     @property
     def query_sizes(self) -> QuerySizes:
         """Numbers of features of crops by their size, with learned queries; empty: the number follows from the grid."""
+        return ()
+
+    @property
+    def reductions(self) -> Reductions:
+        """Convolutions and poolings of a sequence of rows, in modalities besides images; empty: one feature a row."""
         return ()
 
     @property

@@ -23,8 +23,8 @@ from data_pipeline.order.fault_lists import RunFaults
 from data_pipeline.order.lanes import Schedule
 from data_pipeline.order.state import LaneState, StreamPosition
 from data_pipeline.packing.collate import collate, concatenate
-from data_pipeline.packing.document_builder import dummy_document
 from data_pipeline.packing.packer import Budget, Pack, Packer
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.packing.truncation import Cutter
 from data_pipeline.sample import Provenance
 from data_pipeline.storage.storage import Storage

@@ -14,7 +14,8 @@ from data_pipeline.config import DatasetConfig
 from data_pipeline.document import IGNORE, Document, Span
 from data_pipeline.errors import SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
+from data_pipeline.packing.document_builder import DocumentBuilder
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.sample import ImagePart, Part, Provenance, Sample, TextPart
 from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, Tokenizer, load_tokenizer
 

@@ -17,8 +17,8 @@ from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.order.state import Cursor, Drawn, StreamPosition
 from data_pipeline.packing.config import PackingConfig
-from data_pipeline.packing.document_builder import dummy_document
 from data_pipeline.packing.packer import Budget, DrawnDocument, Pack, Packer, PackUsage
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.sample import Provenance
 
 SPEC = MediaSpec(Placement.EMBEDDING, patch_size=2, merge=1, cost_per_patch=0.5)

@@ -15,8 +15,9 @@ from data_pipeline.document import Document
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
+from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.prepare.choices import OnError
 from data_pipeline.prepare.ingest import ingest
 from data_pipeline.prepare.reference import ReferenceSource
