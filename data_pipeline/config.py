@@ -7,11 +7,13 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from data_pipeline.audio.transform import AudioConfig
 from data_pipeline.errors import DataConfigError
 from data_pipeline.images.drawn_images import ImageTokensConfig
 from data_pipeline.images.transforms import FixedTransform, TransformConfig
 from data_pipeline.images.video import VideoConfig
 from data_pipeline.io.strict import StrictConfig
+from data_pipeline.modality import ModalityConfig
 from data_pipeline.order.config import OrderConfig
 from data_pipeline.order.fault_policy import FaultConfig
 from data_pipeline.order.lanes import Schedule
@@ -75,6 +77,9 @@ class DatasetConfig(StrictConfig):
     video: VideoConfig | None = None
     """How a video becomes frames, patches and tokens. null: videos are ignored. If the key is missing,
     ``data.video`` applies."""
+    audio: AudioConfig | None = None
+    """How a sound becomes log-mel frames and tokens. null: sounds are ignored. If the key is missing, ``data.audio``
+    applies."""
 
     @model_validator(mode="after")
     def _check_source(self) -> DatasetConfig:
@@ -95,6 +100,12 @@ class DatasetConfig(StrictConfig):
             if not steps or steps != sorted(set(steps)):
                 raise ValueError(f"weight: expected weights with ascending from_step, got from_step {steps}")
         return self
+
+    @property
+    def modalities(self) -> dict[str, ModalityConfig]:
+        """The blocks of modalities besides images, by name; None is left out."""
+        values = ((name, getattr(self, name, None)) for name in type(self).model_fields)
+        return {name: value for name, value in values if isinstance(value, ModalityConfig)}
 
     @property
     def code(self) -> tuple[str, ...]:
@@ -139,6 +150,8 @@ class DataConfig(StrictConfig):
     """Image tokens of data sets that set none, and of prompts if there is no data set. null: none."""
     video: VideoConfig | None = None
     """Videos of data sets that set none, and of prompts if there is no data set. null: none."""
+    audio: AudioConfig | None = None
+    """Sounds of data sets that set none, and of prompts if there is no data set. null: none."""
     datasets: tuple[DatasetConfig, ...]
     """The data sets of the mixture. May be empty in a configuration that only describes a model."""
     lanes: int = Field(ge=1, le=1 << 20)
@@ -176,8 +189,8 @@ class DataConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _fill_datasets(self) -> DataConfig:
-        """Apply ``template``, ``transforms``, ``image_tokens`` and ``video`` to the data sets without them."""
-        names = ("template", "transforms", "image_tokens", "video")
+        """Apply the fields that data sets have too, such as ``template`` and ``video``, to those without them."""
+        names = type(self).model_fields.keys() & DatasetConfig.model_fields.keys()
         defaults = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         filled = tuple(
             dataset.model_copy(update={name: defaults[name] for name in defaults.keys() - dataset.model_fields_set})
@@ -200,4 +213,5 @@ class DataConfig(StrictConfig):
             transforms=self.transforms or FixedTransform(),
             image_tokens=self.image_tokens,
             video=self.video,
+            audio=self.audio,
         )

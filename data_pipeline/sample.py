@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from data_pipeline.io.json_member import spoken_texts
 
@@ -47,6 +47,8 @@ class ImagePart:
             if the shards hold only the token ids.
     """
 
+    kind: ClassVar[str] = "image"
+
     data: bytes
     name: str
     size: tuple[int, int] | None = None
@@ -71,24 +73,6 @@ class VideoSize(NamedTuple):
     width: int
 
 
-@dataclass(frozen=True)
-class VideoPart:
-    """An encoded video (MP4, WebM, Matroska or GIF bytes), as stored.
-
-    Attributes:
-        data: The encoded bytes; empty if the sample was read without media, for a dry run.
-        name: Extension part of the member's name, ``mp4`` or ``0.webm``.
-        size: From the shard's index; None if no index gives it.
-    """
-
-    data: bytes
-    name: str
-    size: VideoSize | None = None
-
-    def __repr__(self) -> str:
-        return f"VideoPart(data=<{len(self.data)} bytes>, name={self.name!r}, size={self.size})"
-
-
 class AudioSize(NamedTuple):
     """The properties of a sound that determine how many features a document has.
 
@@ -104,6 +88,29 @@ class AudioSize(NamedTuple):
 
 
 @dataclass(frozen=True)
+class VideoPart:
+    """An encoded video (MP4, WebM, Matroska or GIF bytes), as stored.
+
+    Attributes:
+        data: The encoded bytes; empty if the sample was read without media, for a dry run.
+        name: Extension part of the member's name, ``mp4`` or ``0.webm``.
+        size: From the shard's index; None if no index gives it.
+        sound: Size of its sound track, from the index: (0, 0, 0) if it has none, 0 samples at another rate if the track
+            is damaged; None if no index gives it.
+    """
+
+    kind: ClassVar[str] = "video"
+
+    data: bytes
+    name: str
+    size: VideoSize | None = None
+    sound: AudioSize | None = None
+
+    def __repr__(self) -> str:
+        return f"VideoPart(data=<{len(self.data)} bytes>, name={self.name!r}, size={self.size})"
+
+
+@dataclass(frozen=True)
 class AudioPart:
     """An encoded sound (WAV, FLAC, MP3, Ogg or M4A bytes), as stored.
 
@@ -113,6 +120,8 @@ class AudioPart:
         name: Extension part of the member's name, ``wav`` or ``0.flac``.
         size: From the shard's index; None if no index gives it.
     """
+
+    kind: ClassVar[str] = "audio"
 
     data: bytes
     name: str

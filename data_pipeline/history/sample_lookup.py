@@ -61,8 +61,8 @@ class SampleDescription:
 
     @property
     def text(self) -> str:
-        """The text of the document in one line, with ``[image]`` or ``[video]`` for each image or video."""
-        texts = (f"[{span.kind}]" if span.kind in ("image", "video") else span.text for span in self.text_spans or ())
+        """The text of the document in one line, with ``[image]``, ``[video]`` or ``[audio]`` for each input."""
+        texts = (span.text if span.is_text else f"[{span.kind}]" for span in self.text_spans or ())
         return " ".join("".join(texts).split())
 
 

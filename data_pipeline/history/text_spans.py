@@ -8,13 +8,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.document import IGNORE, Document, MediaItem
-from data_pipeline.media_spec import MediaSpec
+from data_pipeline.media_spec import IMAGE, MediaSpec
 from data_pipeline.text.tokenizer import Tokenizer
 
 
@@ -23,18 +22,23 @@ class TextSpan:
     """Consecutive tokens of one kind, weight and branch.
 
     Attributes:
-        kind: ``read`` (without loss), ``learned``, ``image`` or ``video``.
+        kind: ``read`` (without loss), ``learned``, ``image``, ``video``, or another modality such as ``audio``.
         num_tokens: Number of tokens.
         weight: Loss weight of each token; 0 unless they are learned. Of an image as tokens the mean of all, with marks.
-        text: Text of the tokens, with the names of special tokens; for an image or video a description of its crops.
+        text: Text of the tokens, with the names of special tokens; for other inputs a description of their items.
         branch: Number of the branch, from 1; 0 for the shared prefix and for documents without branches.
     """
 
-    kind: Literal["read", "learned", "image", "video"]
+    kind: str
     num_tokens: int
     weight: float
     text: str
     branch: int = 0
+
+    @property
+    def is_text(self) -> bool:
+        """Whether ``text`` is a text, not the description of an input."""
+        return self.kind in ("read", "learned")
 
 
 def text_spans(document: Document, tokenizer: Tokenizer, spec: MediaSpec) -> list[TextSpan]:
@@ -80,12 +84,14 @@ def _pieces(document: Document) -> Iterator[tuple[int, int, int]]:
         yield start, stop, sum(branch <= start for branch in document.branches)
 
 
-def _images(document: Document, spec: MediaSpec) -> Iterator[tuple[Literal["image", "video"], str]]:
+def _images(document: Document, spec: MediaSpec) -> Iterator[tuple[str, str]]:
+    """Yield kind and description of every image, video, or input of another modality."""
     firsts = [*(image.first_item for image in document.images), len(document.items)]
     for number, (first, stop) in enumerate(itertools.pairwise(firsts), start=1):
         items = document.items[first:stop]
         crops = [_describe_crop(item, spec) for item in items]
-        kind: Literal["image", "video"] = "video" if any(map(_is_moving, items)) else "image"
+        kind = items[0].modality if items else IMAGE
+        kind = "video" if kind == IMAGE and any(map(_is_moving, items)) else kind
         counts = [(crop, len(list(group))) for crop, group in itertools.groupby(crops or ["tokens"])]
         yield (
             kind,
@@ -99,6 +105,8 @@ def _is_moving(item: MediaItem) -> bool:
 
 def _describe_crop(item: MediaItem, spec: MediaSpec) -> str:
     time, height, width = item.grid
+    if item.modality != IMAGE:
+        return f"{len(item.values)} frames, {item.num_features(spec)} features"
     role = "embedded" if item.embedded else "attended"
     frames = f"{time} times " if _is_moving(item) else ""
     return f"{frames}{height}x{width} patches, {item.num_features(spec)} features {role}"

@@ -66,7 +66,7 @@ def fingerprint(
 
 _LATER_KEYS = frozenset(
     {
-        *("max_text_bytes", "pipeline", "stages", "image_tokens", "image_tokens.encoded", "video"),
+        *("max_text_bytes", "pipeline", "stages", "image_tokens", "image_tokens.encoded", "video", "audio"),
         *(
             f"{template}.{key}"
             for template in ("template", "template.each")

@@ -21,9 +21,8 @@ from PIL import Image
 
 from data_pipeline.errors import DataConfigError, FaultKind, PipelineError, SampleError, out_of_memory
 from data_pipeline.io.trusted_code import import_attribute
-from data_pipeline.shards.image_header import is_image
+from data_pipeline.shards.media_kind import media_kind
 from data_pipeline.shards.token_grid import is_grid
-from data_pipeline.shards.video_file import is_video
 
 _TEXT_EXTENSIONS = ("txt", "json")
 
@@ -219,7 +218,7 @@ def members_of(sample: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the members of a sample as a tar would contain them: encoded bytes by extension.
 
     Decoded images are encoded as PNG, which is lossless; text and JSON are encoded too. Keeps images, videos,
-    token grids, ``txt``, ``json`` and compressed members; other members are dropped.
+    sounds, token grids, ``txt``, ``json`` and compressed members; other members are dropped.
 
     Raises:
         SampleError: a value has a type that does not fit its extension.
@@ -227,18 +226,19 @@ def members_of(sample: Mapping[str, Any]) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
     for name, value in sample.items():
         ext = str(name).lower()
-        last = ext.rpartition(".")[2]
+        last, kind = ext.rpartition(".")[2], media_kind(ext)
         if ext.startswith("__") or not (
-            is_image(ext) or is_video(ext) or is_grid(ext) or ext in _TEXT_EXTENSIONS or last in ("gz", "zst")
+            kind is not None or is_grid(ext) or ext in _TEXT_EXTENSIONS or last in ("gz", "zst")
         ):
             continue
         if isinstance(value, bytes | bytearray | memoryview):
             members[ext] = bytes(value)
-        elif is_image(ext):
+        elif kind == "image":
             members[ext] = _png(value, ext)
-        elif is_video(ext):
+        elif kind is not None:
+            noun = "a video" if kind == "video" else "a sound"
             raise SampleError(
-                f".{ext}: expected the encoded bytes of a video, got a {type(value).__name__}; do not decode it"
+                f".{ext}: expected the encoded bytes of {noun}, got a {type(value).__name__}; do not decode it"
             )
         elif isinstance(value, str):
             members[ext] = value.encode()

@@ -9,7 +9,7 @@ Not for: several documents together (``packer``, ``collate``).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -94,7 +94,9 @@ class DocumentConfig(Protocol):
     def video(self) -> VideoConfig | None:
         """How a video becomes frames, patches and tokens; None: it does not."""
 
-    # Further modalities have optional fields with their names in ``MediaSpec``, such as ``audio``.
+    @property
+    def modalities(self) -> Mapping[str, ModalityConfig]:
+        """How the inputs of further modalities become values and tokens, by name."""
 
 
 class DocumentBuilder:
@@ -142,8 +144,8 @@ class DocumentBuilder:
         uses_codes = dataset.template.draws or (dataset.template.takes_images and not takes_images)
         self._code_transform = code_transform(transforms, spec) if self._draws_pixels and uses_codes else None
         self._video = Videos(dataset.video, tokenizer, spec) if takes_images and dataset.video is not None else None
-        configs = {name: getattr(dataset, name, None) for name in spec.modalities if dataset.template.takes_images}
-        given = [each.inputs(tokenizer, spec) for each in configs.values() if isinstance(each, ModalityConfig)]
+        self._configs = dataset.modalities if dataset.template.takes_images else {}
+        given = [each.inputs(tokenizer, spec) for name, each in self._configs.items() if name in spec.modalities]
         self._modalities: dict[type, ModalityInputs] = {each.part_type: each for each in given}
         uses_images = takes_images or (self._drawn is not None and dataset.template.takes_images)
         uses_media = uses_images or bool(self._modalities)
@@ -327,8 +329,10 @@ class DocumentBuilder:
             draft.weights = [0.0] * (len(draft.ids) - 1) + [1.0]
         document = draft.finish(sample.provenance)
         if self._stored_reference is not None and document.branches:
-            shape = (self.dataset.transforms, self.dataset.video)
-            stored = reference_log_probs(sample.fields, document, *shape, self._stored_reference)
+            further = (self.dataset.video, *self._configs.values())
+            stored = reference_log_probs(
+                sample.fields, document, self.dataset.transforms, further, self._stored_reference
+            )
             document = replace(document, reference=stored)
         return DocumentPlan(document, tuple(decode_tasks))
 

@@ -8,7 +8,7 @@ template or tokenizer makes other documents, and joining data sets moves samples
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,17 @@ from zlib_ng.zlib_ng import crc32
 from data_pipeline.document import Document
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.images.transforms import TransformConfig
-from data_pipeline.images.video import VideoConfig
+from data_pipeline.io.strict import StrictConfig
 
 FIELD = "reference_log_probs"
 _ANSWERS = ("chosen", "rejected")
+Further = Sequence[StrictConfig | None]
 
 
 def reference_record(
     document: Document,
     transforms: TransformConfig,
-    video: VideoConfig | None,
+    further: Further,
     log_probs: tuple[float, float],
     model: str,
 ) -> dict[str, Any]:
@@ -35,16 +36,16 @@ def reference_record(
     Args:
         document: The document of the pair.
         transforms: How its images become crops.
-        video: How its videos become frames.
+        further: How its videos and other media become values; None for those that it has no block for.
         log_probs: Log-probability of the chosen and of the rejected answer.
         model: Checksum of the reference model.
     """
     values = {name: float(np.float32(each)) for name, each in zip(_ANSWERS, log_probs, strict=True)}
-    return {"model": model, "document": _checksum(document, transforms, video), **values}
+    return {"model": model, "document": _checksum(document, transforms, further), **values}
 
 
 def reference_log_probs(
-    fields: Mapping[str, Any], document: Document, transforms: TransformConfig, video: VideoConfig | None, model: str
+    fields: Mapping[str, Any], document: Document, transforms: TransformConfig, further: Further, model: str
 ) -> tuple[float, float]:
     """Return the stored log-probabilities of the chosen and of the rejected answer.
 
@@ -52,7 +53,7 @@ def reference_log_probs(
         fields: Fields of the sample, which may come from an untrusted source.
         document: The document of the pair.
         transforms: How its images become crops.
-        video: How its videos become frames.
+        further: How its videos and other media become values; None for those that it has no block for.
         model: Checksum of the reference model that they must come from.
 
     Raises:
@@ -68,7 +69,7 @@ def reference_log_probs(
             f"template.stored_reference names {model!r}; {again}",
             kind=FaultKind.TEXT,
         )
-    if record.get("document") != _checksum(document, transforms, video):
+    if record.get("document") != _checksum(document, transforms, further):
         raise SampleError(
             "its stored log-probabilities are of another document: tokenizer, template, transforms or video have "
             f"changed, or the template draws a text at random; {again}",
@@ -80,10 +81,10 @@ def reference_log_probs(
     return chosen, rejected
 
 
-def _checksum(document: Document, transforms: TransformConfig, video: VideoConfig | None) -> str:
+def _checksum(document: Document, transforms: TransformConfig, further: Further) -> str:
     """Return the crc32 of everything that a document without augmentation is computed from, except its pixels."""
     columns = (document.token_ids, document.labels, document.loss_weights, document.position_ids)
-    settings = [] if video is None else [video.model_dump_json().encode()]
+    settings = [each.model_dump_json().encode() for each in further if each is not None]
     settings = [transforms.model_dump_json().encode(), *settings] if document.items or document.uncoded else []
     found = 0
     for part in (*(column.tobytes() for column in columns), *settings):

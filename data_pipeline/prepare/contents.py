@@ -1,6 +1,7 @@
-"""Check that a member's bytes match its extension: images and videos decode, texts are UTF-8, JSON has its fields.
+"""Check that a member's bytes match its extension: media decode, texts are UTF-8, JSON has its fields.
 
-Every decode is bounded: for an image or video by the size in its header, for a text by its length. Not for: comparing
+Every decode is bounded: for an image or video by the size in its header, for a sound by a largest number of samples,
+for a text by its length. Not for: comparing
 the bytes with the index (``verify``).
 """
 
@@ -15,9 +16,11 @@ from data_pipeline.errors import SampleError
 from data_pipeline.images.decode import decode_image
 from data_pipeline.io.json_member import PAIR, all_texts, check_pair, page_texts, parse_member, spoken_texts
 from data_pipeline.sample import Provenance, Sample
+from data_pipeline.shards.audio_file import audio_size, is_audio
 from data_pipeline.shards.damage import Problem
 from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, image_size, is_image, known_format
 from data_pipeline.shards.index import is_compressed
+from data_pipeline.shards.media_kind import MEDIA_KINDS
 from data_pipeline.shards.page_images import image_member
 from data_pipeline.shards.pages import pop_page_parts, weight_of
 from data_pipeline.shards.sample_reader import MAX_TEXT_BYTES, assemble
@@ -50,6 +53,8 @@ def check_member(
         yield from _check_image(ext, content, max_pixels)
     elif is_video(ext):
         yield from _check_video(ext, content, max_pixels)
+    elif is_audio(ext):
+        yield from _check_audio(ext, content)
     elif is_grid(ext):
         yield from _check_grid(ext, content)
     elif ext == "txt":
@@ -150,6 +155,14 @@ def _check_video(ext: str, content: memoryview, max_pixels: int) -> Iterator[Fin
         yield Problem.IMAGE, f".{ext}: {error.reason}"
 
 
+def _check_audio(ext: str, content: memoryview) -> Iterator[Finding]:
+    """Decode the sound, block by block."""
+    try:
+        audio_size(content)
+    except SampleError as error:
+        yield Problem.IMAGE, f".{ext}: {error.reason}"
+
+
 def _check_grid(ext: str, content: memoryview) -> Iterator[Finding]:
     try:
         decode_grid(bytes(content), ext)
@@ -184,12 +197,12 @@ def _check_json(ext: str, content: memoryview, siblings: Collection[str], key: s
         return
     members = with_encoded_images(dict.fromkeys(siblings, b""))
     for part in fields.get("parts") or ():
-        for kind, is_kind in (("image", is_image), ("video", is_video)):
+        for kind, is_kind in MEDIA_KINDS.items():
             name = part.get(kind)
             if name is not None and (not isinstance(name, str) or image_member(name, members, key, is_kind) is None):
                 yield Problem.PARTNER, f"the JSON names the {kind} {name!r}, which is absent"
-        if not any(part.get(kind) is not None for kind in ("image", "video")) and "text" not in part:
-            yield Problem.TEXT, f"a part with neither text nor image nor video: {part!r:.80}"
+        if not any(part.get(kind) is not None for kind in MEDIA_KINDS) and "text" not in part:
+            yield Problem.TEXT, f"a part with neither text nor image nor video nor audio: {part!r:.80}"
     if fields.get("parts") is None:
         try:
             pop_page_parts(fields, members, {}, key)

@@ -1,6 +1,6 @@
 """Read a folder of files as a source: files with one stem form one sample.
 
-cats/1.jpg cats/1.txt     an image (or a video, 1.mp4) and its caption; the key is cats/1
+cats/1.jpg cats/1.txt     an image (or a video, 1.mp4, or a sound, 1.wav) and its caption; the key is cats/1
 cats/1.jpg dogs/1.jpg     no text at all: the first folder names the class, and the class becomes the caption
 """
 
@@ -15,9 +15,8 @@ from pathlib import Path
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.prepare.records import CAPTION, dump_json, read_file, validated_members
 from data_pipeline.prepare.rows import Members, SourceRow, chunks_of, read_rows
-from data_pipeline.shards.image_header import is_image
+from data_pipeline.shards.media_kind import MEDIA_FORMATS, media_kind
 from data_pipeline.shards.tar_members import split_name
-from data_pipeline.shards.video_file import is_video
 
 CLASS = "class"
 """JSON field for the name of the class."""
@@ -37,7 +36,7 @@ def walk_folder(folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
 
 
 class FolderSource:
-    """Images, videos, ``.txt`` and ``.json`` files of one stem below a folder, sorted by name; the stem is the key.
+    """Media, ``.txt`` and ``.json`` files of one stem below a folder, sorted by name; the stem is the key.
 
     Args:
         folder: The folder.
@@ -54,7 +53,7 @@ class FolderSource:
         digest, self._count, names, texts, unclassed = hashlib.sha256(), 0, set[str](), False, None
         for row in self._rows():
             self._count += 1
-            texts = texts or any(not is_image(ext) and not is_video(ext) for ext, _ in row.reference)
+            texts = texts or any(media_kind(ext) is None for ext, _ in row.reference)
             name, slash, _ = row.key.partition("/")
             names.add(name)
             unclassed = unclassed if slash else row.reference[0][1]
@@ -107,11 +106,8 @@ class _FileReader:
 
     def _read(self, files: tuple[tuple[str, Path], ...]) -> Members:
         for ext, path in files:
-            if not is_image(ext) and not is_video(ext) and ext not in ("txt", "json"):
-                raise SampleError(
-                    f"{path}: neither an image (.jpg .jpeg .png .webp) nor a video (.mp4 .webm .mkv .gif) nor .txt or "
-                    ".json"
-                )
+            if media_kind(ext) is None and ext not in ("txt", "json"):
+                raise SampleError(f"{path}: neither {MEDIA_FORMATS} nor .txt or .json")
         members = {ext: read_file(path) for ext, path in files}
         if self.classes_below is not None and "json" not in members:
             name = files[0][1].relative_to(self.classes_below).parts[0]

@@ -30,6 +30,7 @@ from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.io.json_member import PAIR, all_texts, check_pair, parse_member
 from data_pipeline.io.untrusted import read_bytes
 from data_pipeline.prepare.rows import Members
+from data_pipeline.shards.audio_file import audio_size
 from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, ImageFormat, image_size, is_image
 from data_pipeline.shards.interleaved import (
     IMAGE_BASE64,
@@ -40,7 +41,8 @@ from data_pipeline.shards.interleaved import (
     list_of_objects,
     text_of,
 )
-from data_pipeline.shards.video_file import is_video, video_size
+from data_pipeline.shards.media_kind import MEDIA_FORMATS, media_kind
+from data_pipeline.shards.video_file import video_size
 
 PATH, CAPTION, CAPTIONS = "path", "caption", "captions"
 SPOKEN = frozenset({"messages", "conversations", "annotations", *PAIR})
@@ -295,18 +297,18 @@ def validated_members(members: Members) -> Members:
     """Check members and return them; an image whose content differs from its extension is renamed.
 
     Raises:
-        SampleError: an image header, a video, a text or JSON is damaged, ``parts`` name an absent image, two images
-            would have one name, or there is neither an image nor a video nor a ``.txt`` or ``.json``. A JSON without a
-            text does not raise.
+        SampleError: an image header, a video, a sound, a text or JSON is damaged, ``parts`` name an absent image, two
+            images would have one name, or there is neither a medium nor a ``.txt`` or ``.json``. A JSON without a text
+            does not raise.
     """
     names = {ext: _name_by_content(ext, content) for ext, content in members.items() if is_image(ext)}
     result = {names.get(ext, ext): content for ext, content in members.items()}
     if len(result) < len(members):
         raise SampleError(f"two of the members {sorted(members)} hold the same format and would have one name")
-    videos = [ext for ext in members if is_video(ext)]
-    for ext in videos:
+    clips = [ext for ext in members if media_kind(ext) in ("video", "audio")]
+    for ext in clips:
         try:
-            video_size(members[ext])
+            _ = video_size(members[ext]) if media_kind(ext) == "video" else audio_size(members[ext])
         except SampleError as error:
             raise SampleError(f".{ext}: {error.reason}") from error
     if "txt" in members:
@@ -316,11 +318,8 @@ def validated_members(members: Members) -> Members:
         all_texts(fields)
         if _rename_parts(fields, names):
             result["json"] = dump_json(fields)
-    if not names and not videos and "txt" not in members and "json" not in members:
-        raise SampleError(
-            "neither an image (.jpg .jpeg .png .webp) nor a video (.mp4 .webm .mkv .gif) nor .txt or .json among "
-            f"{sorted(members)}"
-        )
+    if not names and not clips and "txt" not in members and "json" not in members:
+        raise SampleError(f"neither {MEDIA_FORMATS} nor .txt or .json among {sorted(members)}")
     return result
 
 

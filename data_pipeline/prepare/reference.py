@@ -75,7 +75,14 @@ class ReferenceSource(ComputedSource):
         # Name the model, so that settings under which documents are random are refused as in training.
         DocumentBuilder(_with_reference(dataset, template, model.checksum), load_tokenizer(tokenizer), spec)
         plain = _with_reference(dataset, template, None)
-        settings = (plain.template, plain.transforms, plain.image_tokens, plain.video, tokenizer)
+        settings = (
+            plain.template,
+            plain.transforms,
+            plain.image_tokens,
+            plain.video,
+            *plain.modalities.values(),
+            tokenizer,
+        )
         super().__init__(
             samples,
             _Scoring(model, plain, tokenizer, spec, max_tokens),
@@ -123,8 +130,8 @@ class _Scoring:
         self, members: Members | SampleError, document: Document, log_probs: tuple[float, float]
     ) -> Members | SampleError:
         assert not isinstance(members, SampleError), "it gave a document"
-        shape = (self.dataset.transforms, self.dataset.video)
-        record = reference_record(document, *shape, log_probs, self.model.checksum)
+        further = (self.dataset.video, *self.dataset.modalities.values())
+        record = reference_record(document, self.dataset.transforms, further, log_probs, self.model.checksum)
         try:
             return {**members, "json": dump_json({**parse_member(members["json"]), FIELD: record})}
         except SampleError as error:  # Another field holds half of a surrogate pair, which is no UTF-8.

@@ -23,10 +23,10 @@ from data_pipeline.io.ordered_pool import in_order
 from data_pipeline.prepare.contents import check_member, check_sample
 from data_pipeline.prepare.remote_index import local_copy
 from data_pipeline.shards.damage import Damage, Problem, ShardReport
-from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.index import Member, ShardIndex, describe_member, index_path
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.manifest_check import reject_non_manifest
+from data_pipeline.shards.media_kind import media_kind
 from data_pipeline.shards.orphans import Orphans
 from data_pipeline.shards.sample_reader import MAX_TEXT_BYTES
 from data_pipeline.shards.tar_members import (
@@ -38,7 +38,6 @@ from data_pipeline.shards.tar_members import (
     split_name,
     survey,
 )
-from data_pipeline.shards.video_file import is_video
 from data_pipeline.storage.location import Url, parse_location
 from data_pipeline.storage.storage import Storage
 
@@ -338,7 +337,7 @@ class _Walk:
                 self._report.add(Problem.INDEX, detail, self._key, next(iter(self._members.values())).offset)
 
     def _count_orphan(self, texts: dict[str, bytes]) -> None:
-        has_image, has_text = any(is_image(ext) or is_video(ext) for ext in self._members), text_bytes_of(texts) > 0
+        has_image, has_text = any(media_kind(ext) is not None for ext in self._members), text_bytes_of(texts) > 0
         found = Orphans(1, int(has_text and not has_image), int(has_image and not has_text))
         self._report.orphans = self._report.orphans.plus(found)
 

@@ -27,9 +27,11 @@ from data_pipeline.io.columns import Column, check_offsets, pack_strings, read_c
 from data_pipeline.io.json_member import text_bytes_of
 from data_pipeline.io.retry import retry_io
 from data_pipeline.io.untrusted import open_regular
-from data_pipeline.shards.image_header import Buffer, image_size, is_image
+from data_pipeline.shards.audio_file import audio_size, track_size
+from data_pipeline.shards.image_header import Buffer, image_size
+from data_pipeline.shards.media_kind import media_kind
 from data_pipeline.shards.tar_members import BLOCK_BYTES, open_tar, split_name, walk
-from data_pipeline.shards.video_file import is_video, video_size
+from data_pipeline.shards.video_file import video_size
 from data_pipeline.storage.location import Url
 
 INDEX_FORMAT = "mmscale-shard-index-1"
@@ -47,13 +49,17 @@ _COLUMNS = {
     "height": ("<u4", 1),
     "num_frames": ("<u4", 1),
     "microseconds": ("<i8", 1),
+    "samples": ("<i8", 1),
+    "rate": ("<u4", 1),
+    "channels": ("<u4", 1),
 }
 _CHECKSUM = "row_crc32"
 """CRC-32 of a sample's entries in the index. Indexes of earlier versions lack this column and are read unchecked."""
-_OF_VIDEOS = ("num_frames", "microseconds")
-"""Columns that only shards with videos have."""
+_OF_CLIPS = ("num_frames", "microseconds", "samples", "rate", "channels")
+"""Columns that only shards with videos or sounds have. Earlier versions wrote the first two only."""
 _MEMBER = struct.Struct("<qqIII")
 _VIDEO = struct.Struct("<Iq")
+_SOUND = struct.Struct("<qII")
 _TEXT_BYTES = struct.Struct("<q")
 _MAX_EXTENSIONS = 1 << 16
 _SUFFIX = ".index"
@@ -72,6 +78,7 @@ class Member(NamedTuple):
         width, height: Size in pixels after the rotation for display, from the header. 0 if the member is no image and
             no video, or its header is damaged.
         num_frames, microseconds: As in ``VideoSize``; 0 for other members and damaged videos.
+        samples, rate, channels: As in ``AudioSize`` and ``VideoPart.sound``; 0 for other members and damaged sounds.
     """
 
     ext: str
@@ -82,6 +89,9 @@ class Member(NamedTuple):
     height: int
     num_frames: int = 0
     microseconds: int = 0
+    samples: int = 0
+    rate: int = 0
+    channels: int = 0
 
 
 class IndexedSample(NamedTuple):
@@ -189,7 +199,7 @@ class ShardIndex:
             ManifestError: it is missing or damaged. The message names ``display_name``, else the index of ``tar_path``.
         """
         path = display_name or f"{tar_path}{_SUFFIX}"
-        columns = read_columns(file, _COLUMNS, INDEX_FORMAT, path, optional=(_CHECKSUM, *_OF_VIDEOS))
+        columns = read_columns(file, _COLUMNS, INDEX_FORMAT, path, optional=(_CHECKSUM, *_OF_CLIPS))
         record, arrays = columns.record, columns.arrays
         try:
             extensions = tuple(str(ext) for ext in record["extensions"])
@@ -224,7 +234,7 @@ class ShardIndex:
         rows, tar_bytes = range(views["cu_members"][i], views["cu_members"][i + 1]), self.tar_bytes
         exts, offsets, sizes = views["ext"], views["offset"], views["size"]
         crc32s, widths, heights = views["crc32"], views["width"], views["height"]
-        of_videos = [views[name] for name in _OF_VIDEOS if name in views]
+        of_media = [views[name] for name in _OF_CLIPS if name in views]
         found, previous_end = [], 0
         try:
             for row in rows:
@@ -233,8 +243,8 @@ class ShardIndex:
                     break
                 previous_end = offset + size
                 ext = self.extensions[exts[row]]
-                video = [column[row] for column in of_videos]
-                found.append(Member(ext, offset, size, crc32s[row], widths[row], heights[row], *video))
+                media = [column[row] for column in of_media]
+                found.append(Member(ext, offset, size, crc32s[row], widths[row], heights[row], *media))
         except IndexError as error:
             raise self._damaged(f"sample {i} has the members {rows.start}:{rows.stop}: {error}") from error
         if len(found) < len(rows) or not found or rows.start < 0 or previous_end > tar_bytes:
@@ -273,16 +283,16 @@ class ShardIndex:
     def column(self, name: str) -> Column:
         """Return a whole read-only column; the first call runs ``check``.
 
-        Members have the columns ``ext offset size crc32 width height``, and ``num_frames microseconds`` in a shard
-        with videos. ``ext`` indexes ``extensions``. Samples have ``text_bytes``, and ``cu_members``: the number of
-        members before each sample, then the total.
+        Members have the columns ``ext offset size crc32 width height``, and ``num_frames microseconds samples rate
+        channels`` in a shard with videos or sounds. ``ext`` indexes ``extensions``. Samples have ``text_bytes``, and
+        ``cu_members``: the number of members before each sample, then the total.
 
         Raises:
-            ManifestError: any row of the index is damaged, or an index of an earlier version lacks a column of videos.
+            ManifestError: any row of the index is damaged, or an index of an earlier version lacks the column.
         """
         if name not in self._checked:
             raise ManifestError(
-                f"{self.display_name}: an index of an earlier version, without {name} of videos; build it again with: "
+                f"{self.display_name}: an index of an earlier version, without {name} of clips; build it again with: "
                 "mmscale data index"
             )
         return self._checked[name]
@@ -290,7 +300,14 @@ class ShardIndex:
 
 def _check_lengths(path: str, arrays: dict[str, Column]) -> None:
     num_members, num_samples = len(arrays["offset"]), len(arrays["cu_members"]) - 1
-    of_members = ("ext", "size", "crc32", "width", "height", *(name for name in _OF_VIDEOS if name in arrays))
+    of_members = (
+        "ext",
+        "size",
+        "crc32",
+        "width",
+        "height",
+        *(name for name in _OF_CLIPS if name in arrays),
+    )
     per_member = all(len(arrays[name]) == num_members for name in of_members)
     per_sample = all(len(arrays[name]) == num_samples for name in ("text_bytes", _CHECKSUM) if name in arrays)
     if num_samples < 0 or not per_member or not per_sample or len(arrays["cu_key_bytes"]) != num_samples + 1:
@@ -315,8 +332,10 @@ def _row_crc32(key: Buffer, text_bytes: int, members: Iterable[Member]) -> int:
     value = crc32(key, crc32(_TEXT_BYTES.pack(text_bytes)))
     for member in members:
         value = crc32(_MEMBER.pack(*member[1:6]), crc32(member.ext.encode(), value))
-        if any(member[6:]):
-            value = crc32(_VIDEO.pack(*member[6:]), value)
+        if any(member[6:8]):
+            value = crc32(_VIDEO.pack(*member[6:8]), value)
+        if any(member[8:]):
+            value = crc32(_SOUND.pack(*member[8:]), value)
     return value
 
 
@@ -397,22 +416,25 @@ def scan_samples(data: memoryview, shard: str) -> Iterator[IndexedSample]:
 
 @lru_cache(maxsize=1024)  # Called for every member of every sample.
 def is_compressed(ext: str) -> bool:
-    """Return whether an extension is that of a gzipped image, video, text or JSON, which training does not read."""
+    """Return whether an extension is that of a gzipped medium, text or JSON, which training does not read."""
     inner = ext.removesuffix(".gz")
-    return inner != ext and (is_image(inner) or is_video(inner) or inner in ("txt", "json"))
+    return inner != ext and (media_kind(inner) is not None or inner in ("txt", "json"))
 
 
 def describe_member(ext: str, offset: int, content: bytes | memoryview) -> Member:
-    """Return the index entry of a member, with its checksum and, for an image or video, the size from its header."""
-    of_header: tuple[int, ...] = ()
+    """Return the index entry of a member, with its checksum and, for an image, video or sound, its size."""
+    of_header: tuple[int, ...] = (0, 0)
     with contextlib.suppress(SampleError):  # Index damaged media too; ``verify`` and the fault policy handle them.
-        if is_image(ext):
+        kind = media_kind(ext)
+        if kind == "image":
             image = image_size(content)
             of_header = (image.width, image.height)
-        elif is_video(ext):
-            video = video_size(content)
-            of_header = (video.width, video.height, video.num_frames, video.microseconds)
-    return Member(ext, offset, len(content), crc32(content), *(of_header or (0, 0)))
+        elif kind == "video":
+            frames, microseconds, height, width = video_size(content)
+            of_header = (width, height, frames, microseconds, *track_size(content))
+        elif kind == "audio":
+            of_header = (0, 0, 0, 0, *audio_size(content))
+    return Member(ext, offset, len(content), crc32(content), *of_header)
 
 
 def build_index(tar_path: str | Path, display_name: str = "") -> ShardIndex:
@@ -470,8 +492,9 @@ def _arrays_of(samples: list[IndexedSample], shard: str) -> tuple[dict[str, Colu
         _CHECKSUM: np.array([_row_crc32(s.key.encode(), s.text_bytes, s.members) for s in samples], np.uint32),
         "ext": np.array([number[member.ext] for member in members], np.uint16),
     }
-    of_videos = _OF_VIDEOS if any(is_video(ext) for ext in extensions) else ()
-    for name in ("offset", "size", "crc32", "width", "height", *of_videos):
+    has_media = any(media_kind(ext) in ("video", "audio") for ext in extensions)
+    of_media = _OF_CLIPS if has_media else ()
+    for name in ("offset", "size", "crc32", "width", "height", *of_media):
         dtype = np.dtype(_COLUMNS[name][0])
         arrays[name] = np.array([getattr(member, name) for member in members], dtype)
     return arrays, extensions

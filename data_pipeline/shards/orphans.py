@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.index import ShardIndex
+from data_pipeline.shards.media_kind import media_kind
 from data_pipeline.shards.token_grid import is_grid
-from data_pipeline.shards.video_file import is_video
 
 
 class Orphans(NamedTuple):
@@ -23,8 +22,8 @@ class Orphans(NamedTuple):
 
     Attributes:
         samples: Number of samples.
-        no_image: Samples with text, and no image or video member.
-        no_text: Samples with an image or video member and no text: no ``txt``, caption, page, dialogue or annotation.
+        no_image: Samples with text, and no member of media.
+        no_text: Samples with a member of media and no text: no ``txt``, caption, page, dialogue or annotation.
     """
 
     samples: int = 0
@@ -68,7 +67,7 @@ def orphans_of(index: ShardIndex) -> Orphans:
     """
     if not len(index):
         return Orphans()
-    extensions = [is_image(ext) or is_video(ext) or is_grid(ext) for ext in index.extensions]
+    extensions = [media_kind(ext) is not None or is_grid(ext) for ext in index.extensions]
     member_is_image = np.array(extensions, bool)[index.column("ext")]
     has_image = np.logical_or.reduceat(member_is_image, index.column("cu_members")[:-1])
     has_text = index.column("text_bytes") > 0

@@ -1,11 +1,11 @@
 """Read the interleaved texts and images of a page from the JSON member of a tar sample, in order.
 
-    parts                   [{"text": ...}, {"image": "0.png"}, {"video": "1.mp4"}, ...]
+    parts                   [{"text": ...}, {"image": "0.png"}, {"video": "1.mp4"}, {"audio": "2.wav"}, ...]
     images, texts           (OBELICS) exactly one of the two is non-null at each index
     text_list, image_info   (MMC4) each image precedes the text of its matched_text_index
 
-Images and videos are members of the same sample; images may be base64 in ``image_info``. ``text.templates`` decides
-which text is learned.
+Images, videos and sounds are members of the same sample; images may be base64 in ``image_info``. ``text.templates``
+decides which text is learned.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipeline.errors import FaultKind, SampleError
-from data_pipeline.sample import ImagePart, MediaPart, Part, TextPart, VideoPart, VideoSize
-from data_pipeline.shards.image_header import is_image
+from data_pipeline.sample import AudioPart, AudioSize, ImagePart, MediaPart, Part, TextPart, VideoPart
 from data_pipeline.shards.interleaved import interleaved
+from data_pipeline.shards.media_kind import MEDIA_KINDS, media_kind
 from data_pipeline.shards.page_images import image_member, image_order, page_images
 from data_pipeline.shards.token_grid import grid_extension
-from data_pipeline.shards.video_file import is_video
 
-Sizes = Mapping[str, tuple[int, int] | VideoSize]
-"""(height, width) of images and sizes of videos, by extension. A member of unknown size is absent, or 0 in a dry
-run."""
+MediaSize = tuple[Any, ...]
+"""Height and width of an image; a ``VideoSize`` and ``VideoPart.sound`` of a video; an ``AudioSize`` of a sound."""
+
+Sizes = Mapping[str, MediaSize]
+"""Sizes of images, videos and sounds, by extension. A member of unknown size is absent, or 0 in a dry run."""
 
 PAGE_FIELDS = frozenset(("parts", "images", "image_info"))
 """Fields of a page. A JSON member without any of them is not a page."""
@@ -65,8 +66,8 @@ def pop_page_parts(fields: dict[str, Any], members: Mapping[str, bytes], sizes: 
 
 @functools.lru_cache(maxsize=1024)  # Most samples have the same few extensions.
 def media_extensions(extensions: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the extensions of images and videos, sorted by ``image_order``."""
-    return tuple(sorted((ext for ext in extensions if is_image(ext) or is_video(ext)), key=image_order))
+    """Return the extensions of images, videos and sounds, sorted by ``image_order``."""
+    return tuple(sorted((ext for ext in extensions if media_kind(ext) is not None), key=image_order))
 
 
 def weight_of(item: Mapping[str, Any]) -> float:
@@ -89,24 +90,19 @@ def _objects(listed: Any) -> list[Any]:
 
 
 def _part(item: Any, members: Mapping[str, bytes], sizes: Sizes, key: str) -> Part:
-    match item:
-        case {"text": str(text)}:
-            return TextPart(text, weight_of(item))
-        case {"image": str(name)}:
-            ext = image_member(name, members, key)
+    fields = item if isinstance(item, dict) else {}
+    if isinstance(fields.get("text"), str):
+        return TextPart(fields["text"], weight_of(fields))
+    for kind, is_kind in MEDIA_KINDS.items():
+        name = fields.get(kind)
+        if isinstance(name, str):
+            ext = image_member(name, members, key, is_kind)
             if ext is None:
-                reason = f"parts name the image {name!r}; its members are {', '.join(members)}"
+                reason = f"parts name the {kind} {name!r}; its members are {', '.join(members)}"
                 raise SampleError(reason, kind=FaultKind.TEXT)
             return media_part(ext, members, sizes)
-        case {"video": str(name)}:
-            ext = image_member(name, members, key, is_video)
-            if ext is None:
-                reason = f"parts name the video {name!r}; its members are {', '.join(members)}"
-                raise SampleError(reason, kind=FaultKind.TEXT)
-            return media_part(ext, members, sizes)
-        case _:
-            reason = f'a part is {item!r}, expected {{"text": ...}}, {{"image": ...}} or {{"video": ...}}'
-            raise SampleError(reason, kind=FaultKind.TEXT)
+    expected = '{"text": ...}, {"image": ...}, {"video": ...} or {"audio": ...}'
+    raise SampleError(f"a part is {item!r}, expected {expected}", kind=FaultKind.TEXT)
 
 
 def _converted_parts(listed: list[dict[str, Any]], members: Mapping[str, bytes], sizes: Sizes, key: str) -> list[Part]:
@@ -129,8 +125,11 @@ def _converted_parts(listed: list[dict[str, Any]], members: Mapping[str, bytes],
 
 
 def media_part(ext: str, members: Mapping[str, bytes], sizes: Sizes) -> MediaPart:
-    """Return the video of the member ``ext``, or its image, with its token grid if the sample has one."""
-    size = sizes.get(ext)
-    if is_video(ext):
-        return VideoPart(members[ext], ext, None if size is None else VideoSize(*size))
-    return ImagePart(members[ext], ext, None if size is None else (size[0], size[1]), members.get(grid_extension(ext)))
+    """Return the video or sound of the member ``ext``, or its image, with its token grid if the sample has one."""
+    data, size, kind = members[ext], sizes.get(ext), media_kind(ext)
+    if kind == "audio":
+        return AudioPart(data, ext, None if size is None else AudioSize(*size))
+    if kind == "video":
+        video, sound = (None, None) if size is None else size
+        return VideoPart(data, ext, video, sound)
+    return ImagePart(data, ext, None if size is None else (size[0], size[1]), members.get(grid_extension(ext)))

@@ -24,13 +24,12 @@ from data_pipeline.errors import AbsentError, FaultKind, ReplacedError, SampleEr
 from data_pipeline.io.json_member import parse_member
 from data_pipeline.io.retry import retry_io
 from data_pipeline.io.untrusted import regular_descriptor
-from data_pipeline.sample import Provenance, Sample, TextPart, VideoSize
-from data_pipeline.shards.image_header import is_image
+from data_pipeline.sample import AudioSize, Provenance, Sample, TextPart, VideoSize
 from data_pipeline.shards.index import Member, ShardIndex, extent, is_compressed
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.pages import PAGE_FIELDS, Sizes, media_extensions, media_part, pop_page_parts
+from data_pipeline.shards.media_kind import media_kind
+from data_pipeline.shards.pages import PAGE_FIELDS, MediaSize, Sizes, media_extensions, media_part, pop_page_parts
 from data_pipeline.shards.token_grid import is_grid, with_encoded_images
-from data_pipeline.shards.video_file import is_video
 from data_pipeline.storage.background import Background
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.objects import RemoteObject
@@ -166,7 +165,7 @@ class SampleReader:
                         self._raise_if_replaced(number, row)
                         raise
                 break
-        sizes = {member.ext: _size(member) for member in listed if member.width}
+        sizes = {member.ext: _size(member) for member in listed if member.width or member.samples}
         return assemble(members, origin, sizes, self._max_text_bytes)
 
     def _raise_if_replaced(self, number: int, row: int) -> None:
@@ -206,10 +205,10 @@ class SampleReader:
         return None
 
     def read_without_images(self, sample_index: int, epoch: int = 0) -> Sample:
-        """Return the sample with empty images and videos, for ``DocumentBuilder.dry_run``; reads only text members.
+        """Return the sample with empty media, for ``DocumentBuilder.dry_run``; reads only text members.
 
         Raises:
-            As ``read``, except that images and videos are not verified, a damaged text member is not read a second
+            As ``read``, except that media are not verified, a damaged text member is not read a second
             time, and ``ReplacedError`` is not raised.
         """
         number, row = self.manifest.locate(sample_index)
@@ -217,11 +216,11 @@ class SampleReader:
         key, listed, _ = shard.index.row(row)
         origin = Provenance(self.dataset, str(shard.index.tar_path), key, sample_index, epoch)
         members: dict[str, bytes] = {}
-        sizes: dict[str, tuple[int, int] | VideoSize] = {}
+        sizes: dict[str, MediaSize] = {}
         check_text_sizes({member.ext: member.size for member in listed}, origin, self._max_text_bytes)
         for member in listed:
             payload = b""
-            if is_image(member.ext) or is_video(member.ext):
+            if media_kind(member.ext) is not None:
                 sizes[member.ext] = _size(member)
             elif member.ext in _TEXT_EXTENSIONS or is_grid(member.ext):
                 payload = shard.read([member])[member.ext]
@@ -242,10 +241,13 @@ class SampleReader:
             self._open.popitem()[1].close()
 
 
-def _size(member: Member) -> tuple[int, int] | VideoSize:
-    """Return the size of an image or video, from its index entry."""
-    if is_video(member.ext):
-        return VideoSize(member.num_frames, member.microseconds, member.height, member.width)
+def _size(member: Member) -> MediaSize:
+    """Return the size of an image, video or sound, from its index entry."""
+    kind, sound = media_kind(member.ext), AudioSize(member.samples, member.rate, member.channels)
+    if kind == "audio":
+        return sound
+    if kind == "video":
+        return VideoSize(member.num_frames, member.microseconds, member.height, member.width), sound
     return member.height, member.width
 
 
@@ -285,8 +287,8 @@ def assemble(
 ) -> Sample:
     """Build one sample from its members.
 
-    The JSON member of a page determines the parts (``pages``). Without a page, the parts are the images and videos in
-    the order of ``image_order``, then the caption. The caption is the JSON field ``caption``, else the ``txt`` member,
+    The JSON member of a page determines the parts (``pages``). Without a page, the parts are its media in the
+    order of ``image_order``, then the caption. The caption is the JSON field ``caption``, else the ``txt`` member,
     else the first of ``captions``. A caption that is empty or not a string gives no part. A ``txt`` member also sets
     the field ``caption`` if the JSON has none. A member ``jpg.tokens`` holds the token ids of the image ``jpg``, which
     may be missing.
@@ -294,7 +296,7 @@ def assemble(
     Args:
         members: Content of each member, by extension.
         origin: Provenance of the sample.
-        sizes: Sizes of images and videos by extension. A member of unknown size is absent or 0.
+        sizes: Sizes of images, videos and sounds by extension. A member of unknown size is absent or 0.
         max_text_bytes: Size limit of a ``txt`` or ``json`` member.
 
     Raises:
@@ -335,7 +337,7 @@ def assemble(
         if isinstance(caption, str) and caption:
             parts.append(TextPart(caption))
     if not parts and not fields:
-        reason = f"neither image nor video nor text among its members: {', '.join(members) or 'none'}"
+        reason = f"neither image nor video nor sound nor text among its members: {', '.join(members) or 'none'}"
         raise SampleError(reason, kind=FaultKind.TEXT, shard=origin.shard, key=origin.key)
     return Sample(tuple(parts), fields, origin)
 

@@ -55,11 +55,12 @@ def video_size(data: bytes | memoryview) -> VideoSize:
         return VideoSize(file.num_frames, file.microseconds, *pixels.shape[:2])
 
 
-def _av() -> Any:
+def load_av() -> Any:
+    """Return the module PyAV, whose ffmpeg prints nothing. Raises ``DataConfigError`` if it is not installed."""
     try:
         import av
     except ImportError as error:
-        raise DataConfigError("video members need PyAV: pip install 'mmscale[audio-video]'") from error
+        raise DataConfigError("video and audio members need PyAV: pip install 'mmscale[audio-video]'") from error
     av.logging.set_level(av.logging.PANIC)  # ffmpeg prints its warnings about damaged data to stderr.
     return av
 
@@ -99,7 +100,7 @@ class VideoFile:
     """
 
     def __init__(self, data: bytes | memoryview, max_pixels: int = MAX_FRAME_PIXELS) -> None:
-        av = _av()
+        av = load_av()
         self._errors = (av.FFmpegError, ValueError, ArithmeticError)
         self._demuxer = _demuxer(bytes(data[:12]))
         options = {"max_pixels": str(max_pixels)}
@@ -108,7 +109,7 @@ class VideoFile:
                 io.BytesIO(data), format=self._demuxer, options=options, metadata_errors="replace"
             )
         except self._errors as error:
-            raise _fault(_message(error)) from error
+            raise _fault(message_of(error)) from error
         try:
             self._stream = self._find_stream()
             self._context = self._stream.codec_context
@@ -125,7 +126,7 @@ class VideoFile:
             self._check_whole()
         except self._errors as error:
             self._container.close()
-            raise _fault(_message(error)) from error
+            raise _fault(message_of(error)) from error
         except BaseException:
             self._container.close()
             raise
@@ -139,7 +140,7 @@ class VideoFile:
         self._container.close()
 
     def _find_stream(self) -> Any:
-        cover = _av().stream.Disposition.attached_pic  # The picture of an album.
+        cover = load_av().stream.Disposition.attached_pic  # The picture of an album.
         streams = [stream for stream in self._container.streams.video if not stream.disposition & cover]
         if not streams:
             raise SampleError("a video file without video", kind=FaultKind.DECODE)
@@ -250,7 +251,7 @@ class VideoFile:
                         break
                 self._context.flush_buffers()
         except self._errors as error:
-            raise _fault(_message(error)) from error
+            raise _fault(message_of(error)) from error
         if wanted:
             raise _fault(f"the decoder returns no frame {min(wanted.values())}")
 
@@ -261,7 +262,7 @@ class VideoFile:
         yield from self._context.decode(None)
 
 
-def _message(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """Return ffmpeg's own message, which is more precise than that of its error code."""
     last = getattr(error, "log", None)
     return str(last[2]).strip() if last else str(error).partition("\n")[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -50,7 +50,9 @@ class BatchMaker:
         kinds = ["text and image", "no image", "images only", "one expert", "dummy packs only", "no loss", "one token"]
         if not self._takes_images:
             kinds = [kind for kind in kinds if "image" not in kind] + ["text"]
-        elif self.spec.placement is Placement.PAIR:  # Every document of a pair has an image.
+        kinds += [f"{name} only" for name in self.spec.modalities]
+        kinds += ["all modalities"] if self.spec.modalities else []
+        if self.spec.placement is Placement.PAIR:  # Every document of a pair has an image.
             kinds = ["one pair", "many pairs", "one expert", "dummy packs only"]
         return tuple(kinds)
 
@@ -87,7 +89,9 @@ class BatchMaker:
         return batch
 
     def _documents(self, kind: str, rng: np.random.Generator, origin: Callable[[], Provenance]) -> list[Document]:
-        def text(length: int, images: int = 0, *, one_id: bool = False) -> Document:
+        def text(
+            length: int, images: int = 0, *, one_id: bool = False, clips: Mapping[str, int] | None = None
+        ) -> Document:
             most = self.spec.max_document_tokens
             length = length if most is None else max(2, min(length, most // 2))
             length = length if self.num_answers == 1 else max(length, 2 + self.num_answers)
@@ -98,11 +102,24 @@ class BatchMaker:
             uncoded = [(1 + number, 2) for number in range(images if self.spec.code_size is not None else 0)]
             grids = [] if self.spec.placement is Placement.NONE else grids
             return plain_document(
-                self.spec, ids, _IMAGE_ID, grids, origin(), num_answers=self.num_answers, uncoded=uncoded
+                self.spec,
+                ids,
+                _IMAGE_ID,
+                grids,
+                origin(),
+                num_answers=self.num_answers,
+                uncoded=uncoded,
+                clips={name: [self._clip(name, n) for n in range(count)] for name, count in (clips or {}).items()},
             )
 
         image = int(self._takes_images)
         pair = int(self.spec.placement is Placement.PAIR)
+        names = tuple(self.spec.modalities)
+        if kind.removesuffix(" only") in names:
+            name = kind.removesuffix(" only")
+            return [text(_SHORT, clips={name: 2}), text(_SHORT, clips={name: 3})]
+        if kind == "all modalities":
+            return [text(_SHORT, image, clips=dict.fromkeys(names, 1)), text(_LONG, clips=dict.fromkeys(names, 2))]
         match kind:
             case "dummy packs only":
                 return []
@@ -119,6 +136,12 @@ class BatchMaker:
             case "one pair":
                 return [text(_LONG, 1)]
         return [text(_LONG, pair), text(_SHORT, image)]
+
+    def _clip(self, modality: str, number: int) -> Grid:
+        """Return the grid of an item: the smallest one, or for odd numbers a typical one if the model takes it."""
+        inputs, most = self.spec.modalities[modality], self.spec.max_document_tokens
+        fits = most is None or inputs.num_features(inputs.typical_grid) < most // 4
+        return inputs.typical_grid if number % 2 and fits else inputs.minimal_grid
 
     def _grid(self, number: int) -> Grid:
         """Return the grid of an image: the smallest one, or for odd numbers a larger one if the model takes it."""

@@ -62,7 +62,7 @@ def show(
 
 
 def _line(one: TextSpan) -> str:
-    words = one.text if one.kind in ("image", "video") else repr(one.text)
+    words = repr(one.text) if one.is_text else one.text
     if len(words) > _WIDTH:
         words = f"{words[: _WIDTH // 2]} ... {words[-_WIDTH // 2 :]}"
     weight = f"x {one.weight:g}" if one.weight else ""

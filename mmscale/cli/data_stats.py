@@ -156,6 +156,8 @@ def _distributions(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[st
         "bytes per image": images.get("bytes"),
         "frames per video": summary.get("videos", {}).get("frames"),
         "seconds per video": summary.get("videos", {}).get("seconds"),
+        "seconds per sound": summary.get("sounds", {}).get("seconds"),
+        "Hz of a sound": summary.get("sounds", {}).get("rate"),
         "characters per text": summary.get("text_characters"),
         "tokens per text": summary.get("text_tokens"),
         "tokens per document": summary.get("documents", {}).get("tokens"),

@@ -114,8 +114,9 @@ class RouterSums(NamedTuple):
     """Statistics of the routers: sums over tokens, of a microbatch or of a whole step.
 
     Attributes:
-        load: int64 ``(L, 2, E)``, number of times that text and image tokens chose each expert of each block.
-        entropy: float32 ``(L, 2)``, sum over the tokens of the entropy of the router's probabilities, in nats.
+        load: int64 ``(L, K, E)``, number of times that tokens of each kind (text, image, further modalities) chose each
+            expert of each block.
+        entropy: float32 ``(L, K)``, sum over the tokens of the entropy of the router's probabilities, in nats.
         dropped: int64 ``(L,)``, number of choices that no expert computed because of ``capacity_factor``.
     """
 

@@ -196,6 +196,7 @@ def document_builder(
         transforms=transforms,
         image_tokens=data.prompts.image_tokens,
         video=data.prompts.video,
+        **data.prompts.modalities,
     )
     return DocumentBuilder(dataset, tokenizer, spec)
 

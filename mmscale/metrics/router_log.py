@@ -28,6 +28,7 @@ from mmscale.errors import MMScaleError
 
 ROUTER_FILE = "router.json"
 _KEY = "router_window"
+TEXT_AND_IMAGE = ("text", "image")
 _Count = Annotated[int, Field(ge=0)]
 Column = npt.NDArray[np.float64]
 
@@ -38,25 +39,27 @@ class _Record(StrictConfig):
     first: int = Field(ge=1)
     last: int = Field(ge=1)
     blocks: tuple[_Count, ...] = Field(min_length=1)
-    tokens: tuple[tuple[_Count, _Count], ...]
-    entropy: tuple[tuple[float, float], ...]
-    load: tuple[tuple[tuple[_Count, ...], tuple[_Count, ...]], ...]
+    tokens: tuple[tuple[_Count, ...], ...]
+    entropy: tuple[tuple[float, ...], ...]
+    load: tuple[tuple[tuple[_Count, ...], ...], ...]
     dropped: tuple[_Count, ...]
+    kinds: tuple[str, ...] = Field(default=TEXT_AND_IMAGE, min_length=2)
 
 
 @dataclass(frozen=True)
 class RouterWindow:
     """Choices of the routers, summed over the tokens of some consecutive steps on all ranks.
 
-    The second dimension of arrays is text and image tokens. L is the number of blocks with experts.
+    The second dimension of arrays is the K kinds of tokens. L is the number of blocks with experts.
 
     Attributes:
         first, last: First and last step, both included.
         blocks: 0-based number in the decoder of each block with experts.
-        tokens: int64 ``(L, 2)``, number of tokens.
-        entropy: float64 ``(L, 2)``, sum of the entropies of the tokens' probabilities, in nats.
-        load: int64 ``(L, 2, E)``, number of times that tokens chose each expert.
+        tokens: int64 ``(L, K)``, number of tokens.
+        entropy: float64 ``(L, K)``, sum of the entropies of the tokens' probabilities, in nats.
+        load: int64 ``(L, K, E)``, number of times that tokens chose each expert.
         dropped: int64 ``(L,)``, number of choices that no expert computed because of ``capacity_factor``.
+        kinds: Names of the kinds of tokens: text, image, and the further modalities of the model.
     """
 
     first: int
@@ -66,6 +69,7 @@ class RouterWindow:
     entropy: Column
     load: npt.NDArray[np.int64]
     dropped: npt.NDArray[np.int64]
+    kinds: tuple[str, ...] = TEXT_AND_IMAGE
 
     def max_over_mean(self) -> Column:
         """Return the largest load of an expert, divided by the mean load, of each block; NaN without a token."""
@@ -80,19 +84,20 @@ class RouterWindow:
         return (self.load.sum(1) == 0).sum(1)
 
     def modality_distance(self) -> Column:
-        """Return the distance of the loads of text and of image tokens, of each block; NaN without one of both.
+        """Return the distance of the loads of text and of all other tokens, of each block; NaN without one of both.
 
         The distance is half the sum over experts of the difference of the shares: 0 if both kinds of tokens use the
         experts equally, 1 if they share no expert (total variation distance).
         """
-        shares = _quotient(self.load, self.load.sum(2, keepdims=True))
+        load = np.stack([self.load[:, 0], self.load[:, 1:].sum(1)], axis=1)
+        shares = _quotient(load, load.sum(2, keepdims=True))
         distance: Column = np.abs(shares[:, 0] - shares[:, 1]).sum(1) / 2
         return distance
 
     def metrics(self) -> dict[str, float]:
         """Return ``router/max_over_mean`` (of the worst block), ``router/dead`` (of all blocks), and those of blocks.
 
-        ``router/BLOCK/modality_distance`` is absent unless there are text and image tokens, and the share of dropped
+        ``router/BLOCK/modality_distance`` is absent unless there are text and other tokens, and the share of dropped
         choices, ``router/dropped`` and ``router/BLOCK/dropped``, unless there are some. Without a token, there are no
         metrics.
         """
@@ -117,7 +122,9 @@ class RouterWindow:
     def to_json(self) -> str:
         """Return the window as JSON, with the names of the attributes."""
         arrays = {name: getattr(self, name).tolist() for name in ("tokens", "entropy", "load", "dropped")}
-        return _Record(first=self.first, last=self.last, blocks=self.blocks, **arrays).model_dump_json()
+        return _Record(
+            first=self.first, last=self.last, blocks=self.blocks, kinds=self.kinds, **arrays
+        ).model_dump_json()
 
     @classmethod
     def from_record(cls, value: Any) -> RouterWindow:
@@ -129,14 +136,17 @@ class RouterWindow:
         record = _Record.model_validate(value)
         if list(record.blocks) != sorted(set(record.blocks)):
             raise ValueError("blocks: expected ascending numbers")
-        length, experts = len(record.blocks), len(record.load[0][0]) if record.load else 0
+        length, kinds = len(record.blocks), len(record.kinds)
+        if any(len(rows) != kinds for rows in record.load):
+            raise ValueError(f"load: expected {kinds} rows, one for each of kinds, in every block")
+        experts = len(record.load[0][0]) if record.load else 0
         tokens, entropy = np.array(record.tokens, np.int64), np.array(record.entropy, np.float64)
         load = np.array(record.load, np.int64) if experts else np.zeros(0, np.int64)
         dropped = np.array(record.dropped, np.int64)
         shapes = (tokens.shape, entropy.shape, load.shape, dropped.shape)
-        if shapes != ((length, 2), (length, 2), (length, 2, experts), (length,)):
+        if shapes != ((length, kinds), (length, kinds), (length, kinds, experts), (length,)):
             raise ValueError(f"tokens, entropy, load and dropped do not fit {length} blocks of {experts} experts")
-        return cls(record.first, record.last, record.blocks, tokens, entropy, load, dropped)
+        return cls(record.first, record.last, record.blocks, tokens, entropy, load, dropped, record.kinds)
 
 
 def max_over_mean(load: npt.NDArray[np.int64]) -> Column:
@@ -249,9 +259,9 @@ class RouterLog:
         decoder = model.config.decoder
         blocks = tuple(number for number, mlp in enumerate(decoder.block_mlps()) if mlp.has_experts)
         tokens = load.sum(2) // decoder.mlp.experts_per_token
-        window = self._window
-        if window is None or window.blocks != blocks or window.load.shape != load.shape:
-            self._window = RouterWindow(step, step, blocks, tokens, entropy, load, dropped)
+        window, kinds = self._window, (*TEXT_AND_IMAGE, *model.config.modalities)
+        if window is None or (window.blocks, window.kinds) != (blocks, kinds) or window.load.shape != load.shape:
+            self._window = RouterWindow(step, step, blocks, tokens, entropy, load, dropped, kinds)
             return
         self._window = replace(
             window,

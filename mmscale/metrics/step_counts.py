@@ -14,6 +14,7 @@ import torch
 
 from data_pipeline.errors import FaultKind
 from data_pipeline.loader.loader import StepBatch
+from data_pipeline.media_spec import IMAGE
 from mmscale.engine.engine import Engine, StepReport
 from mmscale.models.flops import training_flops
 
@@ -57,8 +58,8 @@ def count_step(batch: StepBatch, documents: Sequence[DocumentStats], datasets: S
 
     Returns:
         The same names in the same order on every rank: ``tokens``, ``samples``, ``cut_documents``, ``learned_tokens``,
-        ``images``, ``faults/KIND`` and, for each data set, ``dataset/NAME/`` with ``loss_sum``, ``loss_weight``,
-        ``samples``, ``tokens`` and ``skipped``.
+        ``images``, ``clips/NAME`` for each further modality, ``faults/KIND`` and, for each data set, ``dataset/NAME/``
+        with ``loss_sum``, ``loss_weight``, ``samples``, ``tokens`` and ``skipped``.
     """
     counts: dict[str, float] = {
         "tokens": batch.num_tokens,
@@ -67,6 +68,8 @@ def count_step(batch: StepBatch, documents: Sequence[DocumentStats], datasets: S
         "learned_tokens": sum(int(microbatch.loss_weights.count_nonzero()) for microbatch in batch.microbatches),
         "images": sum(microbatch.num_images for microbatch in batch.microbatches),
     }
+    for name in sorted(batch.microbatches[0].media.keys() - {IMAGE}):  # The same on all ranks.
+        counts[f"clips/{name}"] = sum(microbatch.num_inputs(name) for microbatch in batch.microbatches)
     counts |= {f"faults/{kind.value}": 0 for kind in FaultKind}
     counts |= {f"dataset/{name}/{count}": 0 for name in datasets for count in _DATASET_COUNTS}
     for document in documents:
@@ -111,6 +114,7 @@ def step_metrics(report: StepReport, sums: Mapping[str, float], datasets: Sequen
         datasets: Names of the data sets.
     """
     names = ("cut_documents", "learned_tokens", "images", "model_flops", "hardware_flops")
+    names += tuple(name for name in sums if name.startswith("clips/"))
     metrics: dict[str, float | int] = {name: int(sums[name]) for name in names}
     metrics |= {f"{name}_seconds": value for name, value in report.spans.seconds.items()}
     metrics |= {f"{name}_peak_bytes": value for name, value in report.spans.peak_bytes.items()}

@@ -147,12 +147,12 @@ class MultimodalModel(nn.Module):
         """Return tower and projector of a modality besides images."""
         return getattr(self, modality), getattr(self, f"{modality}_connector")
 
-    @staticmethod
-    def _routed_rows(batch: MultimodalBatch) -> RoutedRows:
-        image = torch.zeros_like(batch.valid)
-        if (media := batch.media.get("image")) is not None:
-            image[media.scatter_index] = True
-        return RoutedRows(batch.valid, image, batch.segments.cu.long(), batch.num_tokens)
+    def _routed_rows(self, batch: MultimodalBatch) -> RoutedRows:
+        kind, names = torch.zeros_like(batch.token_ids), ("image", *self.config.modalities)
+        for number, name in enumerate(names, start=1):
+            if (block := batch.media.get(name)) is not None:
+                kind[block.scatter_index] = number
+        return RoutedRows(batch.valid, kind, batch.segments.cu.long(), batch.num_tokens, 1 + len(names))
 
     def _set_masks(self, batch: MultimodalBatch) -> Dropout | None:
         """Give the adapters their dropout masks, and return those of the decoder's blocks; None without dropout."""

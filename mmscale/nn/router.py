@@ -24,8 +24,8 @@ from data_pipeline.io.strict import StrictConfig
 from mmscale.nn.dropout import Dropout
 from mmscale.nn.sizes import NumExperts
 
-MODALITIES = ("text", "image")
-"""Kinds of rows that the router counts separately, in the order of its sums."""
+TEXT, IMAGE = 0, 1
+"""Kinds of rows that the router always counts separately. Those of further modalities of the model follow."""
 
 
 class RouterOrder(str, Enum):
@@ -122,22 +122,24 @@ class RoutedRows:
 
     Attributes:
         valid: bool ``(T,)``, rows that use experts and count; False in dummy documents and padding.
-        image: bool ``(T,)``, rows with an image feature.
+        kind: int64 ``(T,)``, ``TEXT``, ``IMAGE``, or from 2 on the number of a further modality, of each row.
         offsets: int64 ``(S + 1,)``, bounds of the documents among the rows.
         num_valid: Number of valid rows if the host knows it. If all rows are valid, the host need not wait for the
             device to find them.
+        num_kinds: Number of kinds of rows that the model can have, at least 2.
     """
 
     valid: Bool[Tensor, " T"]
-    image: Bool[Tensor, " T"]
+    kind: Int[Tensor, " T"]
     offsets: Int[Tensor, " S_1"]
     num_valid: int | None = None
+    num_kinds: int = 2
 
     @classmethod
     def text(cls, valid: Bool[Tensor, " T"], num_valid: int | None = None) -> RoutedRows:
         """Return the rows of one document without images."""
         offsets = torch.tensor([0, len(valid)], device=valid.device)
-        return cls(valid, torch.zeros_like(valid), offsets, num_valid)
+        return cls(valid, torch.zeros_like(valid, dtype=torch.int64), offsets, num_valid)
 
     @cached_property
     def index(self) -> Int[Tensor, " V"] | None:
@@ -153,8 +155,8 @@ class RouterTensors(NamedTuple):
         balance: float32 ``()`` with gradient: over microbatch or documents the sum of (rows x balance loss); 0 with
             ``balance=global``.
         z: float32 ``()`` with gradient, sum of the squared logsumexp of the logits.
-        load: int64 ``(2, E)``, number of times that rows of each of ``MODALITIES`` chose each expert.
-        entropy: float32 ``(2,)``, sum over the rows of each modality of the entropy of their probabilities, in nats.
+        load: int64 ``(K, E)``, number of times that rows of each of the K kinds chose each expert.
+        entropy: float32 ``(K,)``, sum over the rows of each kind of the entropy of their probabilities, in nats.
         dropped: int64 ``()``, number of choices that no expert computed because of ``capacity_factor``.
     """
 
@@ -239,7 +241,7 @@ class Router(nn.Module):
         config, mask = self.config, rows.valid.float()
         counts = torch.zeros_like(probabilities).scatter_(1, chosen, 1.0) * mask[:, None]
         probabilities = probabilities * mask[:, None]
-        by_modality = torch.stack([rows.valid & ~rows.image, rows.valid & rows.image]).float()
+        by_kind = torch.stack([rows.valid & (rows.kind == kind) for kind in range(rows.num_kinds)]).float()
         importance = probabilities.sum(0)
         if config.balance == "global":
             balance = logits.new_zeros(())
@@ -251,8 +253,8 @@ class Router(nn.Module):
             balance = (num_rows * config.balance_of(*documents)).sum()
         with torch.no_grad():
             # float32 counts exactly up to 2^24 rows.
-            load = (by_modality @ counts).long()
-            entropy = by_modality @ torch.special.entr(probabilities).sum(-1)
+            load = (by_kind @ counts).long()
+            entropy = by_kind @ torch.special.entr(probabilities).sum(-1)
             dropped = load.new_zeros(())
         return RouterTensors(importance, balance, mask @ logits.logsumexp(-1).square(), load, entropy, dropped)
 

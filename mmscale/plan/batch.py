@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,8 +54,9 @@ def largest_batch(
         chosen = _full(budget, spec, max(assumed, key=lambda each: each.cost(spec) / each.num_tokens))
     documents = (*chosen, *_text(budget, data, spec, [each for each in chosen if not each.is_dummy]))
 
-    def join(arrays: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
-        return torch.empty(sum(map(len, arrays)), arrays[0].shape[1], dtype=torch.uint8, device="meta")
+    def join(arrays: Sequence[npt.NDArray[Any]]) -> torch.Tensor:
+        dtype = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
+        return torch.empty(sum(map(len, arrays)), arrays[0].shape[1], dtype=dtype, device="meta")
 
     batch = collate([Pack(documents, lane) for lane in range(micro_lanes)], spec, join)
     return replace(batch.to("meta"), dropout_key=(0, 0))

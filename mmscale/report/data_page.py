@@ -130,8 +130,7 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if summary["images"]["count"]:
         facts.append(("images", f"{summary['images']['count']:,}"))
-    if "videos" in summary:
-        facts.append(("videos", f"{summary['videos']['count']:,}"))
+    facts += [(kind, f"{summary[kind]['count']:,}") for kind in ("videos", "sounds") if kind in summary]
     if "text_characters" in summary:
         facts.append(("texts", f"{summary['text_characters']['count']:,}"))
     if "text_tokens" in summary:
@@ -160,6 +159,7 @@ def _distributions(statistics: DatasetStatistics) -> list[tuple[str, Histogram, 
         ("Bytes of an image", tally.images["bytes"], format_count),
         ("Frames of a video", tally.videos["frames"], format_count),
         ("Seconds of a video", tally.videos["seconds"], _plain),
+        ("Seconds of a sound", tally.sounds["seconds"], _plain),
         ("Samples of a shard", statistics.shards, format_count),
     ]
 

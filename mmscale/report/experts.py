@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mmscale.metrics.router_log import Column, RouterWindow, max_over_mean
-from mmscale.nn.router import MODALITIES
 from mmscale.report.captions import encode_png
 from mmscale.report.charts import Chart, Line
 from mmscale.report.curves import Point, Record, column, series, thin
@@ -144,7 +143,7 @@ def _block_charts(window: RouterWindow) -> list[Chart]:
     charts = []
     for title, note, whole, parts in by_kind:
         lines = [_line(window, "all tokens", whole, 1)]
-        for number, name in enumerate(MODALITIES):
+        for number, name in enumerate(window.kinds):
             if window.tokens[:, number].any():
                 lines.append(_line(window, f"{name} tokens", parts[number], number + 2))
         charts.append(
@@ -162,10 +161,10 @@ def _line(window: RouterWindow, label: str, values: npt.NDArray[np.generic], col
 
 def _facts(window: RouterWindow) -> list[tuple[str, str]]:
     length, _, experts = window.load.shape
-    text, image = window.tokens.max(0).tolist()
+    counts = window.tokens.max(0).tolist()
     facts = [
         ("steps", f"{window.first:,} to {window.last:,}"),
-        ("text tokens, image tokens", f"{text:,}, {image:,}"),
+        (", ".join(f"{kind} tokens" for kind in window.kinds), ", ".join(f"{count:,}" for count in counts)),
         ("experts", f"{length * experts:,} in {length} block" + "s" * (length > 1)),
         ("dead experts", f"{int(window.dead().sum()):,}"),
     ]
@@ -193,7 +192,7 @@ def _maps(window: RouterWindow) -> list[HeatMap]:
     columns = [(100 * (place + 0.5) / experts, place) for place in _labelled(experts)]
     height = length * max(4, min(16, 280 // length))
     maps = []
-    for number, name in enumerate(MODALITIES):
+    for number, name in enumerate(window.kinds):
         if window.tokens[:, number].any():
             image = "data:image/png;base64," + base64.b64encode(encode_png(_pixels(window.load[:, number]))).decode()
             title, note = f"Load by {name} tokens", f"{_steps(window)} · {window.tokens[:, number].max():,} tokens"

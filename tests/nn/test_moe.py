@@ -54,8 +54,8 @@ def mixture(**changes: Any) -> MoeMlp:
 
 def rows_of(valid: list[bool]) -> RoutedRows:
     """Return the rows of four documents, of which one is empty; every fourth row is an image row."""
-    image = torch.tensor([number % 4 == 1 for number in range(ROWS)])
-    return RoutedRows(torch.tensor(valid), image, torch.tensor(OFFSETS))
+    kind = torch.tensor([int(number % 4 == 1) for number in range(ROWS)])
+    return RoutedRows(torch.tensor(valid), kind, torch.tensor(OFFSETS))
 
 
 def score(config: MoeConfig, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,8 +104,8 @@ def expected(layer: MoeMlp, hidden: Tensor, rows: RoutedRows) -> tuple[Tensor, R
     balance = sum((len(scope) * balance_of(config, scope, choices, probabilities) for scope in scopes if scope), zero())
     load, entropy = torch.zeros(2, config.num_experts, dtype=torch.int64), torch.zeros(2)
     for number in counted:
-        load[int(rows.image[number]), choices[number]] += 1
-        entropy[int(rows.image[number])] -= (probabilities[number] * probabilities[number].log()).sum().item()
+        load[int(rows.kind[number]), choices[number]] += 1
+        entropy[int(rows.kind[number])] -= (probabilities[number] * probabilities[number].log()).sum().item()
     importance = sum((probabilities[number] for number in counted), torch.zeros(config.num_experts))
     z = sum((logits[number].logsumexp(-1).square() for number in counted), zero())
     return torch.stack(outputs), RouterTensors(importance, balance, z, load, entropy, zero().long()), choices

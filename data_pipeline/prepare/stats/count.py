@@ -33,11 +33,12 @@ from data_pipeline.prepare.stats.histogram import Histogram
 from data_pipeline.prepare.stats.languages import detect, has_identifier
 from data_pipeline.prepare.stats.tally import MAX_EXAMPLES, PER_RATIO, Tally, count_names
 from data_pipeline.sample import Sample, TextPart
+from data_pipeline.shards.audio_file import MAX_CHANNELS, MAX_RATE
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.media_kind import media_kind
 from data_pipeline.shards.sample_reader import SampleReader
-from data_pipeline.shards.video_file import is_video
 from data_pipeline.storage.config import CacheConfig, StorageConfig
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.storage import Storage
@@ -49,6 +50,8 @@ _TINY_SIDE, _NARROW = 32, 8
 _MAX_KINDS = 62
 _MAX_SIDE = 1 << 31
 """Clip larger sides: such headers are wrong, and a product of two of them would overflow 64 bits."""
+_MAX_SAMPLES = 1 << 50
+"""Clip longer sounds, whose milliseconds would overflow 64 bits."""
 _SEED = 0x5EED
 
 Indices = npt.NDArray[np.int64]
@@ -292,7 +295,8 @@ def _count_members(index: ShardIndex, rows: Indices, tally: Tally) -> None:
     width, height = (np.minimum(side[good], _MAX_SIDE) for side in (width, height))
     tally.odd["side_below_32"] += int((np.minimum(width, height) < _TINY_SIDE).sum())
     tally.odd["side_8_times_the_other"] += int((np.maximum(width, height) >= _NARROW * np.minimum(width, height)).sum())
-    _count_videos(index, members[np.array([is_video(name) for name in index.extensions], bool)[ext]], tally)
+    for kind, count_clips in (("video", _count_videos), ("audio", _count_sounds)):
+        count_clips(index, members[np.array([media_kind(name) == kind for name in index.extensions], bool)[ext]], tally)
     values = {
         "width": width,
         "height": height,
@@ -316,6 +320,19 @@ def _count_videos(index: ShardIndex, members: Indices, tally: Tally) -> None:
     tally.videos["seconds"].add(found["microseconds"][good] * PER_RATIO // 1_000_000)
     for name, side in sides.items():
         tally.videos[name].add(np.minimum(side[good], _MAX_SIDE))
+
+
+def _count_sounds(index: ShardIndex, members: Indices, tally: Tally) -> None:
+    """Count the sounds among the members of a shard, from the index."""
+    if not len(members):
+        return
+    tally.sounds["bytes"].add(index.column("size")[members])
+    samples, rate, channels = (index.column(name)[members].astype(np.int64) for name in ("samples", "rate", "channels"))
+    good = (samples > 0) & (rate > 0)
+    tally.odd["damaged_audio"] += int((~good).sum())
+    tally.sounds["seconds"].add(np.minimum(samples[good], _MAX_SAMPLES) * PER_RATIO // rate[good])
+    tally.sounds["rate"].add(np.minimum(rate[good], MAX_RATE))
+    tally.sounds["channels"].add(np.minimum(channels[good], MAX_CHANNELS))
 
 
 def _count_kinds(index: ShardIndex, ext: npt.NDArray[np.uint16], starts: Indices, tally: Tally) -> None:

@@ -36,11 +36,12 @@ class Tally:
         kinds: Samples by the kinds of their members, such as ``jpg+json``.
         images: Histograms over images: ``width height pixels aspect_ratio bytes``.
         videos: Histograms over videos: ``frames seconds width height bytes``.
+        sounds: Histograms over sounds, without sound tracks of videos: ``seconds rate channels bytes``.
         samples: Histograms over samples: ``images text_bytes``.
         texts: Histograms over texts: ``characters``, and ``tokens`` with a tokenizer.
         documents: Histograms over the documents of a run: ``tokens patches cost``.
         languages: Texts by language; of a large data set only every n-th sample's.
-        odd: Samples, images or videos by what is unusual about them.
+        odd: Samples, images, videos or sounds by what is unusual about them.
         refused: Samples that cannot be read or converted to a document, by kind of fault.
         examples: The first of those errors, with shard, key and reason.
         num_too_long: Documents with more tokens than a pack.
@@ -59,6 +60,12 @@ class Tally:
     videos: dict[str, Histogram] = field(
         default_factory=lambda: {
             **{name: Histogram() for name in ("frames", "width", "height", "bytes")},
+            "seconds": Histogram(PER_RATIO),
+        }
+    )
+    sounds: dict[str, Histogram] = field(
+        default_factory=lambda: {
+            **{name: Histogram() for name in ("rate", "channels", "bytes")},
             "seconds": Histogram(PER_RATIO),
         }
     )
@@ -84,7 +91,7 @@ class Tally:
         self.num_too_long += other.num_too_long
         for name in ("members", "kinds", "languages", "odd", "refused"):
             count_names(getattr(self, name), getattr(other, name))
-        for name in ("images", "videos", "samples", "texts", "documents"):
+        for name in ("images", "videos", "sounds", "samples", "texts", "documents"):
             for key, histogram in getattr(self, name).items():
                 histogram.merge(getattr(other, name)[key])
         self.examples = (self.examples + other.examples)[:MAX_EXAMPLES]
@@ -100,9 +107,10 @@ class Tally:
         }
         if images:
             found["images"] |= {name: histogram.summary() for name, histogram in self.images.items()}
-        if self.videos["bytes"].count:
-            found["videos"] = {"count": self.videos["bytes"].count}
-            found["videos"] |= {name: histogram.summary() for name, histogram in self.videos.items()}
+        for kind, histograms in (("videos", self.videos), ("sounds", self.sounds)):
+            if histograms["bytes"].count:
+                found[kind] = {"count": histograms["bytes"].count}
+                found[kind] |= {name: histogram.summary() for name, histogram in histograms.items()}
         for name, histogram in self.texts.items():
             if histogram.count:
                 found[f"text_{name}"] = histogram.summary()

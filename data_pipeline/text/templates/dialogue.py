@@ -4,9 +4,9 @@
 
 A turn is ``{"role": ..., "content": ...}`` or, as in LLaVA's data, ``{"from": ..., "value": ...}``. A string content
 refers to images by ``<image>`` (the next one) or ``<image-2>`` (the second). A list content refers to them by
-``{"type": "image"}`` (the next one) or ``{"type": "image", "image": "0.png"}`` (by name). Videos have the same
-references with ``video`` instead of ``image``, and numbers of their own. If no turn refers to an image or video, all
-come first in the first turn that is not the system's.
+``{"type": "image"}`` (the next one) or ``{"type": "image", "image": "0.png"}`` (by name). Videos and sounds
+have the same references with ``video`` and ``audio`` instead of ``image``, and numbers of their own. If no turn refers
+to any of them, all come first in the first turn that is not the system's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from data_pipeline.text.templates.base import (
 from data_pipeline.text.templates.chat_formats import CHAT_FORMATS
 
 SYSTEM, USER = "system", "user"
-_MARKER = re.compile(r"<(image|video)(?:-(\d+))?>")
+_MARKER = re.compile(r"<(image|video|audio)(?:-(\d+))?>")
 
 
 class Role(StrictConfig):
@@ -60,10 +60,10 @@ class Role(StrictConfig):
 
 @dataclass(frozen=True)
 class _Reference:
-    """A reference to an image or video by number from 1 or by the name of its member; with neither, to the next one."""
+    """A reference to an image, video or sound by its number from 1 or the name of its member; else to the next one."""
 
     kind: str
-    """``image`` or ``video``."""
+    """``image``, ``video`` or ``audio``."""
     number: int | None = None
     name: str | None = None
 
@@ -73,7 +73,7 @@ class _Turn:
     role: str
     weight: float
     content: tuple[TextPiece | _Reference, ...]
-    """Text pieces, whose weights multiply that of the turn, and references to images and videos."""
+    """Text pieces, whose weights multiply that of the turn, and references to media."""
 
 
 class DialogueTemplate(LearnedText):
@@ -197,7 +197,7 @@ class DialogueTemplate(LearnedText):
         return joined_texts(pieces) if self.joined else pieces
 
     def question(self, words: str) -> dict[str, Any]:
-        """Return the fields of a sample with one user turn ``words``, which may contain ``<image>`` and ``<video>``."""
+        """Return the fields of a sample with one user turn ``words``, which may contain markers of media."""
         role = USER if USER in self.roles else next(name for name, role in self.roles.items() if not role.weight)
         return {self.field or "messages": [{"role": role, "content": words}]}
 
@@ -266,7 +266,7 @@ class DialogueTemplate(LearnedText):
 
 
 LITERAL = DialogueTemplate(roles={USER: Role(), "assistant": Role(weight=1.0)}, end="none")
-"""Template without prefixes, suffixes and end: a prompt is used as it is, with media at ``<image>`` and ``<video>``."""
+"""Template without prefixes, suffixes and end: a prompt is used as it is, with media at their markers."""
 
 
 def _parse_content(content: Any) -> tuple[TextPiece | _Reference, ...]:
@@ -280,11 +280,11 @@ def _parse_content(content: Any) -> tuple[TextPiece | _Reference, ...]:
         match item:
             case {"type": "text", "text": str(words)}:
                 found.append(TextPiece(words, weight_of(item)))
-            case {"type": "image" | "video" as kind}:
+            case {"type": "image" | "video" | "audio" as kind}:
                 name = item.get(kind)
                 found.append(_Reference(kind, name=name if isinstance(name, str) else None))
             case _:
-                expected = '{"type": "text", "text": ...}, {"type": "image"} or {"type": "video"}'
+                expected = '{"type": "text", "text": ...}, {"type": "image"}, {"type": "video"} or {"type": "audio"}'
                 reason = f"an item of the content is {item!r:.80}, expected {expected}"
                 raise SampleError(reason, kind=FaultKind.TEXT)
     return tuple(found)
@@ -313,10 +313,10 @@ def _split(words: str) -> Iterator[TextPiece | _Reference]:
 
 
 def _with_media(turns: Sequence[_Turn], sample: Sample) -> list[list[TextPiece | MediaPart]]:
-    """Return the content of each turn with its references replaced by images and videos.
+    """Return the content of each turn with its references replaced by images, videos and sounds.
 
     Raises:
-        SampleError: a reference has no image or video, or there are references but not to all of them.
+        SampleError: a reference has no image, video or sound, or there are references but not to all of them.
     """
     media = media_of(sample)
     references = [piece for turn in turns for piece in turn.content if isinstance(piece, _Reference)]
@@ -324,8 +324,8 @@ def _with_media(turns: Sequence[_Turn], sample: Sample) -> list[list[TextPiece |
         first = next((number for number, turn in enumerate(turns) if turn.role != SYSTEM), 0)
         return [[*(media if number == first else ()), *_resolve(turn, {})] for number, turn in enumerate(turns)]
     referenced = dict[str, Iterator[MediaPart]]()
-    for kind in ("image", "video"):
-        parts = [part for part in media if isinstance(part, ImagePart) == (kind == "image")]
+    for kind in ("image", "video", "audio"):
+        parts = [part for part in media if part.kind == kind]
         found = _referenced(kind, [one for one in references if one.kind == kind], parts)
         num_referenced = len({id(part) for part in found})
         if num_referenced < len(parts):
@@ -335,12 +335,12 @@ def _with_media(turns: Sequence[_Turn], sample: Sample) -> list[list[TextPiece |
 
 
 def _resolve(turn: _Turn, referenced: Mapping[str, Iterator[MediaPart]]) -> list[TextPiece | MediaPart]:
-    """Return the content of a turn, with each reference replaced by the next image or video of ``referenced``."""
+    """Return the content of a turn, with each reference replaced by the next part of its kind in ``referenced``."""
     return [piece if isinstance(piece, TextPiece) else next(referenced[piece.kind]) for piece in turn.content]
 
 
 def _referenced(kind: str, references: Sequence[_Reference], parts: Sequence[MediaPart]) -> list[MediaPart]:
-    """Return the image or video of each reference of one kind."""
+    """Return the part of each reference of one kind."""
     if len({(one.number is None, one.name is None) for one in references}) > 1:
         reason = (
             f"some {kind} references have a number or a name and others have another form; use one form in a dialogue"

@@ -272,11 +272,11 @@ def test_one_flipped_bit_of_an_index_moves_no_image_to_another_text(tmp_path: Pa
 def test_an_index_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     (shard,) = write(tmp_path, [(f"k{i}", {"txt": b"a" * i}) for i in range(4)])
     path, sound = index_path(shard), all_rows(shard)
-    columns = read_columns(path, shard_index._COLUMNS, INDEX_FORMAT, optional=shard_index._OF_VIDEOS)
+    columns = read_columns(path, shard_index._COLUMNS, INDEX_FORMAT, optional=shard_index._OF_CLIPS)
     arrays = {name: array.copy() for name, array in columns.arrays.items() if name != "row_crc32"}
     write_columns(path, arrays, columns.record)
     assert all_rows(shard) == sound
-    with pytest.raises(ManifestError, match="an index of an earlier version, without num_frames of videos; build it"):
+    with pytest.raises(ManifestError, match="an index of an earlier version, without num_frames of clips; build it"):
         ShardIndex.open(shard).column("num_frames")
     ShardIndex.open(shard).check()
 

@@ -1,0 +1,250 @@
+"""Decode sounds: WAV, FLAC, MP3, Ogg (Opus, Vorbis) and M4A files, and the sound tracks of videos.
+
+    bytes --AudioFile.blocks--> float32 blocks (channels, samples) at the file's own rate
+
+The indexer decodes each sound once and stores the number of decoded samples. ``audio.transform`` plans documents from
+it. Encoders of MP3, Opus and AAC add a delay before a sound and padding after it; where the file declares them, ffmpeg
+removes them, so the decoded length is the only one that the project uses. Needs PyAV (extra ``audio-video``).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.errors import FaultKind, SampleError
+from data_pipeline.sample import AudioSize
+from data_pipeline.shards.video_file import load_av, message_of
+
+_EXTENSIONS = frozenset({"wav", "flac", "mp3", "ogg", "opus", "m4a"})
+MAX_RATE = 768_000
+"""Largest accepted rate, Hz: the largest of studio formats."""
+MAX_CHANNELS = 64
+_MOST_VALUES = 1 << 31
+"""Largest number of decoded samples, all channels together: 12 hours of stereo at 48 kHz. A small file can claim more,
+and FLAC stores hours of silence in kilobytes."""
+_MOST_BLOCK = 1 << 17
+"""Largest number of samples of a decoded block, of each channel. FLAC has the largest: 65535."""
+_LOUDEST = float(1 << 16)
+"""Largest magnitude of a sample of a floating-point file. Full scale is 1; some tools write 32768."""
+# As for videos, decoders and demuxers other than these are not reachable.
+_CODECS = frozenset(
+    {"pcm_u8", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le", "pcm_f64le", "pcm_alaw", "pcm_mulaw"}
+    | {"pcm_s16be", "pcm_s24be", "pcm_s32be", "flac", "alac", "mp3", "mp3float", "aac", "opus", "libopus", "vorbis"}
+)
+_FLAC, _MATROSKA, _MP3, _MP4, _OGG, _WAV = "flac", "matroska", "mp3", "mp4", "ogg", "wav"
+_DECLARES = frozenset({_FLAC, _MP4, _WAV})
+"""Formats whose header says how long a sound is. That of an MP3 may, in a block with one of ``_MP3_COUNTS``."""
+_MP3_COUNTS = (b"Xing", b"Info")
+_MOST_MP3_HEADER = 1 << 12
+"""Bytes before the first block of an MP3 that may hold such a block."""
+_LEAST_SHARE = 0.9
+"""A file is truncated if it has less than this share of the samples in its header."""
+_OGG_PAGE, _OGG_END = b"OggS", 0x04
+_FULL_SCALE = {"u1": 128.0, "i2": float(1 << 15), "i4": float(1 << 31), "f4": 1.0, "f8": 1.0}
+
+
+class NoSoundError(SampleError):
+    """A file without a sound track."""
+
+
+def is_audio(ext: str) -> bool:
+    """Return whether a member's extension is that of a sound (``wav``, ``0.flac``)."""
+    return ext.rpartition(".")[2] in _EXTENSIONS
+
+
+def audio_size(data: bytes | memoryview) -> AudioSize:
+    """Return the number of samples, the rate and the channels of a sound. Decodes all of it, block by block.
+
+    Raises:
+        SampleError: as ``AudioFile`` and its ``blocks``.
+        DataConfigError: PyAV is not installed.
+    """
+    with AudioFile(data) as file:
+        samples = sum(block.shape[1] for block in file.blocks())
+        return AudioSize(samples, file.rate, file.channels)
+
+
+def track_size(data: bytes | memoryview) -> AudioSize:
+    """Return the size of a video's sound track: (0, 0, 0) without one, 0 samples at 1 Hz if it is damaged."""
+    try:
+        return audio_size(data)
+    except NoSoundError:
+        return AudioSize(0, 0, 0)
+    except SampleError:
+        return AudioSize(0, 1, 1)
+
+
+def _fault(reason: str) -> SampleError:
+    return SampleError(f"a damaged sound: {reason}", kind=FaultKind.DECODE)
+
+
+def _demuxer(start: bytes) -> str:
+    """Return the name of ffmpeg's demuxer for the first bytes of a file."""
+    if start[:4] == b"RIFF" and start[8:12] == b"WAVE":
+        return _WAV
+    if start[:4] == b"fLaC":
+        return _FLAC
+    if start[:4] == _OGG_PAGE:
+        return _OGG
+    if start[4:8] == b"ftyp":
+        return _MP4
+    if start[:4] == b"\x1a\x45\xdf\xa3":
+        return _MATROSKA
+    if start[:4] == b"GIF8":
+        raise NoSoundError("a file without sound", kind=FaultKind.DECODE)
+    # An MP3 begins with tags, or with the 11 set bits of a frame, whose layer is not 0 (which is AAC's).
+    if start[:3] == b"ID3" or (len(start) > 1 and start[0] == 0xFF and start[1] & 0xE0 == 0xE0 and start[1] & 0x06):
+        return _MP3
+    raise SampleError(
+        f"no WAV, FLAC, MP3, Ogg or M4A: it starts with {start[:8].hex(' ') or 'nothing'}", kind=FaultKind.DECODE
+    )
+
+
+class AudioFile:
+    """An encoded sound, opened as a context manager. Opening decodes none of its samples, except to find the codec.
+
+    Args:
+        data: WAV, FLAC, MP3, Ogg or M4A; or a video, of which the first sound track is used.
+
+    Attributes:
+        rate: Samples of a second. It is checked against each decoded block.
+        channels: Number of channels, also checked.
+
+    Raises:
+        SampleError: the file is damaged, has no sound, has another format or codec, or an impossible rate or number of
+            channels.
+        DataConfigError: PyAV is not installed.
+    """
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        av = load_av()
+        self._errors = (av.FFmpegError, ValueError, ArithmeticError)
+        self._data = data
+        self._first_byte = 0
+        self._demuxer = _demuxer(bytes(data[:12]))
+        try:
+            self._container = av.open(io.BytesIO(data), format=self._demuxer, metadata_errors="replace")
+        except self._errors as error:
+            raise _fault(message_of(error)) from error
+        try:
+            self._stream = self._find_stream()
+            self._context = self._stream.codec_context
+            self._context.thread_count = 1  # Each worker process has one core.
+            self._context.options = {"max_samples": str(_MOST_BLOCK)}
+            if self._demuxer == _FLAC:  # Each block has a checksum.
+                self._context.options |= {"err_detect": "crccheck+explode"}
+            self.rate, self.channels = self._checked(self._context.sample_rate, self._context.layout.nb_channels)
+        except self._errors as error:
+            self._container.close()
+            raise _fault(message_of(error)) from error
+        except BaseException:
+            self._container.close()
+            raise
+
+    def __enter__(self) -> AudioFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._container.close()
+
+    def _find_stream(self) -> Any:
+        streams = self._container.streams.audio
+        if not streams:
+            raise NoSoundError("a file without sound", kind=FaultKind.DECODE)
+        name = streams[0].codec_context.name if streams[0].codec_context is not None else "unknown"
+        if name not in _CODECS:
+            raise SampleError(
+                f"a sound with the codec {name!r}; expected one of {', '.join(sorted(_CODECS))}", kind=FaultKind.DECODE
+            )
+        return streams[0]
+
+    def _checked(self, rate: int, channels: int) -> tuple[int, int]:
+        if not 1 <= rate <= MAX_RATE:
+            raise SampleError(f"a sound of {rate} Hz; expected 1 to {MAX_RATE}", kind=FaultKind.DECODE)
+        if not 1 <= channels <= MAX_CHANNELS:
+            raise SampleError(f"a sound with {channels} channels; expected 1 to {MAX_CHANNELS}", kind=FaultKind.DECODE)
+        return rate, channels
+
+    def blocks(self) -> Iterator[npt.NDArray[np.float32]]:
+        """Yield the decoded sound from its start to its end, once.
+
+        Yields:
+            float32 ``(channels, samples)``; full scale is 1.
+
+        Raises:
+            SampleError: the data are damaged, truncated, empty or not finite, change their rate or channels, or decode
+                to too many samples.
+        """
+        total = 0
+        try:
+            for frame in self._frames():
+                if (frame.sample_rate, frame.layout.nb_channels) != (self.rate, self.channels):
+                    raise _fault(
+                        f"{self.rate} Hz and {self.channels} channels become {frame.sample_rate} Hz and "
+                        f"{frame.layout.nb_channels} channels"
+                    )
+                total += frame.samples
+                if total * self.channels > _MOST_VALUES:
+                    raise SampleError(
+                        f"a sound of more than {_MOST_VALUES // self.channels} samples", kind=FaultKind.DECODE
+                    )
+                block = _values(frame)
+                if block.size and not np.abs(block).max() <= _LOUDEST:  # Also false for NaN.
+                    raise _fault(f"a sample is no number, or above {_LOUDEST:g} times full scale")
+                yield block
+        except self._errors as error:
+            raise _fault(message_of(error)) from error
+        if not total:
+            raise _fault("it has no sample")
+        self._check_whole(total)
+
+    def _frames(self) -> Iterator[Any]:
+        for packet in self._container.demux(self._stream):
+            self._first_byte = self._first_byte or packet.pos or 0
+            if packet.is_corrupt:
+                raise _fault("a corrupt packet")
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise _fault("a corrupt block")
+                if frame.samples:
+                    yield frame
+
+    def _check_whole(self, total: int) -> None:
+        """Raise ``SampleError`` if the header promises more samples than there are, or the end of an Ogg is missing."""
+        declared = self._stream.duration
+        before = bytes(self._data[max(0, self._first_byte - _MOST_MP3_HEADER) : self._first_byte])
+        declares = self._demuxer in _DECLARES
+        declares |= self._demuxer == _MP3 and any(mark in before for mark in _MP3_COUNTS)
+        if declares and declared is not None:
+            num_declared = float(declared * self._stream.time_base) * self.rate
+            if total < _LEAST_SHARE * num_declared:
+                raise _fault(f"truncated: its header says {num_declared:.0f} samples, {total} are there")
+        if self._demuxer == _OGG:
+            last = bytes(self._data).rfind(_OGG_PAGE)
+            if not self._data[last + 5] & _OGG_END:
+                raise _fault("truncated: its last page is not marked as the last")
+
+
+def _values(frame: Any) -> npt.NDArray[np.float32]:
+    """Return the samples of a decoded block ``(channels, samples)``."""
+    values = frame.to_ndarray()
+    if not frame.format.is_planar:
+        values = values.reshape(-1, frame.layout.nb_channels).T
+    scale = _FULL_SCALE.get(values.dtype.str[1:])
+    if scale is None:
+        raise SampleError(f"a sound with samples of the type {frame.format.name}", kind=FaultKind.DECODE)
+    if scale == 1.0:
+        return np.ascontiguousarray(values, np.float32)
+    floats = values.astype(np.float32)
+    if values.dtype == np.uint8:  # The only unsigned type.
+        floats -= scale
+    floats /= scale
+    return floats
