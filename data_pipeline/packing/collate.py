@@ -150,7 +150,7 @@ def _slots(documents: Sequence[Document], spec: MediaSpec, modality: str) -> lis
         if any(item.modality != modality for item in document.items):
             embedded = [item for item in document.items if item.embedded]
             counts = [item.num_features(spec) for item in embedded]
-            slots = slots[np.repeat([item.modality == modality for item in embedded], counts)]
+            slots = slots[np.repeat(np.array([item.modality == modality for item in embedded], np.bool_), counts)]
         found.append(slots.astype(np.int64) + first_token)
         first_token += document.num_tokens
     return found

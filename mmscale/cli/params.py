@@ -34,6 +34,6 @@ def params(
 
     root = apply_overrides(read_layers(config), overrides or [])
     block = root.child("model") or root  # A run's file has the model under the key "model".
-    keys = [key for key in ("decoder", "image_tokenizer", "vision") if block.child(key) is not None]
+    keys = [key for key in ("decoder", "image_tokenizer", "vision", "audio") if block.child(key) is not None]
     value, _ = validate(block, kind_of_model(keys or ["decoder"]), str(config))
     emit(asdict(count_parameters(value)), json=json)

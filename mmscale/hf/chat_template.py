@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from data_pipeline.errors import SampleError
-from data_pipeline.sample import ImagePart, Provenance, Sample
+from data_pipeline.sample import AudioPart, ImagePart, Provenance, Sample
 from data_pipeline.text.templates import DialogueTemplate, EndPiece, TextPiece, TokenPiece
 from data_pipeline.text.templates.chat_formats import CHAT_FORMATS
 
@@ -64,21 +64,23 @@ class _Probe:
     text: str | None = None
     error: str = ""
 
-    @property
-    def num_images(self) -> int:
+    def number_of(self, kind: str) -> int:
+        """Return the number of images (``image``) or sounds (``audio``)."""
         contents = [item for turn in self.messages for item in turn["content"] if isinstance(turn["content"], list)]
-        return sum(item["type"] == "image" for item in contents)
+        return sum(item["type"] == kind for item in contents)
 
 
 @dataclass(frozen=True)
 class _Names:
-    """Names of the tokenizer: begin, end and all added tokens, and the text of an image in a rendered conversation."""
+    """Names of the tokenizer: begin, end and all added tokens; the texts of an image and of a sound in a rendered
+    conversation."""
 
     begin: str
     end: str
     added: tuple[str, ...]
     image: str | None
     special: Mapping[str, str] = field(default_factory=dict)
+    sound: str | None = None
 
 
 class _CannotExpressError(Exception):
@@ -86,7 +88,11 @@ class _CannotExpressError(Exception):
 
 
 def derive_format(
-    source: str, names: Mapping[str, str], added_tokens: Sequence[str], image: str | None = None
+    source: str,
+    names: Mapping[str, str],
+    added_tokens: Sequence[str],
+    image: str | None = None,
+    sound: str | None = None,
 ) -> ChatFormat:
     """Return the dialogue template that writes conversations as a chat template does.
 
@@ -95,13 +101,15 @@ def derive_format(
         names: Special tokens of the tokenizer: ``bos_token``, ``eos_token`` and others.
         added_tokens: Names that the tokenizer finds in any text and encodes as one token.
         image: Text that the chat template writes for an image; None for a model without images.
+        sound: The tokens that it writes for a sound; None for a model that takes no sound.
     """
-    known = _Names(names.get("bos_token", ""), names.get("eos_token", ""), tuple(added_tokens), image, names)
+    known = _Names(names.get("bos_token", ""), names.get("eos_token", ""), tuple(added_tokens), image, names, sound)
     now = datetime.now()
     reasons: list[str] = []
-    for listed in (True, False) if image else (False, True):
+    kinds = [kind for kind, written in (("image", image), ("audio", sound)) if written]
+    for listed in (True, False) if kinds else (False, True):
         try:
-            probes = _rendered(source, known, _probes(listed, with_images=image is not None), now)
+            probes = _rendered(source, known, _probes(listed, kinds), now)
             found = _derive(probes, known)
         except _CannotExpressError as error:
             reasons.append(str(error))
@@ -117,14 +125,19 @@ def derive_format(
     return ChatFormat(None, notes=(f"the chat template cannot be expressed as a dialogue template: {reasons[0]}",))
 
 
-def _probes(listed: bool, with_images: bool) -> list[_Probe]:
-    """Return the conversations; ``listed`` gives contents as lists of texts and images, else they are strings."""
+def _probes(listed: bool, kinds: Sequence[str]) -> list[_Probe]:
+    """Return the conversations.
 
-    def content(words: str, images: int = 0, last: bool = False) -> Any:
+    Args:
+        listed: Whether contents are lists of texts, images and sounds; else they are strings.
+        kinds: Types of the items besides text: ``image``, ``audio``.
+    """
+
+    def content(words: str, count: int = 0, last: bool = False, kind: str = "image") -> Any:
         if not listed:
             return words
-        text, pictures = [{"type": "text", "text": words}], [{"type": "image"}] * images
-        return [*text, *pictures] if last else [*pictures, *text]
+        text, shown = [{"type": "text", "text": words}], [{"type": kind}] * count
+        return [*text, *shown] if last else [*shown, *text]
 
     def turns(*contents: Any, system: bool = False) -> Messages:
         roles = [*(["system"] if system else []), *(["user", "assistant"] * len(contents))]
@@ -143,15 +156,15 @@ def _probes(listed: bool, with_images: bool) -> list[_Probe]:
         _Probe(turns(content(f"  {_USER} {_ANSWER}\n")), True, "space"),
         _Probe(turns(u, content(f" \n{_ANSWER}  "), b), True, "space"),
     ]
-    if with_images and listed:
-        shown, later = content(_USER, 1), content(_SECOND, 1)
+    for kind in kinds if listed else ():
+        shown, later = content(_USER, 1, kind=kind), content(_SECOND, 1, kind=kind)
         found += [
-            _Probe(turns(shown), True, "image"),
-            _Probe(turns(shown, a, b), True, "image"),
-            _Probe(turns(u, a, later), True, "image"),
-            _Probe(turns(content(_USER, 2)), True, "image"),
+            _Probe(turns(shown), True, kind),
+            _Probe(turns(shown, a, b), True, kind),
+            _Probe(turns(u, a, later), True, kind),
+            _Probe(turns(content(_USER, 2, kind=kind), a, later), True, kind),
             _Probe(turns(s, shown, system=True), True, "system"),
-            _Probe(turns(content(_USER, 1, last=True)), True, "order"),
+            _Probe(turns(content(_USER, 1, last=True, kind=kind)), True, "order" if kind == "image" else kind),
         ]
     return found
 
@@ -194,7 +207,7 @@ def _derive(probes: list[_Probe], names: _Names) -> ChatFormat:
         except _CannotExpressError as error:
             reason = reason or str(error)
             continue
-        values |= _around_images(probes, values, names, begins)
+        values |= _around_images(probes, values, names, begins) | _around_sounds(probes, names)
         found = _best(_candidates(values, names), probes, names, begins)
         passed += [] if found is None else [found]
         reason = reason or "its text does not follow from the roles and contents of the turns alone"
@@ -273,6 +286,21 @@ def _around_images(probes: list[_Probe], values: Mapping[str, Any], names: _Name
     }
 
 
+def _around_sounds(probes: list[_Probe], names: _Names) -> dict[str, Any]:
+    """Return ``audio_prefix`` and ``audio_suffix``, from a turn that begins with two sounds.
+
+    Empty if the chat template writes no such text, or no sound.
+    """
+    heard = next((probe.text for probe in probes if probe.number_of("audio") > 1), None)
+    parts = [] if heard is None or not names.sound else heard.partition(_USER)[0].split(names.sound)
+    if len(parts) != 3:  # Before, between and after the two.
+        return {}
+    _, between, suffix = parts
+    prefix = between.removeprefix(suffix).replace("2", "{n}")
+    values = {"audio_prefix": prefix, "audio_suffix": suffix}
+    return {key: value for key, value in values.items() if value}
+
+
 def _between(text: str, words: Sequence[str]) -> list[str]:
     """Return the texts around ``words``, each of which must occur once, in this order."""
     parts, rest = [], text
@@ -286,7 +314,7 @@ def _between(text: str, words: Sequence[str]) -> list[str]:
 
 def _candidates(values: dict[str, Any], names: _Names) -> Iterator[dict[str, Any]]:
     """Yield templates to try: the chat formats that we know by name, then the derived strings."""
-    shared: dict[str, Any] = {key: values[key] for key in ("system", "image_suffix") if key in values}
+    shared: dict[str, Any] = {key: values[key] for key in _SHARED if key in values}
     roles: dict[str, dict[str, Any]] = {
         name: {key: text for key, text in values["roles"][name].items() if text}
         for name in ("system", "user", "assistant")
@@ -324,11 +352,14 @@ def _best(candidates: Iterable[dict[str, Any]], probes: list[_Probe], names: _Na
     return None if best is None else best[1]
 
 
+_SHARED = ("system", "image_suffix", "audio_prefix", "audio_suffix")
+"""Derived fields that every candidate has."""
 _NOTES = {
     "end": "a conversation that ends with an answer has other text around it here than in the chat template",
     "system": "the chat template writes a system turn in a way that the template here cannot; do not use system turns",
     "space": "the chat template treats white space around the text of a turn in another way than the template here",
     "image": "the chat template places images in another way than the template here",
+    "audio": "the chat template places sounds in another way than the template here",
     "order": "the chat template moves an image that follows the text of its turn",
 }
 
@@ -363,8 +394,9 @@ def _tokens_in(text: str, names: Iterable[str]) -> list[str]:
 
 def _passes(template: DialogueTemplate, probe: _Probe, names: _Names, begins: bool) -> bool:
     """Return whether the template writes the conversation as the chat template does, or both reject it."""
-    images = tuple(ImagePart(b"", f"{number}.png") for number in range(probe.num_images))
-    sample = Sample(images, {"messages": probe.messages}, Provenance("chat template", "", "", 0))
+    images = [ImagePart(b"", f"{number}.png") for number in range(probe.number_of("image"))]
+    sounds = [AudioPart(b"", f"{number}.wav") for number in range(probe.number_of("audio"))]
+    sample = Sample((*images, *sounds), {"messages": probe.messages}, Provenance("chat template", "", "", 0))
     try:
         pieces = template.prompt(sample) if probe.prompt else template.pieces(sample, None)
     except SampleError:
@@ -379,4 +411,6 @@ def _passes(template: DialogueTemplate, probe: _Probe, names: _Names, begins: bo
             text += names.end
         elif isinstance(piece, ImagePart):
             text += names.image or ""
+        elif isinstance(piece, AudioPart):
+            text += names.sound or ""
     return text == probe.text

@@ -31,6 +31,12 @@ _IDEFICS3_TOWER = {
     "layer_norm_eps": 1e-6,
 }
 
+_WHISPER = {
+    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop"), 0.0),
+    "activation_function": "gelu",
+    "scale_embedding": False,
+    "max_source_positions": 1500,
+}
 _IMAGE_TOKENIZER = {"in_channels": 3, "out_channels": 3, "double_latent": False, "num_res_blocks": 2}
 
 CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -419,6 +425,23 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "layer_norm_eps": 1e-6,
         "dropout": 0.0,
         "initializer_factor": 0.1,
+    },
+    "whisper": {
+        **_WHISPER,
+        "num_mel_bins": 80,
+        "d_model": 384,
+        "encoder_layers": 4,
+        "encoder_attention_heads": 6,
+        "encoder_ffn_dim": 1536,
+        "apply_spec_augment": False,
+    },
+    "qwen2_audio_encoder": {
+        **_WHISPER,
+        "num_mel_bins": 128,
+        "d_model": 1280,
+        "encoder_layers": 32,
+        "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120,
     },
 }
 """``model_type`` -> key -> value. ``rope_theta`` is listed even where version 5 nests it in ``rope_parameters``."""

@@ -3,6 +3,7 @@
 tokenizer files --tokenizer_files--> data.tokenizer
 chat template --chat_template--> data.template
 image processor --family layout--> data.transforms
+feature extractor --family layout--> data.audio
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class FolderData:
         tokenizer: Values of ``data.tokenizer``; None if the folder has no tokenizer that can be read.
         template: Values of ``data.template``; None for a vision tower.
         transforms: Values of ``data.transforms``; None for a model without images.
+        audio: Values of ``data.audio``; None for a model that takes no sound.
         context: Largest number of positions that ``config.json`` names; None if it names none.
         notes: A sentence for each difference from the folder's tokenizer, chat template or processor.
     """
@@ -45,6 +47,7 @@ class FolderData:
     transforms: dict[str, Any] | None
     context: int | None = None
     notes: tuple[str, ...] = ()
+    audio: dict[str, Any] | None = None
 
 
 def describe_folder(
@@ -62,8 +65,10 @@ def describe_folder(
         CheckpointError: a file is damaged, or no transform of mmscale does what the image processor does.
     """
     images: ImageInput | None = None
+    source = ImageSource(config, values, read_processor(folder), str(folder / CONFIG))
     if config.vision is not None:
-        images = _images(layout, ImageSource(config, values, read_processor(folder), str(folder / CONFIG)))
+        images = _images(layout, source)
+    sounds = None if layout.sounds is None else layout.sounds(source)
     transforms = None if images is None else images.transforms
     if not isinstance(config, ModelConfig):
         return FolderData(None, None, transforms, notes=() if images is None else images.notes)
@@ -72,10 +77,12 @@ def describe_folder(
     context = text.get("max_position_embeddings", values.get("max_position_embeddings"))
     found = FolderData(
         None,
-        (None if images is None else images.template) or {"kind": "text" if images is None else "interleaved"},
+        (None if images is None else images.template)
+        or {"kind": "text" if images is None and sounds is None else "interleaved"},
         transforms,
         context if type(context) is int else None,
         () if images is None else images.notes,
+        audio=sounds,
     )
     try:
         return _with_text(found, read_tokenizer(folder, {**text, **values}), config, images, {**text, **values})
@@ -111,12 +118,16 @@ def _with_text(
         CheckpointError: a special token is missing.
     """
     begin, template, notes = files.adds_begin, found.template, found.notes
+    missing = [name for name in (found.audio or {}).values() if files.id_of(name) is None]
+    if missing:
+        raise CheckpointError(f"{files.path} has no token {missing[0]!r} for sounds; add it to the tokenizer")
     image_token = None
     if images is not None and config.predicts_tokens:
         image_token = files.image_token(ids, images.tokens)
     if files.chat_template is not None and config.predicts_tokens:
         marker = None if image_token is None or images is None else f"{images.before}{image_token}{images.after}"
-        chat = derive_format(files.chat_template, files.names, files.added_tokens, marker)
+        sound = None if found.audio is None else "".join(found.audio[key] for key in ("start", "placeholder", "end"))
+        chat = derive_format(files.chat_template, files.names, files.added_tokens, marker, sound)
         notes += chat.notes
         if chat.template is not None:
             # The processors of ``transformers`` let the tokenizer add its begin token; chats of text do not.

@@ -11,7 +11,7 @@ from mmscale.models.config import AnyModelConfig
 
 @dataclass(frozen=True)
 class ImageSource:
-    """The files that describe the images of a folder.
+    """The files that describe the images and sounds of a folder.
 
     Attributes:
         config: Our configuration of the model.

@@ -31,7 +31,8 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.image_input import ImageInput, ImageSource
 from mmscale.hf.keys import Keys, raise_unknown
 from mmscale.hf.read import PREPROCESSOR
-from mmscale.models.config import AnyModelConfig, ModelConfig, TokenizerConfig, TowerConfig
+from mmscale.models.audio_tower import WhisperConfig
+from mmscale.models.config import AnyModelConfig, AudioTowerConfig, ModelConfig, TokenizerConfig, TowerConfig
 from mmscale.models.connector_config import MlpProjectorConfig
 from mmscale.models.connectors.connector import FeatureConnectorBase
 from mmscale.models.decoder import DecoderConfig
@@ -226,12 +227,13 @@ class FamilyLayout:
             processor's keys under ``preprocessor_config``.
         unused: Regular expressions of tensor names that an import may drop; each must match the whole name.
         aliases: (regular expression, replacement) from names in other versions of transformers to those in ``rules``.
-        kind: ``ModelConfig`` for whole models, ``TowerConfig`` for vision towers alone, ``TokenizerConfig`` for image
-            tokenizers alone.
+        kind: ``ModelConfig`` for whole models, ``TowerConfig`` and ``AudioTowerConfig`` for towers alone,
+            ``TokenizerConfig`` for image tokenizers alone.
         modules: (regular expression, replacement) from names in ``rules`` to those of the modules of ``auto_class`` in
             version 5 of transformers, where they differ.
         auto_class: Class of transformers that opens an export; None if transformers has none for this family.
         images: Describes the images of a folder; None for a tower or a text model, see ``image_input``.
+        sounds: Returns the values of ``data.audio`` for a folder; None for a family that takes no sound.
         stacked: As ``rules``, for the spelling that version 5 of transformers has in memory: one tensor for all
             experts of a layer. None for a family without experts or without such a spelling.
         buffers: Whether the folder holds the model's persistent buffers, too (stored means and variances).
@@ -250,6 +252,7 @@ class FamilyLayout:
     auto_class: str | None = "AutoModelForCausalLM"
     modules: tuple[tuple[str, str], ...] = ()
     images: Callable[[ImageSource], ImageInput] | None = None
+    sounds: Callable[[ImageSource], dict[str, Any]] | None = None
     stacked: Callable[[Any], NameRules] | None = None
     buffers: bool = False
     training_only: str | None = None
@@ -378,6 +381,7 @@ class FamilyLayout:
 _HELD = {
     ModelConfig: "models",
     TowerConfig: "vision towers alone",
+    AudioTowerConfig: "audio towers alone",
     TokenizerConfig: "image tokenizers alone",
 }
 """Content of a family's folders, by ``FamilyLayout.kind``."""
@@ -442,6 +446,9 @@ def forward_config(config: AnyModelConfig) -> dict[str, Any]:
         del values["vision"]["init_std"]
         for gate in ("gate_init", "global_gate_init"):
             (values["vision"]["tiles"] or {}).pop(gate, None)
+    if config.audio is not None and isinstance(config.audio.tower, WhisperConfig):
+        _fill_attention(values["audio"]["tower"], config.audio.tower)
+        del values["audio"]["tower"]["init_std"]
     if isinstance(config, ModelConfig | TokenizerConfig) and config.image_tokenizer is not None:
         for name in ("codebook_update", "idle_counts"):  # Used in training only.
             del values["image_tokenizer"][name]
@@ -474,7 +481,7 @@ def forward_config(config: AnyModelConfig) -> dict[str, Any]:
     return values
 
 
-def _fill_attention(block: dict[str, Any], config: DecoderConfig | VisionConfig) -> None:
+def _fill_attention(block: dict[str, Any], config: DecoderConfig | VisionConfig | WhisperConfig) -> None:
     attention = config.attention
     block["attention"]["num_kv_heads"] = attention.kv_heads
     block["attention"]["head_dim"] = attention.resolved_head_dim(config.hidden_dim)

@@ -31,8 +31,9 @@ COMPANION_FILES = (
 )
 """Files that belong to the weights: tokenizer, image processor and sampling options."""
 PREPROCESSOR = "preprocessor_config"
-"""Key that ``read_config`` adds for the image processor's values, from whichever file holds them."""
-_PROCESSOR, _NESTED = "processor_config.json", "image_processor"
+"""Key that ``read_config`` adds for the values of the image processor or, in a model without one, of the feature
+extractor of sounds, from whichever file holds them."""
+_PROCESSOR, _NESTED = "processor_config.json", ("image_processor", "feature_extractor")
 
 
 class HfFolder:
@@ -95,9 +96,11 @@ def read_config(path: Path) -> dict[str, Any]:
     values = _read_json(path / CONFIG)
     if not isinstance(values.get("model_type"), str):
         raise CheckpointError(f"{path / CONFIG}: no model_type: not a model of Hugging Face's transformers")
-    nested = _read_json(path / _PROCESSOR).get(_NESTED) if (path / _PROCESSOR).is_file() else None
+    processor = read_processor(path)
+    name = next((name for name in _NESTED if processor.get(name) is not None), "")
+    nested = processor.get(name)
     if nested is not None and not isinstance(nested, dict):
-        raise CheckpointError(f"{path / _PROCESSOR}: {_NESTED} is no JSON object")
+        raise CheckpointError(f"{path / _PROCESSOR}: {name} is no JSON object")
     if nested is None and (path / f"{PREPROCESSOR}.json").is_file():
         nested = _read_json(path / f"{PREPROCESSOR}.json")
     if nested is not None:

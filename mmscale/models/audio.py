@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from data_pipeline.media_spec import AudioSpec
 from mmscale.models.audio_kind import FramesConfig
+from mmscale.models.audio_tower import WhisperConfig
+from mmscale.models.connectors.conv_gmlp import ConvGmlpProjectorConfig
 from mmscale.models.connectors.projector import LinearProjectorConfig, MlpProjectorConfig
 from mmscale.models.modality import ModalityBase
 
@@ -15,9 +17,11 @@ from mmscale.models.modality import ModalityBase
 class AudioModalityConfig(ModalityBase):
     """How the model hears: an audio tower, and a projector to the decoder's width."""
 
-    tower: FramesConfig
-    """The audio tower: ``kind: frames`` passes groups of mel frames to the projector."""
-    projector: Annotated[LinearProjectorConfig | MlpProjectorConfig, Field(discriminator="kind")] = MlpProjectorConfig()
+    tower: Annotated[WhisperConfig | FramesConfig, Field(discriminator="kind")]
+    """The audio tower: ``kind: whisper``, or ``kind: frames`` to pass groups of mel frames to the projector."""
+    projector: Annotated[
+        LinearProjectorConfig | MlpProjectorConfig | ConvGmlpProjectorConfig, Field(discriminator="kind")
+    ] = MlpProjectorConfig()
     """From the tower's rows to the decoder's width."""
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from torch import nn
 
 from data_pipeline.media_spec import MediaSpec
 from mmscale.models.adapters import attach_adapters
-from mmscale.models.config import AnyModelConfig, ModelConfig, TokenizerConfig, TowerConfig
+from mmscale.models.config import AnyModelConfig, AudioTowerConfig, ModelConfig, TokenizerConfig, TowerConfig
 from mmscale.models.connectors.connector import Connector
 from mmscale.models.connectors.contrastive import ContrastiveConnector
 from mmscale.models.contrastive import ContrastiveModel
@@ -102,16 +102,19 @@ def _head(config: DecoderConfig, tied: TokenEmbedding | None) -> LanguageHead:
 
 
 class TowerAlone(nn.Module):
-    """A vision tower without a decoder. Its parameters have the same names as in a whole model."""
+    """A vision or audio tower without a decoder. Its parameters have the same names as in a whole model."""
 
-    def __init__(self, config: TowerConfig, backend: Backend) -> None:
+    def __init__(self, config: TowerConfig | AudioTowerConfig, backend: Backend) -> None:
         super().__init__()
         self.config = config
-        self.vision = config.vision.build(backend)
+        if isinstance(config, AudioTowerConfig):
+            self.audio = config.audio.tower.build(backend)
+        else:
+            self.vision = config.vision.build(backend)
 
     def components(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters of the one component, ``vision``."""
-        return {"vision": list(self.vision.parameters())}
+        """Return the parameters of the one component, ``vision`` or ``audio``."""
+        return {name: list(tower.parameters()) for name, tower in self.named_children()}
 
 
 @overload
@@ -139,7 +142,7 @@ def build_unset(
     """
     if isinstance(config, TokenizerConfig):
         return ImageTokenizerModel(config)
-    if isinstance(config, TowerConfig):
+    if isinstance(config, TowerConfig | AudioTowerConfig):
         return TowerAlone(config, resolve_backend(attention, dtype))
     return build_model(config, attention=attention, seed=None, dtype=dtype)
 

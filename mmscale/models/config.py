@@ -11,6 +11,7 @@ from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import Placement
 from mmscale.models.adapters import COMPONENT, AdaptersConfig
 from mmscale.models.audio import AudioModalityConfig
+from mmscale.models.audio_tower import WhisperConfig
 from mmscale.models.connector_config import ConnectorConfig
 from mmscale.models.decoder import DecoderConfig
 from mmscale.models.image_tokenizer import ImageTokenizerConfig
@@ -25,7 +26,23 @@ from mmscale.nn.sizes import Side
 class TowerConfig(StrictConfig):
     """A vision tower without a decoder. Its weights can be counted, imported, exported, and loaded into a model."""
 
+    audio: ClassVar[None] = None
     vision: VisionConfig
+    """The tower."""
+
+
+class AudioTowerBlock(StrictConfig):
+    """The block ``audio`` without a projector."""
+
+    tower: WhisperConfig
+    """The tower."""
+
+
+class AudioTowerConfig(StrictConfig):
+    """An audio tower without a decoder. Its weights can be counted, imported, exported, and loaded into a model."""
+
+    vision: ClassVar[None] = None
+    audio: AudioTowerBlock
     """The tower."""
 
 
@@ -33,6 +50,7 @@ class TokenizerConfig(StrictConfig):
     """An image tokenizer without a decoder of text. A run trains it with ``stages.*.reconstruction``."""
 
     vision: ClassVar[None] = None
+    audio: ClassVar[None] = None
     connector: ClassVar[None] = None
     adapters: ClassVar[None] = None
     predicts_tokens: ClassVar[bool] = False
@@ -151,7 +169,7 @@ class ModelFile(ModelConfig):
     """Discriminator of an image tokenizer's adversarial loss; null for training without one."""
 
 
-AnyModelConfig = ModelConfig | TowerConfig | TokenizerConfig
+AnyModelConfig = ModelConfig | TowerConfig | AudioTowerConfig | TokenizerConfig
 
 
 def _trained_kind(value: Any) -> str:
@@ -181,4 +199,6 @@ def kind_of_model(keys: Container[str]) -> type[AnyModelConfig]:
     """Return the class of a model's configuration that has these keys."""
     if "decoder" in keys:
         return ModelConfig
-    return TokenizerConfig if "image_tokenizer" in keys else TowerConfig
+    if "image_tokenizer" in keys:
+        return TokenizerConfig
+    return AudioTowerConfig if "audio" in keys else TowerConfig

@@ -73,6 +73,8 @@ class AttentionConfig(StrictConfig):
     """K, channels of a head. Null: width / ``num_heads``, which must then divide the width."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen2)."""
+    key_bias: bool = True
+    """Whether ``qkv_bias`` includes the key projection (Whisper: false)."""
     out_bias: bool = False
     """Bias on the output projection."""
     qk_norm: QkNorm = QkNorm.NONE
@@ -84,6 +86,8 @@ class AttentionConfig(StrictConfig):
     def _divisible(self) -> AttentionConfig:
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_kv_heads={self.num_kv_heads}: must divide num_heads={self.num_heads}")
+        if not (self.key_bias or self.qkv_bias):
+            raise ValueError("key_bias=false: without qkv_bias there is none to leave out; set qkv_bias=true")
         return self
 
     @property
@@ -118,7 +122,7 @@ class _Projections(nn.Module):
         self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
         query_dim, key_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(dim, query_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(source_dim, key_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(source_dim, key_dim, bias=config.qkv_bias and config.key_bias)
         self.v_proj = nn.Linear(source_dim, key_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_dim, dim, bias=config.out_bias)
         self.qk_norm = config.qk_norm

@@ -4,7 +4,8 @@ Neither the order of construction, nor the number of ranks, nor other parameters
 Random parameters are normal with standard deviation ``1 / sqrt(last dimension)``: the fan-in of projections and stacked
 experts. A tower may set a fixed deviation instead. Projections that write to a residual stream of L blocks are divided
 by ``sqrt(2 L)``. A module may state other rules for its own parameters: constants (``constant_init``), a uniform
-distribution around 0 (``uniform_init``), or the norms of the rows of another one (``row_norm_init``).
+distribution around 0 (``uniform_init``), the norms of the rows of another one (``row_norm_init``), or a function of the
+shape (``fixed_init``). Parameters of ``fixed_init`` are never trained.
 
 Source: LeCun et al. 1998, "Efficient backprop" (fan-in); Radford et al. 2019 (GPT-2), section 2.3 (residual outputs).
 """
@@ -74,6 +75,9 @@ def first_values(module: nn.Module, full_name: str, shape: Iterable[int], seed: 
         seed: Seed of the run.
     """
     path, _, name = full_name.rpartition(".")
+    if (values_of := getattr(module, "fixed_init", {}).get(name)) is not None:
+        fixed: Tensor = values_of(*shape)
+        return fixed
     if (source := getattr(module, "row_norm_init", {}).get(name)) is not None:
         # ``module`` may be sharded, so its parameters need not have their shapes.
         rows = first_values(module, f"{path}.{source}", (module.out_features, module.in_features), seed)  # type: ignore[arg-type]
@@ -87,6 +91,11 @@ def first_values(module: nn.Module, full_name: str, shape: Iterable[int], seed: 
     if (bound := getattr(module, "uniform_init", {}).get(name)) is not None:
         return values.uniform_(-bound, bound, generator=generator)
     return values.normal_(mean, std, generator=generator)
+
+
+def fixed_parameters(model: nn.Module) -> set[int]:
+    """Return the ``id()`` of each parameter that no stage trains: those of ``fixed_init``."""
+    return {id(getattr(module, name)) for module in model.modules() for name in getattr(module, "fixed_init", ())}
 
 
 def value_rule(module: nn.Module, full_name: str, shape: tuple[int, ...]) -> tuple[float, float]:

@@ -87,6 +87,7 @@ class PerceptualTower(nn.Module):
 
     def __init__(self, tower: TowerAlone, image_size: int) -> None:
         super().__init__()
+        assert isinstance(tower.config, TowerConfig)
         self.vision = tower.vision.requires_grad_(requires_grad=False)
         self.config = tower.config.vision
         self._image_size = image_size

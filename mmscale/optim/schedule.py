@@ -18,6 +18,7 @@ from mmscale.errors import ConfigError
 from mmscale.models.image_tokens import TOKENIZER, ImageHead
 from mmscale.models.vocabulary import LanguageHead
 from mmscale.nn.expert_parallel import full_shape
+from mmscale.nn.init import fixed_parameters
 from mmscale.optim.config import AdafactorConfig, AdamWConfig, MuonConfig
 from mmscale.optim.stages import ALL, StageConfig
 
@@ -67,14 +68,17 @@ def trained_components(components: Iterable[str], stage: StageConfig) -> tuple[s
 def freeze(model: nn.Module, components: Components, stage: StageConfig) -> None:
     """Set ``requires_grad`` of every parameter: True for the components that ``stage`` trains, False for the others.
 
+    ``fixed_parameters`` stay frozen in a trained component, too.
+
     Raises:
         ConfigError: the stage names a component that the model lacks, or a parameter does not belong to exactly one
             component.
     """
     names = trained_components(components, stage)
     owner = component_of_parameters(model, components)
+    fixed = fixed_parameters(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(owner[name] in names)
+        parameter.requires_grad_(owner[name] in names and id(parameter) not in fixed)
 
 
 def decays(name: str, shape: Sequence[int]) -> bool:

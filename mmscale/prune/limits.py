@@ -16,6 +16,7 @@ _FIXED_FIELDS = (
     "rope.theta",
     "rope.fraction",
     "attention.qkv_bias",
+    "attention.key_bias",
     "attention.out_bias",
     "attention.qk_norm",
     "mlp.activation",

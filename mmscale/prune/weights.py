@@ -62,7 +62,8 @@ class _BlockSquares:
 
     def _bias(self, name: str) -> Tensor:
         attention, mlp = self.config.attention, self.config.mlp
-        biased = {"self_attn.o_proj": attention.out_bias}.get(name, attention.qkv_bias)
+        own = {"self_attn.o_proj": attention.out_bias, "self_attn.k_proj": attention.qkv_bias and attention.key_bias}
+        biased = own.get(name, attention.qkv_bias)
         if name.startswith("mlp."):
             biased = mlp.bias  # type: ignore[union-attr]  # ``conflicts`` rejects experts.
         return self._read(f"{self._prefix}.{name}.bias").square() if biased else torch.zeros(())

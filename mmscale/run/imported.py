@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-00000000    the weights
     RUN/hf_files/                    tokenizer and processor files, with their checksums
-    RUN/config.yaml                  model, tokenizer, template and transforms
+    RUN/config.yaml                  model, tokenizer, template, transforms and audio
 
 ``mmscale generate``, ``chat`` and ``eval`` read the folder, and a run that trains the model names it as its ``base``.
 """
@@ -75,7 +75,7 @@ def import_run(source: Path, run: Path) -> ImportedRun:
 def _values(report: HfImportReport, run: Path, files: Path) -> dict[str, Any]:
     """Return the configuration, or the blocks that are known."""
     data = report.data
-    blocks: dict[str, Any] = {"template": data.template, "transforms": data.transforms}
+    blocks: dict[str, Any] = {"template": data.template, "transforms": data.transforms, "audio": data.audio}
     known = {name: block for name, block in blocks.items() if block is not None}
     if data.tokenizer is None:
         return {"model": report.model, "data": known}

@@ -35,5 +35,5 @@ def model_of(path: Path) -> AnyModelConfig:
     """Return the model of a file: the whole file, or the ``model`` block of a run."""
     root = read_layers(path)
     block = root.child("model") or root
-    keys = [key for key in ("decoder", "image_tokenizer") if block.child(key) is not None]
+    keys = [key for key in ("decoder", "image_tokenizer", "audio") if block.child(key) is not None]
     return validate(block, kind_of_model(keys), str(path))[0]

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from data_pipeline.batch import MediaBlock, Segments
 from data_pipeline.media_spec import MediaSpec, Placement
 from mmscale.models.build import ParameterCount, build_weights, count_parameters, media_spec
 from mmscale.models.config import AnyModelConfig, ModelConfig
@@ -71,10 +75,23 @@ def _flops(config: AnyModelConfig) -> list[str]:
         documents = {n: _document(spec, grid, n, vocab, tokens) for n in views}
         view = f"view of {grid[0]} x {grid[1]} patches"
         cases = {f"{n} x {view}": pack([document], spec) for n, document in documents.items()}
+    clips, heard = dict[str, MediaBlock](), ""
+    for name, inputs in spec.modalities.items():
+        grid = inputs.typical_grid
+        clips[name] = _one_item(grid)
+        heard += f", 1 x {inputs.noun} of {grid[0]:,} frames"
+    cases = {f"{name}{heard}": replace(one, media={**one.media, **clips}) for name, one in cases.items()}
     return [
         f"forward FLOPs, {tokens:,} tokens with those of views",
         *(f"  {name:40} {forward_flops(config, batch):28,}" for name, batch in cases.items()),
     ]
+
+
+def _one_item(grid: tuple[int, int, int]) -> MediaBlock:
+    """Return a block with one item of another modality than images. FLOPs depend on its size alone."""
+    none, empty = torch.empty(0, dtype=torch.int64), Segments.from_lengths([])
+    rows = Segments.from_lengths([math.prod(grid)])
+    return MediaBlock(none, none, (grid,), rows, none, none, none, empty, empty)
 
 
 def _document(spec: MediaSpec, grid: tuple[int, int], crops: int, vocab: int, tokens: int) -> Doc:
@@ -118,6 +135,9 @@ def _described(model: nn.Module) -> Iterator[tuple[str, tuple[str, str, str]]]:
             full = f"{path}.{name}" if path else name
             if owners.setdefault(parameter, full) != full:
                 yield full, (*_shape(parameter), f"is {owners[parameter]}")
+                continue
+            if (rule := getattr(module, "fixed_init", {}).get(name)) is not None:
+                yield full, (*_shape(parameter), f"{rule.__name__}, never trained")
                 continue
             mean, std = value_rule(module, full, tuple(parameter.shape))
             yield full, (*_shape(parameter), f"normal {std:.4g}" if std else f"all {mean:g}")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.layouts import LAYOUTS
+from mmscale.models.audio import AudioModalityConfig
+from mmscale.models.audio_tower import WhisperConfig
 from mmscale.models.config import AnyModelConfig, ModelConfig, TokenizerConfig
 from mmscale.models.connector_config import ContrastiveConnectorConfig, EmbeddingConnectorConfig
 from mmscale.models.decoder import DecoderConfig
@@ -76,7 +78,13 @@ def _parts(config: AnyModelConfig) -> tuple[str, str, str]:
             f", {projector.merge}x{projector.merge}" * (projector.merge > 1)
         )
         kind += "" if isinstance(connector, EmbeddingConnectorConfig) else f", every {connector.every}"
-    return _decoder(config.decoder) if isinstance(config, ModelConfig) else "", _tower(vision), kind
+    tower, audio = _tower(vision), config.audio
+    if isinstance(audio, AudioModalityConfig):
+        kind = "; ".join(filter(None, (kind, f"audio: {audio.projector.kind}")))
+    if audio is not None and isinstance(audio.tower, WhisperConfig):
+        heard = f"{audio.tower.num_layers} x {audio.tower.hidden_dim}, {audio.tower.max_frames / 100:g} s of sound"
+        tower = "; ".join(filter(None, (tower, heard)))
+    return _decoder(config.decoder) if isinstance(config, ModelConfig) else "", tower, kind
 
 
 def _decoder(decoder: DecoderConfig) -> str:

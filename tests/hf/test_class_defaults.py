@@ -18,6 +18,15 @@ pytestmark = pytest.mark.parity
 _OWN_CODE = {"intern_vit_6b"}
 """Families without a class in transformers."""
 _TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SOUND = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "num_mel_bins": 8,
+    "max_source_positions": 20,
+    "activation_function": "silu",
+}
 _FULL = {"sliding_window": None}
 TINY: dict[str, dict[str, Any]] = {
     "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 2], "attn_resolutions": [1], "hidden_size": 64},
@@ -128,6 +137,11 @@ TINY: dict[str, dict[str, Any]] = {
     "siglip": {"vision_config": {**_TEXT, "image_size": 48, "patch_size": 8, "layer_norm_eps": 1e-4}},
     "siglip_vision_model": {**_TEXT, "image_size": 48, "patch_size": 8, "hidden_act": "gelu"},
     "internvl_vision": {**_TEXT, "image_size": [28, 28], "patch_size": [7, 7], "use_qk_norm": True},
+    "qwen2_audio_encoder": _SOUND,
+    "qwen2_audio": {
+        "text_config": {**_TEXT, "model_type": "qwen2", "num_key_value_heads": 2},
+        "audio_config": {**_SOUND, "model_type": "qwen2_audio_encoder"},
+    },
 }
 """Small configurations whose values differ from the class defaults."""
 
@@ -192,6 +206,7 @@ MUST_BE_THERE = {
     "clip": {"text_config", "vision_config"},
     "siglip": {"vision_config"},
     "emu3": {"text_config"},
+    "qwen2_audio": {"text_config", "audio_config"},
 }
 """Keys that a folder must have. A missing key of another name is an error only if the completed values contradict."""
 

@@ -44,6 +44,8 @@ COUNTS = {  # Counted in the reference implementations (transformers; Molmo's ow
     "qwen2-vl-2b": 2_208_985_600,
     "qwen2-vl-7b": 8_291_375_616,
     "qwen2-vl-72b": 73_405_560_320,
+    "qwen2-audio-7b": 8_397_094_912,
+    "whisper-large-v3": 636_968_960,
     "pixtral-12b": 12_682_739_712,
     "llava-1.5-7b": 7_063_427_072,
     "internvl3-1b": 938_193_024,
@@ -71,6 +73,7 @@ TOWERS = {  # Tower, connector.
     "smolvlm-256m": (86_433_024, 7_077_888),
     "aria": (417_792_240, 20_427_136),  # The tower with its unused norm.
     "janus-1.3b": (303_688_704, 6_295_552),
+    "qwen2-audio-7b": (636_968_960, 5_246_976),
 }
 NOMINAL = {  # Sizes were not published: models of the published form with about the published number.
     "mm1.5-1b": (997_853_760, 1e9),
@@ -117,8 +120,10 @@ def test_the_published_number_of_parameters(name: str, capsys: pytest.CaptureFix
         assert tuple(parts[part] for part in ("vision", "connector", "decoder", "extra_tokens")) == SPLITS[name]
     if name in TOWERS:
         tower, connector = TOWERS[name]
-        assert parts["vision"] == tower - (parts["connector"] if connector is None else 0)
-        assert connector in (None, parts["connector"])
+        names = ("vision", "connector") if "vision" in parts else ("audio", "audio_connector")
+        found = [parts[part] for part in names]
+        assert found[0] == tower - (found[1] if connector is None else 0)
+        assert connector in (None, found[1])
 
 
 @pytest.mark.parametrize("name", NOMINAL)

@@ -18,7 +18,7 @@ from data_pipeline.media_spec import Placement
 from mmscale.config import leaves
 from mmscale.dist import World
 from mmscale.models.build import build_unset, build_weights, count_parameters, media_spec
-from mmscale.models.config import AnyModelConfig, ModelConfig, TokenizerConfig
+from mmscale.models.config import AnyModelConfig, AudioTowerConfig, ModelConfig, TokenizerConfig
 from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.models.image_tokenizer import ImageTokenizer
 from mmscale.models.image_tokens import TOKENIZER
@@ -93,12 +93,17 @@ def loss_of(config: AnyModelConfig, model: Any) -> Tensor:
         return objective(model, text_and_pictures(config)).loss_sum
     if isinstance(config, TokenizerConfig):
         return loss_of_tokenizer(model.image_tokenizer, config.image_size)
+    empty, none = torch.empty(0, dtype=torch.int64), Segments.from_lengths([])
+    if isinstance(config, AudioTowerConfig):
+        frames = config.audio.tower.max_frames
+        values, rows = torch.randn(frames, config.audio.tower.num_bins), Segments.from_lengths([frames])
+        heard = MediaBlock(values, empty, ((frames, 1, 1),), rows, empty, empty, empty, none, none)
+        return model.audio(heard).square().sum()
     grid = config.vision.fixed_grid or (4, 6)
     items = Segments.from_lengths([grid[0] * grid[1]])
     patches = torch.randint(
         0, 256, (items.total, config.vision.channels * config.vision.patch_size**2), dtype=torch.uint8
     )
-    empty, none = torch.empty(0, dtype=torch.int64), Segments.from_lengths([])
     media = MediaBlock(patches, torch.tensor([(1, *grid)]), ((1, *grid),), items, empty, empty, empty, none, none)
     return model.vision(media).square().sum()
 
@@ -120,9 +125,10 @@ def test_the_smoke_test_model_trains_a_step(path: Path) -> None:
     torch.manual_seed(0)
     first = loss_of(config, model)
     first.backward()
-    # A decoder's image tokenizer is never trained.
+    # A decoder's image tokenizer is never trained, and neither are stored sinusoids.
     frozen = [TOKENIZER] if isinstance(config, ModelConfig) else []
-    trained = [value for name, value in model.named_parameters() if name.partition(".")[0] not in frozen]
+    named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    trained = [value for name, value in named if name.partition(".")[0] not in frozen]
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained)
     with torch.no_grad():
         norm = torch.stack([parameter.grad.square().sum() for parameter in trained]).sum()

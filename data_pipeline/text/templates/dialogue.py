@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.order.randomness import Rng
-from data_pipeline.sample import ImagePart, MediaPart, Sample
+from data_pipeline.sample import AudioPart, ImagePart, MediaPart, Sample
 from data_pipeline.shards.pages import MAX_WEIGHT, weight_of
 from data_pipeline.text.templates.base import (
     EndPiece,
@@ -105,6 +105,11 @@ class DialogueTemplate(LearnedText):
     image_suffix: str = ""
     """Text after each image, read and not learned: a line break (InternVL, LLaVA). It is left out if the text after the
     image begins with it."""
+    audio_prefix: str = ""
+    """Text before each sound, read and not learned; ``{n}`` is its number in the dialogue, from 1 (Qwen2-Audio:
+    ``Audio {n}: ``)."""
+    audio_suffix: str = ""
+    """Text after each sound, read and not learned: a line break (Qwen2-Audio)."""
     system: str | None = None
     """Content of a system turn for dialogues that do not begin with one. null adds none."""
     system_for: Literal["all", "text"] = "all"
@@ -162,13 +167,13 @@ class DialogueTemplate(LearnedText):
         if not learned:
             raise SampleError("no turn of the dialogue is learned", kind=FaultKind.TEXT)
         not_learned = learned[:-1] if self.learn == "last" else []
-        pieces: list[Piece] = []
+        pieces, sounds = list[Piece](), itertools.count(1)
         weight = 0.0
         for number, (turn, content) in enumerate(zip(turns, _with_media(turns, sample), strict=True)):
             role = self.roles[turn.role]
             weight = 0.0 if number in not_learned else self._weight(turn)
             pieces += [*self._opening(role, content), *text(role.lead, weight)]
-            for piece in self._spaced(content):
+            for piece in self._spaced(content, sounds):
                 pieces += text(piece.text, weight * piece.weight) if isinstance(piece, TextPiece) else [piece]
             pieces += self._marked(role.suffix, weight)
             if self.end == "turn" and role.weight:
@@ -183,11 +188,11 @@ class DialogueTemplate(LearnedText):
         answers = [number for number, turn in enumerate(turns) if self.roles[turn.role].weight]
         # A dialogue that does not end with an answer is used completely.
         before = turns if not answers or answers[-1] < len(turns) - 1 else turns[: answers[-1]]
-        pieces: list[Piece] = []
+        pieces, sounds = list[Piece](), itertools.count(1)
         for turn, content in zip(before, _with_media(turns, sample), strict=False):
             role = self.roles[turn.role]
             pieces += [*self._opening(role, content), *text(role.lead)]
-            for piece in self._spaced(content):
+            for piece in self._spaced(content, sounds):
                 pieces += text(piece.text) if isinstance(piece, TextPiece) else [piece]
             pieces += self._marked(role.suffix, 0.0)
             if self.end == "turn" and role.weight:
@@ -217,9 +222,16 @@ class DialogueTemplate(LearnedText):
         other = role.prefix_before_image if begins_with_image else None
         return self._marked(role.prefix if other is None else other, 0.0)
 
-    def _spaced(self, content: Sequence[TextPiece | MediaPart]) -> Iterator[TextPiece | MediaPart]:
-        """Yield the content of a turn with ``image_suffix`` after its images."""
+    def _spaced(
+        self, content: Sequence[TextPiece | MediaPart], sounds: Iterator[int]
+    ) -> Iterator[TextPiece | MediaPart]:
+        """Yield the content of a turn with the texts around its images and sounds; ``sounds`` numbers the latter."""
         for piece, after in itertools.zip_longest(content, content[1:]):
+            if isinstance(piece, AudioPart):
+                yield from text(self.audio_prefix.replace("{n}", str(next(sounds))))
+                yield piece
+                yield from text(self.audio_suffix)
+                continue
             yield piece
             follows = isinstance(after, TextPiece) and after.text.startswith(self.image_suffix)
             if self.image_suffix and isinstance(piece, ImagePart) and not follows:
