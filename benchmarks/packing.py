@@ -1,8 +1,9 @@
 """Unused room and cost imbalance of packs, by strategy: ``python -m benchmarks.packing --json``.
 
-Two streams of documents fill the packs of 16 lanes. *Emoji*: the bundled shards as the quickstart reads them, a name
+Three streams of documents fill the packs of 16 lanes. *Emoji*: the bundled shards as the quickstart reads them, a name
 and a few features per image. *Long tail*: text of log-normal length; half of the documents have an image of 64 to 1600
-patches, also log-normal.
+patches, also log-normal. *Clips*: a third each of videos of 2 to 256 frames and 64 to 576 patches a frame, of sounds of
+1 to 600 seconds, and of text; all log-normal, so that the patches of a document vary a thousandfold.
 
 Unused room is 1 minus the mean fill of the budget that is reached first: the padding if packs were padded. Imbalance is
 the largest cost of a step's packs over their mean, averaged over the steps: the time of a step relative to balanced
@@ -13,6 +14,7 @@ with a token budget only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +22,11 @@ import numpy as np
 
 from benchmarks.report import Case, main
 from data_pipeline.document import Document, ImageExtent, MediaItem
-from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.media_spec import AudioSpec, MediaSpec, Placement
 from data_pipeline.order.state import Drawn, StreamPosition
 from data_pipeline.packing.config import PackingConfig
 from data_pipeline.packing.document_builder import DocumentBuilder
+from data_pipeline.packing.draft import Draft
 from data_pipeline.packing.packer import Budget, DrawnDocument, Packer
 from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.sample import Provenance
@@ -36,6 +39,13 @@ from mmscale.run.config import RunConfig
 LANES, STEPS = 16, 60
 QUICKSTART = Path("configs/quickstart.yaml")
 SPEC = MediaSpec(Placement.EMBEDDING, patch_size=1, merge=2, cost_per_patch=0.35)
+CLIPS_SPEC = replace(
+    SPEC,
+    audio=AudioSpec(padded=False, extra_frames=2, reductions=((3, 1, 1), (3, 2, 1), (2, 2, 0)), cost_per_frame=0.04),
+)
+"""The audio of Qwen2-Audio: 25 features a second, and about the cost of Whisper's encoder relative to a 7B decoder."""
+CLIPS = {"max_tokens": 16384, "max_cost": 22528}
+"""Budgets in which the longest documents fit."""
 
 Draw = Callable[[int, int], Document]
 """Returns the document of a lane and number."""
@@ -66,6 +76,27 @@ def long_tail(lane: int, number: int) -> Document:
     dest = np.arange(features, dtype=np.int32)
     origin = Provenance("long tail", str(lane), str(number), number)
     return Document(ids, ids, weights, ids, items, dest, (), origin, images=(ImageExtent(0, 0, features),) * len(items))
+
+
+def clips(lane: int, number: int) -> Document:
+    """Return a document: text after a video or a sound of log-normal length, or text alone."""
+    rng, draft = np.random.default_rng((lane, number)), Draft(CLIPS_SPEC)
+    kind, audio = int(rng.integers(3)), CLIPS_SPEC.modalities["audio"]
+    if kind == 0:
+        side = 2 * int(np.clip(rng.lognormal(2.0, 0.4), 4, 12))
+        frames = int(np.clip(rng.lognormal(2.3, 1.2), 1, min(128, 20000 // side**2)))  # Pairs of frames.
+        values = np.broadcast_to(np.uint8(0), (frames * side * side, CLIPS_SPEC.patch_dim))
+        draft.add_image((MediaItem(values, (frames, side, side), embedded=True),), 1, None)
+    elif kind == 1:
+        left, chunks = int(100 * np.clip(rng.lognormal(2.3, 1.2), 1, 600)), list[MediaItem]()
+        while left > 0:
+            rows = min(left, 3000) + 2
+            values = np.broadcast_to(np.float32(0), (max(rows, audio.minimal_grid[0]), audio.patch_dim))
+            chunks.append(MediaItem(values, (len(values), 1, 1), embedded=True, modality="audio"))
+            left -= 3000
+        draft.add_clip(chunks, 1)
+    draft.add_tokens([1] * int(np.clip(rng.lognormal(4.2, 1.0), 8, 4096)), 1.0)
+    return draft.finish(Provenance("clips", str(lane), str(number), number))
 
 
 def emoji() -> Workload:
@@ -107,10 +138,11 @@ class _Source:
 
 
 class PackingStats(NamedTuple):
-    """Means over packs and steps."""
+    """Means over packs and steps, and the largest share of a budget that any pack uses."""
 
     unused: float
     imbalance: float
+    fullest: float
 
 
 def pack(load: Workload, steps: int, with_cost: bool, **packing: object) -> PackingStats:
@@ -119,10 +151,13 @@ def pack(load: Workload, steps: int, with_cost: bool, **packing: object) -> Pack
     config = PackingConfig.model_validate({**limits, **packing})
     budget = Budget(config, load.spec, dummy_document(load.spec, 0))
     packers = [Packer(_Source(load.draw, lane), budget, lane) for lane in range(LANES)]
-    return PackingStats(*np.mean(list(_steps(packers, config, load.spec, steps)), axis=0).tolist())
+    found = np.array(list(_steps(packers, config, load.spec, steps)))
+    return PackingStats(*found[:, :2].mean(0).tolist(), float(found[:, 2].max()))
 
 
-def _steps(packers: list[Packer], config: PackingConfig, spec: MediaSpec, steps: int) -> Iterator[tuple[float, float]]:
+def _steps(
+    packers: list[Packer], config: PackingConfig, spec: MediaSpec, steps: int
+) -> Iterator[tuple[float, float, float]]:
     for _ in range(steps):
         packs = [packer.next_pack().documents for packer in packers]
         tokens = np.array([sum(document.num_tokens for document in documents) for documents in packs])
@@ -130,7 +165,7 @@ def _steps(packers: list[Packer], config: PackingConfig, spec: MediaSpec, steps:
         full = tokens / config.max_tokens
         if config.max_cost is not None:
             full = np.maximum(full, costs / config.max_cost)
-        yield 1 - float(full.mean()), float(costs.max() / costs.mean())
+        yield 1 - float(full.mean()), float(costs.max() / costs.mean()), float(full.max())
 
 
 STRATEGIES: dict[str, dict[str, object]] = {
@@ -141,9 +176,13 @@ STRATEGIES: dict[str, dict[str, object]] = {
 
 
 def measure(steps: int = STEPS) -> list[Case]:
-    """Return both workloads, all strategies, with and without a cost budget."""
+    """Return all workloads, all strategies, with and without a cost budget."""
     cases = []
-    for work in (emoji(), Workload("long tail", long_tail, SPEC, max_tokens=8192, max_cost=9216)):
+    for work in (
+        emoji(),
+        Workload("long tail", long_tail, SPEC, max_tokens=8192, max_cost=9216),
+        Workload("clips", clips, CLIPS_SPEC, **CLIPS),
+    ):
         found = {
             (name, with_cost): pack(work, steps, with_cost, **packing)
             for name, packing in STRATEGIES.items()

@@ -139,12 +139,14 @@ class CropLocation(NamedTuple):
         image: Number of its image in the batch; the items of one image are consecutive, in reading order.
         tiles: Rows and columns of tiles that its image is cut into; (1, 1) if the image is not tiled.
         tile: Row and column of this tile; None if the item shows the whole image.
+        is_video: Whether the item is a video, or a crop of one of its frames.
     """
 
     segment: int
     image: int
     tiles: tuple[int, int]
     tile: tuple[int, int] | None
+    is_video: bool = False
 
 
 @dataclass(frozen=True, repr=False)

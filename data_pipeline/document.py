@@ -83,6 +83,8 @@ class MediaItem:
         later_values: uint8 ``(P, (frames_per_patch - 1) * patch_dim)``: of a video, the second and later frames of each
             patch in order, if patches span several frames; ``values`` has the first. None for a still image, which
             counts as identical frames.
+        is_video: Whether it is a video, or a crop of one of its frames.
+        seconds_per_step: Of a video, the seconds between consecutive groups of frames; None for a still image.
         modality: Name of its modality. Items of other modalities than ``image`` are embedded, and have only ``values``,
             ``grid`` and ``image``.
     """
@@ -97,7 +99,9 @@ class MediaItem:
     image: int = 0
     tag: tuple[int, ...] = ()
     later_values: npt.NDArray[np.uint8] | None = None
+    seconds_per_step: float | None = None
     modality: str = IMAGE
+    is_video: bool = False
 
     def kept_features(self, spec: MediaSpec, first: int = 0) -> list[IndexRange]:
         """Return the ranges of the crop's feature rows that the decoder gets, ascending.
@@ -111,7 +115,7 @@ class MediaItem:
         """
         if self.kept_region is None:
             return [(first, self.num_features(spec))]
-        frames, rows, columns = spec.feature_grid(self.grid)
+        frames, rows, columns = spec.of_frames(self.is_video).feature_grid(self.grid)
         top, left, height, width = self.kept_region
         corner, frame_size = first + spec.class_features + top * columns + left, rows * columns + spec.class_features
         return [
@@ -124,7 +128,8 @@ class MediaItem:
         Raises:
             SampleError: as ``MediaSpec.num_features``.
         """
-        made = spec.inputs_of(self.modality).num_features(self.grid)
+        inputs = spec.of_frames(self.is_video) if self.modality == IMAGE else spec.inputs_of(self.modality)
+        made = inputs.num_features(self.grid)
         return made if self.kept_region is None else self.grid[0] * self.kept_region.height * self.kept_region.width
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,28 @@ Grid = tuple[int, int, int]
 
 QuerySizes = tuple[tuple[int, int], ...]
 """Pairs (side, number), ascending: a crop whose longer side has at most ``side`` patches has ``number`` features."""
+
+
+class SquarePooling(NamedTuple):
+    """Squares of patches that become one feature each, in grids whose sides may be no multiple of a square's side.
+
+    Attributes:
+        side: Side of a square in patches.
+        pads_rows: Whether the rows below the last whole square make further squares; otherwise they make no feature.
+        pads_columns: The same for the columns to the right of the last whole square.
+    """
+
+    side: int
+    pads_rows: bool = False
+    pads_columns: bool = False
+
+    def features(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns of features of a grid of patches; 0 if it has no square."""
+        rows, columns = (
+            (length + (self.side - 1) * pads) // self.side
+            for length, pads in ((height, self.pads_rows), (width, self.pads_columns))
+        )
+        return rows, columns
 
 
 def num_queries(sizes: QuerySizes, grid: Grid) -> int:
@@ -38,6 +60,8 @@ def num_queries(sizes: QuerySizes, grid: Grid) -> int:
 
 IMAGE = "image"
 """Name of the modality of images and videos, whose inputs ``MediaSpec`` itself describes."""
+VIDEO = "video"
+"""Name of the kind of items that videos are for a model with a video projector (``MediaSpec.videos``)."""
 
 
 class ModalitySpec(ABC):
@@ -220,7 +244,14 @@ class MediaSpec:
             models.
         code_size: Pixels of a code, a side, if batches hold the pixels of images as tokens and the model encodes them
             (``image_tokens.encoded: in_step``); None if they hold stored codes, or no images as tokens.
+        pooling: Squares of patches that become one feature, whatever the grid (Baichuan-Omni); None: ``merge`` applies.
         frames_per_patch: Consecutive frames of a video that become one patch (Qwen2-VL: 2).
+        videos: The inputs of videos, if a projector of their own makes their features; only ``merge``, ``pooled_side``,
+            ``query_sizes`` and ``pooling`` differ. None: a video has the features of an image with several frames.
+        tokens_per_second: Time positions for a second of a video, on three axes; None: one for each group of
+            ``frames_per_patch`` frames.
+        text_after_video: Position of what follows a video on three axes: after its largest position on ``all_axes``, or
+            after its largest row or column (``space``).
         audio: The inputs of the modality audio; None if the model takes no sound.
 
     Raises:
@@ -245,6 +276,11 @@ class MediaSpec:
     code_size: int | None = None
     # Not in ``repr``, from which checkpoints have a fingerprint: it changes no document without videos.
     frames_per_patch: int = field(default=1, repr=False)
+    tokens_per_second: float | None = field(default=None, repr=False)
+    text_after_video: Literal["all_axes", "space"] = field(default="all_axes", repr=False)
+    # ``__repr__`` leaves out what the model lacks.
+    pooling: SquarePooling | None = field(default=None, repr=False)
+    videos: MediaSpec | None = field(default=None, repr=False)
     audio: AudioSpec | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -256,8 +292,10 @@ class MediaSpec:
             raise DataConfigError(f"class_features={self.class_features}: only where features are attended or compared")
 
     def __repr__(self) -> str:
-        # Checkpoints have a fingerprint of it, so a modality that the model lacks is left out.
+        # Checkpoints have a fingerprint of it, so what a model lacks is left out: modalities, and rules of videos.
         shown = [(each.name, getattr(self, each.name)) for each in fields(self) if each.repr]
+        rules = {"pooling": None, "videos": None, "tokens_per_second": None, "text_after_video": "all_axes"}
+        shown += [(name, getattr(self, name)) for name, usual in rules.items() if getattr(self, name) != usual]
         shown += self.modalities.items()
         return f"MediaSpec({', '.join(f'{name}={value!r}' for name, value in shown)})"
 
@@ -271,11 +309,19 @@ class MediaSpec:
         """Return the inputs of a modality; those of images are this object. Both give ``num_features`` and costs."""
         return self if modality == IMAGE else self.modalities[modality]
 
+    def of_frames(self, is_video: bool) -> MediaSpec:
+        """Return the inputs of a video or an image: ``videos`` if it is a video and has a projector of its own."""
+        return self.videos if is_video and self.videos is not None else self
+
     @cached_property
     def needed_kinds(self) -> frozenset[tuple[str, bool]]:
-        """(modality, embedded) of each kind of item that every batch must hold, so that all ranks run all modules."""
+        """(modality or ``VIDEO``, embedded) of each kind of item that every batch must hold.
+
+        All ranks then run all modules.
+        """
         images = {(IMAGE, True)} if self.needs_embedded else set()
         images |= {(IMAGE, False)} if self.needs_unembedded else set()
+        images |= {(VIDEO, True)} if self.videos is not None else set()
         return frozenset(images | {(name, True) for name in self.modalities})
 
     @property
@@ -338,14 +384,16 @@ class MediaSpec:
     @property
     def minimal_grid(self) -> Grid:
         """Grid of the smallest valid crop, which a dummy document uses."""
-        height, width = self.fixed_grid or (self.merge, self.merge)
+        least = self.merge if self.pooling is None else self.pooling.side
+        height, width = self.fixed_grid or (least, least)
         return (1, height, width)
 
     def feature_grid(self, grid: Grid) -> Grid:
         """Return the features along (time, height, width) of one crop of ``grid`` patches, without class features.
 
         Raises:
-            SampleError: the grid does not fit ``merge`` or ``fixed_grid``, or exceeds the largest of ``query_sizes``.
+            SampleError: the grid does not fit ``merge`` or ``fixed_grid``, exceeds the largest of ``query_sizes``, or
+                has no square of ``pooling``.
         """
         time, height, width = grid
         if height % self.merge or width % self.merge or min(grid) < 1:
@@ -356,6 +404,13 @@ class MediaSpec:
             return time, self.pooled_side, self.pooled_side
         if self.query_sizes:
             return time, 1, num_queries(self.query_sizes, grid)
+        if self.pooling is not None:
+            rows, columns = self.pooling.features(height, width)
+            if min(rows, columns) < 1:
+                raise SampleError(
+                    f"a crop of {height}x{width} patches has no whole square of {self.pooling.side} patches a side"
+                )
+            return time, rows, columns
         return time, height // self.merge, width // self.merge
 
     def num_features(self, grid: Grid) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from data_pipeline.document import MediaItem
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.sample import MediaPart
+from data_pipeline.sample import MediaPart, VideoPart
 
 if TYPE_CHECKING:
     from data_pipeline.text.tokenizer import Tokenizer
@@ -43,6 +43,7 @@ class ModalityInputs(ABC):
         placeholder: Id of the token that stands for each feature.
         start, end: Ids of the tokens before and after each part.
         reserved: Ids of its tokens by name, which no text may spell. The tokenizer's image token is left out.
+        reads_tracks: Whether it reads the tracks of videos, which ``track_of`` returns.
     """
 
     part_type: ClassVar[type[MediaPart]]
@@ -50,6 +51,11 @@ class ModalityInputs(ABC):
     start: Sequence[int] = ()
     end: Sequence[int] = ()
     reserved: Mapping[str, int]
+    reads_tracks: bool = False
+
+    def track_of(self, video: VideoPart) -> MediaPart | None:
+        """Return the track of a video that it reads as a part of its own; None if there is none."""
+        return None
 
     @abstractmethod
     def dry_run(self, part: MediaPart) -> tuple[MediaItem, ...]:

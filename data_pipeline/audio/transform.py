@@ -22,8 +22,8 @@ from data_pipeline.document import MediaItem
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.media_spec import AudioSpec, MediaSpec, reduced
 from data_pipeline.modality import ModalityConfig, ModalityInputs
-from data_pipeline.sample import AudioPart, AudioSize, MediaPart
-from data_pipeline.shards.audio_file import MAX_CHANNELS, MAX_RATE, AudioFile, audio_size
+from data_pipeline.sample import AudioPart, AudioSize, MediaPart, VideoPart
+from data_pipeline.shards.audio_file import MAX_CHANNELS, MAX_RATE, AudioFile, audio_size, track_size
 from data_pipeline.shards.video_file import load_av
 
 if TYPE_CHECKING:
@@ -311,6 +311,17 @@ class Audios(ModalityInputs):
         if {self.placeholder, tokenizer.image_id} & {*self.start, *self.end}:
             raise DataConfigError("data.audio: start and end must differ from the tokens that stand for features")
         self.reserved = {names[key]: token for key, token in ids.items() if token != tokenizer.image_id}
+        self.reads_tracks = config.from_video
+
+    def track_of(self, video: VideoPart) -> AudioPart | None:
+        """Return the sound track of a video if ``from_video`` is set; None if it has none.
+
+        Without a size from the index, the track is decoded once to count its samples.
+        """
+        if not self.reads_tracks:
+            return None
+        size = track_size(video.data) if video.sound is None else video.sound
+        return None if size.rate == 0 else AudioPart(video.data, video.name, size)
 
     def dry_run(self, part: MediaPart) -> tuple[MediaItem, ...]:
         """Return the items of a sound without decoding it; without a size from the index, it is decoded once.

@@ -324,4 +324,6 @@ def _rows(
 
 def _width(crop: MediaItem, spec: MediaSpec) -> int:
     """Return the number of columns of features that a crop keeps."""
-    return spec.feature_grid(crop.grid)[2] if crop.kept_region is None else crop.kept_region.width
+    return (
+        spec.of_frames(crop.is_video).feature_grid(crop.grid)[2] if crop.kept_region is None else crop.kept_region.width
+    )

@@ -250,10 +250,10 @@ class MolmoTiling(_Tiling):
             DataConfigError: the margins cover the whole crop or split a merged feature, or the model pools each crop,
                 so that no margin can be removed from its features.
         """
-        if spec.pooled_side is not None or spec.query_sizes:
+        if spec.pooled_side is not None or spec.query_sizes or spec.pooling is not None:
             raise DataConfigError(
                 "transforms.tiling.kind=molmo: crops overlap, and the model pools each crop as a whole "
-                "(projector.kind=c_abstractor or resampler); use another tiling"
+                "(projector.kind=c_abstractor, conv_pool, mean_pool or resampler); use another tiling"
             )
         patches = side // spec.patch_size
         if 2 * self.margin >= patches or self.margin % spec.merge:

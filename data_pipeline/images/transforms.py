@@ -318,7 +318,7 @@ class ImageTransform:
                 kind=FaultKind.DECODE,
             )
         plan = self.plan(size, rng, num_images)
-        return DecodeTask(self, data, header, plan, self._items(plan, is_black=False))
+        return DecodeTask(self, data, header, plan, self.items(plan, is_black=False))
 
     def dry_run(self, size: Size, rng: Rng | None = None, num_images: int = 1) -> tuple[MediaItem, ...]:
         """Return the crops of an image of this size with black pixels, which take no memory.
@@ -336,9 +336,9 @@ class ImageTransform:
             raise SampleError(
                 "the index has no size for this image, because its header is damaged", kind=FaultKind.DECODE
             )
-        return self._items(self.plan(size, rng, num_images), is_black=True)
+        return self.items(self.plan(size, rng, num_images), is_black=True)
 
-    def _items(self, plan: ImagePlan, is_black: bool) -> tuple[MediaItem, ...]:
+    def items(self, plan: ImagePlan, is_black: bool) -> tuple[MediaItem, ...]:
         """Return the crops of a plan, with uninitialised values, or with black ones that take no memory."""
         items = []
         for crop in plan.crops:

@@ -1,17 +1,19 @@
-"""Convert a video to one item of frame patches: choose frames, decode them, resize, and cut them into patches.
+"""Convert a video to an item of frame patches: choose frames, decode them, resize, and cut them into patches.
 
     VideoSize --VideoTransform.dry_run--> item (time, rows, columns), without pixels
     bytes --VideoTransform.decode_task, decode--> the same item with pixels
 
 Number, size and grid of the frames depend on the index alone, so a document is planned without decoding, as with
 images. A tower whose patches span several frames (Qwen2-VL: 2) gets groups of consecutive chosen frames; the last one
-is repeated to fill its group. Nothing is random: the same video gives the same item in every epoch.
+is repeated to fill its group. With ``tiling``, each frame becomes the crops that an image of its size becomes, and each
+crop of each frame is an item. Nothing is random: the same video gives the same item in every epoch.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Annotated, Literal
 
 import numpy as np
@@ -21,10 +23,12 @@ from pydantic import Field, model_validator
 
 from data_pipeline.document import MediaItem
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
-from data_pipeline.images.crops import patchify, resize
+from data_pipeline.images.crops import ImagePlan, patchify, render, resize
 from data_pipeline.images.decode import Pixels
 from data_pipeline.images.image_tokens import ImageLayout
 from data_pipeline.images.native_sizes import Size, area_size
+from data_pipeline.images.tilings import TilingConfig
+from data_pipeline.images.transforms import ImageTransform, TilesTransform
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import Grid, MediaSpec, Placement
 from data_pipeline.sample import VideoPart, VideoSize
@@ -150,6 +154,10 @@ class VideoConfig(StrictConfig):
     max_tokens: int | None = Field(default=None, ge=1)
     """Largest number of tokens of a video: its frames are reduced to it, but to no less than 1.05 times ``min_pixels``
     (Qwen2-VL's authors: 115200). null for no limit but ``max_pixels``."""
+    tiling: TilingConfig | None = None
+    """Rule by which every frame is cut into tiles of the tower's size, most with an overview, as in ``transforms``
+    (Baichuan-Omni). Each crop of each frame is then an item. Needs a tower with a fixed square size that reads single
+    frames. null: a frame is one crop."""
     max_aspect: float = Field(default=200.0, ge=1)
     """Largest ratio of the longer side to the shorter side, at least 1. A sample above it is a bad sample."""
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
@@ -182,7 +190,7 @@ class VideoTransform:
         spec: Requirements of the model.
 
     Raises:
-        DataConfigError: the model cannot use videos, or ``max_pixels`` is below one merged patch.
+        DataConfigError: the model cannot use videos or ``tiling``, or ``max_pixels`` is below one merged patch.
     """
 
     def __init__(self, config: VideoConfig, spec: MediaSpec) -> None:
@@ -197,7 +205,16 @@ class VideoTransform:
                 f"{spec.size_multiple**2} pixels"
             )
         self.config = config
-        self.spec = spec
+        self.spec = spec = spec.of_frames(is_video=True)
+        self.frames: ImageTransform | None = None
+        if config.tiling is not None:
+            if spec.frames_per_patch > 1:
+                raise DataConfigError(
+                    "data.video.tiling: cuts single frames, and a patch of the model spans several "
+                    "(vision.temporal_patch); leave it out"
+                )
+            tiles = TilesTransform(tiling=config.tiling, interpolation=config.interpolation)
+            self.frames = ImageTransform(tiles, spec)
 
     def decode_task(self, part: VideoPart) -> VideoTask:
         """Plan a video, and return a task that decodes it later.
@@ -207,15 +224,21 @@ class VideoTransform:
         """
         size = video_size(part.data) if part.size is None else part.size
         count, grid = self._plan(size)
-        return VideoTask(self, part.data, size, count, self._item(count, grid, is_black=False))
+        if self.frames is not None:
+            plan = self.frames.plan(size[2:])
+            return VideoTask(self, part.data, size, count, self._tiles(count, plan, is_black=False), plan)
+        return VideoTask(self, part.data, size, count, (self._item(size, count, grid, is_black=False),))
 
     def dry_run(self, size: VideoSize) -> tuple[MediaItem, ...]:
-        """Return the item of a video of this size with black pixels, which take no memory.
+        """Return the items of a video of this size with black pixels, which take no memory.
 
         Raises:
             SampleError: the size is unknown (0), or the frames are too large or too elongated, or are missing.
         """
-        return (self._item(*self._plan(size), is_black=True),)
+        count, grid = self._plan(size)
+        if self.frames is not None:
+            return self._tiles(count, self.frames.plan(size[2:]), is_black=True)
+        return (self._item(size, count, grid, is_black=True),)
 
     def _plan(self, size: VideoSize) -> tuple[int, Grid]:
         """Return the number of frames, and the grid of their patches."""
@@ -253,7 +276,13 @@ class VideoTransform:
             most = max(min(most, share), int(_FLOOR * config.min_pixels), spec.size_multiple**2)
         return area_size(size.height, size.width, spec.size_multiple, config.min_pixels, most)
 
-    def _item(self, count: int, grid: Grid, is_black: bool) -> MediaItem:
+    def _tiles(self, count: int, plan: ImagePlan, is_black: bool) -> tuple[MediaItem, ...]:
+        """Return the crops of each frame in turn."""
+        assert self.frames is not None, "only with tiling"
+        frames = (self.frames.items(plan, is_black) for _ in range(count))
+        return tuple(replace(crop, is_video=True) for frame in frames for crop in frame)
+
+    def _item(self, size: VideoSize, count: int, grid: Grid, is_black: bool) -> MediaItem:
         num_later = self.spec.frames_per_patch - 1 if count > 1 else 0  # One frame is a still image.
 
         def patches(width: int) -> npt.NDArray[np.uint8]:
@@ -261,7 +290,17 @@ class VideoTransform:
             return np.broadcast_to(_BLACK, shape) if is_black else np.empty(shape, np.uint8)
 
         later = patches(num_later * self.spec.patch_dim) if num_later else None
-        return MediaItem(patches(self.spec.patch_dim), grid, embedded=True, later_values=later)
+        # The mean rate of the chosen frames, in the order of operations of the authors' code.
+        chosen_rate = count / size.num_frames * frame_rate(size)
+        seconds = self.spec.frames_per_patch / chosen_rate if count > 1 else None
+        return MediaItem(
+            patches(self.spec.patch_dim),
+            grid,
+            embedded=True,
+            later_values=later,
+            seconds_per_step=seconds,
+            is_video=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -273,19 +312,22 @@ class VideoTask:
         data: The encoded video.
         size: The size that the plan is for.
         count: Number of its frames.
-        item: Its item, with uninitialised values until ``decode`` has run.
+        crops: Its items, with uninitialised values until ``decode`` has run: one, or with ``tiling`` the crops of each
+            frame in turn.
+        plan: The plan of a frame, with ``tiling``.
     """
 
     transform: VideoTransform
     data: bytes
     size: VideoSize
     count: int
-    item: MediaItem
+    crops: tuple[MediaItem, ...]
+    plan: ImagePlan | None = None
 
     @property
-    def crops(self) -> tuple[MediaItem, ...]:
-        """The item, as the only crop of the video."""
-        return (self.item,)
+    def item(self) -> MediaItem:
+        """The first item, which without ``tiling`` is the only one."""
+        return self.crops[0]
 
     def decode(self) -> None:
         """Decode the frames and write the values of the item. Call it once, from any thread.
@@ -309,12 +351,13 @@ class VideoTask:
                 )
             for number, pixels in file.decode(numbers):
                 self._check(VideoSize(file.num_frames, file.microseconds, *pixels.shape[:2]))
-                resized = resize(pixels, frame_size, config.interpolation)
+                if self.plan is None:
+                    pixels = resize(pixels, frame_size, config.interpolation)
                 # The last frame fills its group.
                 last = len(numbers) if self.item.later_values is None else self.item.grid[0] * spec.frames_per_patch
                 for place in range(last):
                     if numbers[min(place, len(numbers) - 1)] == number:
-                        self._write(place, resized)
+                        self._write(place, pixels)
 
     def _check(self, found: VideoSize) -> None:
         if found != self.size:
@@ -325,7 +368,17 @@ class VideoTask:
             )
 
     def _write(self, place: int, pixels: Pixels) -> None:
-        """Write the patches of the frame at ``place`` among the chosen frames."""
+        """Write the patches of the frame at ``place`` among the chosen frames.
+
+        Args:
+            place: Number among the chosen frames.
+            pixels: The frame as it is stored with ``tiling``, otherwise resized.
+        """
+        if self.plan is not None:
+            num_crops = len(self.plan.crops)
+            values = [crop.values for crop in self.crops[place * num_crops : (place + 1) * num_crops]]
+            render(pixels, self.plan, self.transform.spec.patch_size, self.transform.config.interpolation, values)
+            return
         spec, (time, rows, columns) = self.transform.spec, self.item.grid
         patches = np.empty((rows * columns, spec.patch_dim), np.uint8)
         patchify(pixels, spec.patch_size, patches)
@@ -338,6 +391,18 @@ class VideoTask:
         else:
             later = self.item.later_values.reshape(time, rows * columns, spec.frames_per_patch - 1, -1)
             later[group, :, frame - 1] = patches
+
+
+def frame_rate(size: VideoSize) -> float:
+    """Return the mean number of frames for each second.
+
+    The index holds the duration in whole microseconds. Rates of films are fractions with a small denominator, such as
+    30000/1001, so the nearest such fraction is the result if it gives the same duration.
+    """
+    exact = Fraction(10**6 * size.num_frames, max(1, size.microseconds))
+    simple = exact.limit_denominator(1001)
+    is_same = simple > 0 and round(10**6 * size.num_frames / simple) == size.microseconds
+    return float(simple if is_same else exact)
 
 
 def _words(size: VideoSize) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipeline.config import DatasetConfig
 from data_pipeline.errors import DataConfigError, ManifestError, SampleError, ShardError
+from data_pipeline.media_spec import IMAGE
 from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Budget
 from data_pipeline.shards.image_header import is_image
@@ -31,6 +32,7 @@ class FirstLook:
         reason: The error of the first unusable sample, with its shard and key; empty if there is none.
         holds_images: Whether the template uses images, and a checked sample has one or its shard contains image files.
         highest_label: The highest token id that a checked sample teaches to predict; -1 for none.
+        modalities: Names of the modalities besides images that documents of checked samples have.
     """
 
     looked_at: int
@@ -38,6 +40,7 @@ class FirstLook:
     reason: str
     holds_images: bool
     highest_label: int = -1
+    modalities: frozenset[str] = frozenset()
 
 
 def look_at(dataset: DatasetConfig, builder: DocumentBuilder, budget: Budget) -> FirstLook:
@@ -53,18 +56,21 @@ def look_at(dataset: DatasetConfig, builder: DocumentBuilder, budget: Budget) ->
     if not num_samples:
         raise DataConfigError(f"data set {dataset.name}: {dataset.manifest} holds no samples")
     numbers = np.unique(np.linspace(0, num_samples - 1, _NUM_CHECKED).astype(np.int64)).tolist()
-    reasons, holds_images, highest = [], False, -1
+    reasons, holds_images, highest, found = [], False, -1, set[str]()
     try:
         for number in numbers:
             try:
                 sample = reader.read_without_images(number)
                 holds_images |= takes_images and any(map(is_image, reader.extensions(number)))
                 document = builder.dry_run(sample)
-                holds_images |= bool(document.items)
+                found |= {item.modality for item in document.items}
                 budget.admit(document)
                 highest = max(highest, int(document.labels.max(initial=-1)))
             except (SampleError, ShardError, ManifestError) as error:
                 reasons.append(str(error))
     finally:
         reader.close()
-    return FirstLook(len(numbers), len(reasons), reasons[0] if reasons else "", holds_images, highest)
+    reason = reasons[0] if reasons else ""
+    return FirstLook(
+        len(numbers), len(reasons), reason, holds_images or IMAGE in found, highest, frozenset(found - {IMAGE})
+    )

@@ -138,7 +138,7 @@ def _locations(documents: Sequence[Document], modality: str) -> tuple[CropLocati
             if item.modality == modality:
                 image += (segment, item.image) != last
                 last = segment, item.image
-                locations.append(CropLocation(segment, image, item.tiles, item.cell))
+                locations.append(CropLocation(segment, image, item.tiles, item.cell, item.is_video))
     return tuple(locations)
 
 
@@ -160,7 +160,7 @@ def _images(documents: Sequence[Document], spec: MediaSpec, join: Join) -> Media
     items = [item for document in documents for item in document.items if item.modality == IMAGE]
     # Feature rows: the features of all items, item by item, then the embeddings of all tags. The index arrays use only
     # the kept features.
-    num_features = [spec.num_features(item.grid) for item in items]
+    num_features = [spec.of_frames(item.is_video).num_features(item.grid) for item in items]
     starts = itertools.accumulate(num_features, initial=0)
     kept = [item.kept_features(spec, start) for start, item in zip(starts, items, strict=False)]
     gathered = [each for ranges, item in zip(kept, items, strict=True) if item.embedded for each in ranges]
@@ -279,8 +279,8 @@ def _concatenate_reference(batches: Sequence[MultimodalBatch]) -> Tensor:
 
 
 def _concatenate_media(batches: Sequence[MultimodalBatch], modality: str, spec: MediaSpec) -> MediaBlock:
-    blocks, inputs = [batch.media[modality] for batch in batches], spec.inputs_of(modality)
-    num_features = [sum(map(inputs.num_features, block.grids)) for block in blocks]
+    blocks = [batch.media[modality] for batch in batches]
+    num_features = [_num_features(block, modality, spec) for block in blocks]
     gather, scatter, attended, locations = list[Tensor](), list[Tensor](), list[Tensor](), list[CropLocation]()
     later = list[Tensor]()
     first_token = first_feature = first_tag = first_segment = first_image = first_patch = 0
@@ -317,6 +317,13 @@ def _concatenate_media(batches: Sequence[MultimodalBatch], modality: str, spec: 
         later_values=torch.cat([block.later_values for block in blocks]),
         later_index=torch.cat(later),
     )
+
+
+def _num_features(block: MediaBlock, modality: str, spec: MediaSpec) -> int:
+    if modality != IMAGE:
+        return sum(map(spec.inputs_of(modality).num_features, block.grids))
+    flags = [location.is_video for location in block.locations]
+    return sum(spec.of_frames(flag).num_features(grid) for flag, grid in zip(flags, block.grids, strict=True))
 
 
 def _concatenate_branched(batches: Sequence[MultimodalBatch]) -> BranchedSegments:

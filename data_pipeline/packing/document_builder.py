@@ -9,7 +9,7 @@ Not for: several documents together (``packer``, ``collate``).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -281,7 +281,7 @@ class DocumentBuilder:
             decode_tasks.append(transform.decode_task(image.data, rng, image.size, count))
             return decode_tasks[-1].crops
 
-        for piece in pieces:
+        for piece in self._with_tracks(pieces):
             if isinstance(piece, DrawnPiece) or (isinstance(piece, ImagePart) and self._transform is None):
                 # Without a vision tower, the model reads an image as tokens.
                 drawn = DrawnPiece(piece, 0.0, 0.0) if isinstance(piece, ImagePart) else piece
@@ -298,7 +298,7 @@ class DocumentBuilder:
                 assert self._transform is not None, "handled above"
                 draft.add_image(crops_of(self._transform, piece, num_images), tokenizer.image_id, self._layout)
             elif isinstance(piece, VideoPart):
-                assert self._video is not None, "samples lose their videos before"
+                assert self._video is not None, "no video is left without it"
                 task = self._video.transform.decode_task(piece) if pixels else None
                 decode_tasks += [] if task is None else [task]
                 crops = task.crops if task else self._video.transform.dry_run(piece.size or video_size(piece.data))
@@ -342,7 +342,8 @@ class DocumentBuilder:
         Raises:
             SampleError: the template requires media, and no other are left.
         """
-        read = (TextPart, ImagePart, *([VideoPart] if self._video is not None else []), *self._modalities)
+        reads_videos = self._video is not None or any(each.reads_tracks for each in self._modalities.values())
+        read = (TextPart, ImagePart, *([VideoPart] if reads_videos else []), *self._modalities)
         rest = tuple(part for part in sample.parts if isinstance(part, read))
         if len(rest) == len(sample.parts):
             return sample
@@ -353,6 +354,25 @@ class DocumentBuilder:
             reason = f"the data set has no block {kind} (data.{kind})" if takes else f"the model takes no {kind}"
             raise SampleError(f"a {kind} and no image, but {reason}", kind=FaultKind.NO_IMAGE)
         return replace(sample, parts=rest)
+
+    def _with_tracks(self, pieces: Iterable[Piece | OpeningPiece]) -> Iterator[Piece | OpeningPiece]:
+        """Yield the pieces, with the tracks that modalities read directly after each video.
+
+        Raises:
+            SampleError: nothing of a video is read: the data set has no block video, and the video has no track.
+        """
+        for piece in pieces:
+            if not isinstance(piece, VideoPart):
+                yield piece
+                continue
+            tracks = [inputs.track_of(piece) for inputs in self._modalities.values()]
+            found = [track for track in tracks if track is not None]
+            if self._video is not None:
+                yield piece
+            elif not found:
+                reason = f"the video {piece.name} has no sound track, and the data set has no block video (data.video)"
+                raise SampleError(reason, kind=FaultKind.NO_IMAGE)
+            yield from found
 
     def _encode(self, text: str) -> list[int]:
         """Return the ids of a text.

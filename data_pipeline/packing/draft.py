@@ -20,6 +20,8 @@ from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import Provenance
 
 _NO_SLOTS = np.empty(0, dtype=np.int32)
+_LAST_TIME = 1 << 24
+"""Largest time position of a video: float32, in which angles are computed, holds whole numbers up to it."""
 
 
 @dataclass
@@ -179,12 +181,28 @@ class Draft:
     def _add_features_on_three_axes(self, crop: MediaItem, count: int, image_id: int) -> None:
         # The position of a feature is its (time, row, column); the next token follows the largest coordinate. Layouts
         # do not separate the rows of a crop on three axes, so ``count`` is the number of all kept features of the crop.
-        # Source: Qwen2-VL (arXiv 2409.12191), section 2.1, multimodal rotary position embedding.
-        kept = crop.kept_region
-        sides = self.spec.feature_grid(crop.grid) if kept is None else (crop.grid[0], kept.height, kept.width)
+        # Source: Qwen2-VL (arXiv 2409.12191), section 2.1, multimodal rotary position embedding; Qwen2.5-VL
+        # (arXiv 2502.13923), section 2.1.3, for times in seconds.
+        kept, spec = crop.kept_region, self.spec
+        sides = (
+            spec.of_frames(crop.is_video).feature_grid(crop.grid)
+            if kept is None
+            else (crop.grid[0], kept.height, kept.width)
+        )
         coordinates = np.indices(sides).reshape(3, -1).T.astype(np.int32)
+        if spec.tokens_per_second is not None and crop.seconds_per_step is not None:
+            # float32, as in the authors' code: it decides on which side of a whole number a time is.
+            interval = np.float32(spec.tokens_per_second) * np.float32(crop.seconds_per_step)
+            times = coordinates[:, 0].astype(np.float32) * interval
+            if times[-1] > _LAST_TIME:
+                raise SampleError(
+                    f"a video of {sides[0] * crop.seconds_per_step:g} seconds has time positions above {_LAST_TIME}, "
+                    f"at {spec.tokens_per_second:g} for each second (decoder.rope.tokens_per_second)"
+                )
+            coordinates[:, 0] = times.astype(np.int32)
         self.positions.append(coordinates + np.int32(self.next_position))
-        self.next_position += max(sides)
+        after = coordinates if spec.text_after_video == "all_axes" else coordinates[:, 1:]
+        self.next_position += int(after.max()) + 1
         self.ids.extend([image_id] * count)
         self.labels.extend([IGNORE] * count)
         self.weights.extend([0.0] * count)

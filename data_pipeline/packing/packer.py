@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 from data_pipeline.document import Document
 from data_pipeline.errors import DataConfigError, SampleError
-from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.media_spec import VIDEO, MediaSpec, Placement
 from data_pipeline.order.state import Drawn, StreamPosition
 from data_pipeline.packing.config import PackingConfig
 from data_pipeline.packing.truncation import longest_part, split, with_end_token
@@ -39,7 +39,7 @@ class Pack:
 class PackUsage(NamedTuple):
     """The part of the budgets that a pack or a single document uses, and the kinds of items that it has.
 
-    A kind is (modality, embedded), as in ``MediaSpec.needed_kinds``.
+    A kind is (modality or ``VIDEO``, embedded), as in ``MediaSpec.needed_kinds``.
     """
 
     documents: int = 0
@@ -50,7 +50,10 @@ class PackUsage(NamedTuple):
     @classmethod
     def of_document(cls, document: Document, spec: MediaSpec) -> PackUsage:
         """Return the usage of one document."""
-        kinds = frozenset((item.modality, item.embedded) for item in document.items)
+        separate = spec.videos is not None
+        kinds = frozenset(
+            (VIDEO if separate and item.is_video else item.modality, item.embedded) for item in document.items
+        )
         return cls(1, document.num_tokens, document.cost(spec), kinds)
 
 

@@ -64,6 +64,8 @@ def dummy_document(spec: MediaSpec, pad_id: int) -> Document:
     draft = Draft(spec)
     if crops := _crops(spec, spec.minimal_grid):
         draft.add_image(crops, pad_id, None)
+    if spec.videos is not None:
+        draft.add_image((_video(spec, spec.videos.minimal_grid),), pad_id, None)
     _add_clips(draft, {name: [inputs.minimal_grid] for name, inputs in spec.modalities.items()}, pad_id)
     if not draft.ids:
         draft.add_tokens((pad_id,), 0.0)
@@ -80,8 +82,9 @@ def plain_document(
     num_answers: int = 1,
     uncoded: Sequence[tuple[int, int]] = (),
     clips: Mapping[str, Sequence[Grid]] | None = None,
+    videos: Sequence[Grid] = (),
 ) -> Document:
-    """Return a document of black images, silence and then tokens, made without a sample.
+    """Return a document of black images and videos, silence and then tokens, made without a sample.
 
     Args:
         spec: The model's inputs.
@@ -92,6 +95,7 @@ def plain_document(
         origin: Its provenance.
         num_answers: 1 makes no branches; 2 makes a preference pair of at least four tokens.
         uncoded: Rows and columns of images as tokens, learned, whose codes the model computes.
+        videos: Patches of each video, of a model that embeds them.
         clips: Rows of values of the items of each further modality, by its name; all values are 0.
 
     Raises:
@@ -100,6 +104,8 @@ def plain_document(
     draft = Draft(spec)
     for grid in grids:
         draft.add_image(_crops(spec, grid), image_id, None)
+    for grid in videos:
+        draft.add_image((_video(spec, grid),), image_id, None)
     _add_clips(draft, clips or {}, image_id)
     for height, width in uncoded:
         pixels = np.zeros((height * width, spec.of_codes.patch_dim), np.uint8)
@@ -120,6 +126,12 @@ def _crops(spec: MediaSpec, grid: Grid) -> tuple[MediaItem, ...]:
     values = np.zeros((math.prod(grid), spec.patch_dim), dtype=np.uint8)
     roles = [True] * spec.needs_embedded + [False] * spec.needs_unembedded
     return tuple(MediaItem(values, grid, embedded) for embedded in roles)
+
+
+def _video(spec: MediaSpec, grid: Grid) -> MediaItem:
+    """Return a black video. Each of its patches spans the same frames."""
+    values = np.zeros((math.prod(grid), spec.patch_dim), dtype=np.uint8)
+    return MediaItem(values, grid, embedded=True, is_video=True)
 
 
 def _add_clips(draft: Draft, grids: Mapping[str, Sequence[Grid]], placeholder: int) -> None:

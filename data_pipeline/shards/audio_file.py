@@ -38,13 +38,14 @@ _CODECS = frozenset(
     | {"pcm_s16be", "pcm_s24be", "pcm_s32be", "flac", "alac", "mp3", "mp3float", "aac", "opus", "libopus", "vorbis"}
 )
 _FLAC, _MATROSKA, _MP3, _MP4, _OGG, _WAV = "flac", "matroska", "mp3", "mp4", "ogg", "wav"
-_DECLARES = frozenset({_FLAC, _MP4, _WAV})
-"""Formats whose header says how long a sound is. That of an MP3 may, in a block with one of ``_MP3_COUNTS``."""
+# The header of an M4A gives the number of samples with delay and padding; that of an MP3, in a block with one of these.
 _MP3_COUNTS = (b"Xing", b"Info")
 _MOST_MP3_HEADER = 1 << 12
 """Bytes before the first block of an MP3 that may hold such a block."""
-_LEAST_SHARE = 0.9
-"""A file is truncated if it has less than this share of the samples in its header."""
+_LEAST_SHARE, _MOST_PADDING = 0.9, 4096
+"""An M4A or MP3 is truncated if it has less than this share of the samples in its header, and this many fewer."""
+_WAV_HEADER, _MOST_CHUNKS, _UNKNOWN_LENGTH = 12, 1 << 12, 0xFFFFFFFF
+"""Bytes before the chunks of a WAV; chunks to look at; the length in the header of a WAV that was written to a pipe."""
 _OGG_PAGE, _OGG_END = b"OggS", 0x04
 _FULL_SCALE = {"u1": 128.0, "i2": float(1 << 15), "i4": float(1 << 31), "f4": 1.0, "f8": 1.0}
 
@@ -209,7 +210,8 @@ class AudioFile:
     def _frames(self) -> Iterator[Any]:
         for packet in self._container.demux(self._stream):
             self._first_byte = self._first_byte or packet.pos or 0
-            if packet.is_corrupt:
+            # The last packet of a WAV from a pipe is marked, because its header gives no length.
+            if packet.is_corrupt and self._demuxer != _WAV:
                 raise _fault("a corrupt packet")
             for frame in packet.decode():
                 if frame.is_corrupt:
@@ -221,16 +223,29 @@ class AudioFile:
         """Raise ``SampleError`` if the header promises more samples than there are, or the end of an Ogg is missing."""
         declared = self._stream.duration
         before = bytes(self._data[max(0, self._first_byte - _MOST_MP3_HEADER) : self._first_byte])
-        declares = self._demuxer in _DECLARES
-        declares |= self._demuxer == _MP3 and any(mark in before for mark in _MP3_COUNTS)
+        declares = self._demuxer == _MP4 or (self._demuxer == _MP3 and any(mark in before for mark in _MP3_COUNTS))
         if declares and declared is not None:
-            num_declared = float(declared * self._stream.time_base) * self.rate
-            if total < _LEAST_SHARE * num_declared:
-                raise _fault(f"truncated: its header says {num_declared:.0f} samples, {total} are there")
+            num_declared = round(float(declared * self._stream.time_base) * self.rate)
+            if total < _LEAST_SHARE * num_declared - _MOST_PADDING:
+                raise _fault(f"truncated: its header says {num_declared} samples, {total} are there")
+        if self._demuxer == _WAV and not _is_whole_wav(self._data):
+            raise _fault("truncated: its header says more samples than are there")
         if self._demuxer == _OGG:
             last = bytes(self._data).rfind(_OGG_PAGE)
             if not self._data[last + 5] & _OGG_END:
                 raise _fault("truncated: its last page is not marked as the last")
+
+
+def _is_whole_wav(data: bytes | memoryview) -> bool:
+    """Return whether a WAV file holds all the bytes of samples that its header says."""
+    at = _WAV_HEADER
+    for _ in range(_MOST_CHUNKS):
+        name, size = bytes(data[at : at + 4]), int.from_bytes(data[at + 4 : at + 8], "little")
+        at += 8
+        if name == b"data":
+            return size == _UNKNOWN_LENGTH or at + size <= len(data)
+        at += size + size % 2
+    return False
 
 
 def _values(frame: Any) -> npt.NDArray[np.float32]:

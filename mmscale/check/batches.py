@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,7 +54,7 @@ class BatchMaker:
         kinds += ["all modalities"] if self.spec.modalities else []
         if self.spec.placement is Placement.PAIR:  # Every document of a pair has an image.
             kinds = ["one pair", "many pairs", "one expert", "dummy packs only"]
-        return tuple(kinds)
+        return (*kinds, "videos only") if self.spec.videos is not None else tuple(kinds)
 
     @property
     def _takes_images(self) -> bool:
@@ -90,7 +90,12 @@ class BatchMaker:
 
     def _documents(self, kind: str, rng: np.random.Generator, origin: Callable[[], Provenance]) -> list[Document]:
         def text(
-            length: int, images: int = 0, *, one_id: bool = False, clips: Mapping[str, int] | None = None
+            length: int,
+            images: int = 0,
+            *,
+            one_id: bool = False,
+            videos: Sequence[Grid] = (),
+            clips: Mapping[str, int] | None = None,
         ) -> Document:
             most = self.spec.max_document_tokens
             length = length if most is None else max(2, min(length, most // 2))
@@ -110,6 +115,7 @@ class BatchMaker:
                 num_answers=self.num_answers,
                 uncoded=uncoded,
                 clips={name: [self._clip(name, n) for n in range(count)] for name, count in (clips or {}).items()},
+                videos=videos,
             )
 
         image = int(self._takes_images)
@@ -125,6 +131,10 @@ class BatchMaker:
                 return []
             case "no image" | "text":
                 return [text(_LONG), text(_SHORT)]
+            case "videos only":
+                assert self.spec.videos is not None, "one of the kinds"
+                _, height, width = self.spec.videos.minimal_grid
+                return [text(_SHORT, videos=[(1, height, width), (2, height, width)])]
             case "images only":
                 return [text(_SHORT, 2), text(_SHORT, 3)]
             case "one expert":  # Equal tokens have equal hidden states, so each block sends them to the same experts.

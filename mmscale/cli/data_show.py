@@ -32,7 +32,7 @@ def show(
 ) -> None:
     """Print the documents that training builds from samples.
 
-    Shows context text, learned text with its loss weight, and the positions of images and videos.
+    Shows context text, learned text with its loss weight, and the positions of images, videos and sounds.
     """
     from dataclasses import asdict
 

@@ -19,7 +19,7 @@ from typing import Literal, cast
 
 from mmscale.errors import ConfigError
 
-MetricName = Literal["exact_match", "vqa", "anls", "relaxed_accuracy", "chrf", "cider"]
+MetricName = Literal["exact_match", "vqa", "anls", "relaxed_accuracy", "wer", "chrf", "cider"]
 Ignored = Literal["case", "punctuation", "articles"]
 
 TITLES: dict[str, str] = {
@@ -27,6 +27,7 @@ TITLES: dict[str, str] = {
     "vqa": "VQA accuracy",
     "anls": "ANLS",
     "relaxed_accuracy": "relaxed accuracy",
+    "wer": "word accuracy (1 - WER)",
     "chrf": "chrF",
     "cider": "CIDEr",
 }
@@ -74,6 +75,8 @@ def score_answers(
     require_metric(metric)
     if metric == "chrf":
         return _chrf(answers, references)
+    if metric == "wer":
+        return word_accuracy(answers, references)
     if metric == "cider":
         return _mean(_cider(answers, references))
     functions: dict[str, Callable[[str, Sequence[str]], float]] = {
@@ -182,7 +185,7 @@ def _similarity(answer: str, reference: str) -> float:
     return 0.0 if abs(len(a) - len(b)) > length / 2 else 1 - _levenshtein(a, b) / length
 
 
-def _levenshtein(a: str, b: str) -> int:
+def _levenshtein(a: Sequence[str], b: Sequence[str]) -> int:
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
@@ -212,6 +215,31 @@ def _number(text: str) -> float | None:
         return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
+
+
+def word_accuracy(answers: Sequence[str], references: Sequence[Sequence[str]]) -> MetricValues:
+    """Return 1 minus the word error rate of a set of transcripts, and 0 if more than every word is wrong.
+
+    The word error rate is the sum over the samples of substituted, deleted and inserted words, over the number of words
+    of the references. A sample with several references counts the one with the lowest rate. Case and punctuation do not
+    matter. The value of a sample is 1 minus its own rate, at least 0.
+
+    Source: NIST's sclite, as in Whisper (arXiv 2212.04356), section 3.2; the standard error is that of a ratio estimate
+    (Cochran 1977, "Sampling techniques", section 2.11).
+    """
+    edits, words = list[int](), list[int]()
+    for answer, right in zip(answers, references, strict=True):
+        said = _plain(answer, ("case", "punctuation")).split()
+        texts = [_plain(text, ("case", "punctuation")).split() for text in right]
+        counts = [(_levenshtein(said, text), max(1, len(text))) for text in texts]
+        least = min(counts, key=lambda count: count[0] / count[1])
+        edits.append(least[0])
+        words.append(least[1])
+    rate, n = sum(edits) / sum(words), len(edits)
+    squares = sum((edit - rate * count) ** 2 for edit, count in zip(edits, words, strict=True))
+    error = (squares * n / max(1, n - 1)) ** 0.5 / sum(words)
+    each = tuple(max(0.0, 1 - edit / count) for edit, count in zip(edits, words, strict=True))
+    return MetricValues(max(0.0, 1 - rate), error, each)
 
 
 def _chrf(answers: Sequence[str], references: Sequence[Sequence[str]]) -> MetricValues:

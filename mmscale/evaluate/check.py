@@ -45,6 +45,7 @@ from mmscale.evaluate.heldout import (
     document_builder,
     draw_samples,
     right_answer,
+    shuffle_frames,
     template_of,
     unanswerable_sets,
 )
@@ -171,8 +172,10 @@ def _check_samples(held: _AskedSet, data: DataConfig, tokenizer: Tokenizer, spec
             if isinstance(held, HeldOutSet) and not document.images:
                 origin = sample.provenance
                 raise SampleError(
-                    "no image: a set of kind images asks about images", shard=origin.shard, key=origin.key
+                    "no image, video or sound: a set of kind images asks about one", shard=origin.shard, key=origin.key
                 )
+            if isinstance(held, HeldOutSet) and held.shuffle_frames and is_decoded:
+                shuffle_frames(document, spec, held.seed)
             if isinstance(held, ChoiceSet) and isinstance(question, ChoiceQuestion):
                 answers = [answer_ids(held, choice, tokenizer) for choice in question.choices]
                 _check_length(sample, document.num_tokens, max(map(len, answers)) - 1, spec)

@@ -83,7 +83,7 @@ class _Named(_Answered):
 
 
 class HeldOutSet(_Named):
-    """Samples with one image each; the model chooses the candidate that names the image."""
+    """Samples with an image, a video or a sound; the model chooses the candidate that names it."""
 
     compared: ClassVar[tuple[str, ...]] = ("score", "loss")
     kind: Literal["images"] = "images"
@@ -93,6 +93,9 @@ class HeldOutSet(_Named):
     """Whether the end-of-text token is scored as part of the answer; false if training text continues after answers."""
     normalise: Normalise = Normalise.NONE
     """How log-likelihoods are normalised before candidates are compared: ``none``, ``tokens`` or ``prior``."""
+    shuffle_frames: bool = False
+    """Whether the frames of each video are in a random order. A control: a score that stays as high as with the frames
+    in order does not depend on the order. A sample without a video of at least two used frames raises."""
 
     @field_validator("prompt")
     @classmethod
@@ -156,7 +159,7 @@ class ChoiceSet(_Answered):
 
 
 class GenerationSet(_HeldOut):
-    """Questions that the model answers in its own words. Images of a sample come before its question."""
+    """Questions that the model answers in its own words. Images, videos and sounds of a sample come first."""
 
     kind: Literal["generation"]
     prompt: str | None = "{question}"
@@ -168,7 +171,11 @@ class GenerationSet(_HeldOut):
     """Field of a sample with the reference answer: a text, a number, a list of them, or a list of objects whose
     ``answer`` is a text, as in VQAv2. ``a.b`` reads b of the object a."""
     metric: MetricName = "exact_match"
-    """``exact_match``, ``vqa`` (VQAv2), ``anls`` (DocVQA), ``relaxed_accuracy`` (ChartQA), ``chrf`` or ``cider``."""
+    """``exact_match``, ``vqa`` (VQAv2), ``anls`` (DocVQA), ``relaxed_accuracy`` (ChartQA), ``wer`` (1 minus the word
+    error rate), ``chrf`` or ``cider``."""
+    control: bool = False
+    """Whether the result also has a control and a chance: the metric of each answer for the references of another
+    sample, and that of another sample's reference as the answer. They need no further forward pass."""
     ignore: tuple[Ignored, ...] | None = None
     """Differences that ``exact_match`` ignores: ``case``, ``punctuation``, ``articles``. Null ignores case and
     punctuation. Other metrics have their own rules, so they accept only null."""

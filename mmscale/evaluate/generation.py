@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from data_pipeline.batch import MultimodalBatch
@@ -25,6 +26,7 @@ from data_pipeline.shards.sample_reader import SampleReader
 from data_pipeline.text.templates.base import fill, look_up
 from data_pipeline.text.tokenizer import Tokenizer
 from mmscale.dist import World, any_rank, broadcast_bytes, gather_bytes
+from mmscale.errors import ConfigError
 from mmscale.evaluate.answer_metrics import LEAST_REFERENCES, TITLES, MetricValues, caption_words, score_answers
 from mmscale.evaluate.config import GenerationSet
 from mmscale.evaluate.heldout import (
@@ -70,17 +72,32 @@ def score_generation(context: EvaluationContext, held: GenerationSet) -> Generat
     prompts = PromptBuilder(document_builder(held, template, context.data, context.tokenizer, context.spec))
     answers = generate_answers(context, held, prompts, template.closing, samples)
     answers = [answer.strip() for answer in answers]
-    ignore = ("case", "punctuation") if held.ignore is None else held.ignore
-    values = score_answers(held.metric, answers, [question.references for question in questions], ignore)
+    references = [question.references for question in questions]
+    values = _scored(held, answers, references)
     if context.answers_folder is not None:
         call_on_all_ranks(context.world, held, lambda: _write_answers(context, held, questions, answers, values))
-    return GenerationResult(score=values.score, n=len(questions), metric=TITLES[held.metric], error=values.error)
+    result = GenerationResult(score=values.score, n=len(questions), metric=TITLES[held.metric], error=values.error)
+    if not held.control:
+        return result
+    cycle = np.random.default_rng([held.seed, len(questions)]).permutation(len(questions))
+    other = np.empty_like(cycle)
+    other[cycle] = np.roll(cycle, 1)  # A single cycle has no fixed point.
+    control = _scored(held, [answers[number] for number in other], references)
+    chance = _scored(held, [references[number][0] for number in other], references)
+    return replace(result, control=control.score, control_error=control.error, chance=chance.score)
+
+
+def _scored(held: GenerationSet, answers: Sequence[str], references: Sequence[tuple[str, ...]]) -> MetricValues:
+    ignore = ("case", "punctuation") if held.ignore is None else held.ignore
+    return score_answers(held.metric, answers, references, ignore)
 
 
 def _read_questions(held: GenerationSet) -> list[OpenQuestion]:
     reader = SampleReader(Manifest.open(held.manifest), held.name)
     try:
         chosen = draw_samples(held, reader.manifest.num_samples)
+        if held.control and len(chosen) < 2:
+            raise ConfigError(f"{held.manifest} has one sample; control=true permutes answers, so it needs at least 2")
         return [make_open_question(reader.read(number), held) for number in chosen]
     finally:
         reader.close()

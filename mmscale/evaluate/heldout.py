@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,8 +11,9 @@ import numpy as np
 
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.config import DataConfig, DatasetConfig
+from data_pipeline.document import Document, MediaItem
 from data_pipeline.errors import DataPipelineError, SampleError
-from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.media_spec import IMAGE, MediaSpec, Placement
 from data_pipeline.packing.collate import collate
 from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Pack
@@ -136,12 +137,16 @@ class PromptBuilder:
 
     Args:
         builder: Builder of the set's documents.
-        needs_images: Whether a prompt without an image raises.
+        needs_images: Whether a prompt without an image, video or sound raises.
+        shuffle_seed: Seed of the order of the frames of each video; None keeps their order.
     """
 
-    def __init__(self, builder: DocumentBuilder, *, needs_images: bool = False) -> None:
+    def __init__(
+        self, builder: DocumentBuilder, *, needs_images: bool = False, shuffle_seed: int | None = None
+    ) -> None:
         self._builder = builder
         self._needs_images = needs_images
+        self._shuffle_seed = shuffle_seed
         self._dummy = dummy_document(builder.spec, builder.tokenizer.pad_id)
 
     @classmethod
@@ -150,7 +155,8 @@ class PromptBuilder:
     ) -> PromptBuilder:
         """Return the builder for a set of kind ``images``; ``prompt`` replaces the set's prompt if given."""
         template = template_of(held) if prompt is None else CaptionTemplate(prompts=(prompt,))
-        return cls(document_builder(held, template, data, tokenizer, spec), needs_images=True)
+        builder = document_builder(held, template, data, tokenizer, spec)
+        return cls(builder, needs_images=True, shuffle_seed=held.seed if held.shuffle_frames else None)
 
     def num_tokens(self, sample: Sample) -> int:
         """Return the number of tokens of the prompt without decoding images.
@@ -166,15 +172,54 @@ class PromptBuilder:
         The dummy document makes every module of the model run.
 
         Raises:
-            SampleError: an image is missing, damaged or does not fit the model.
+            SampleError: an image is missing, damaged or does not fit the model, or there are no frames to shuffle.
         """
         documents = [self._builder.build_prompt(sample) for sample in samples]
+        if self._shuffle_seed is not None:
+            seed = self._shuffle_seed
+            documents = [shuffle_frames(document, self._builder.spec, seed) for document in documents]
         for document in documents:
             if self._needs_images and not document.images:
                 origin = document.provenance
                 shard, key = ("?", "?") if origin is None else (origin.shard, origin.key)
-                raise SampleError("no image: a set of kind images asks about images", shard=shard, key=key)
+                raise SampleError("no image, video or sound: a set of kind images asks about one", shard=shard, key=key)
         return collate([Pack((*documents, self._dummy), lane=-1)], self._builder.spec)
+
+
+def shuffle_frames(document: Document, spec: MediaSpec, seed: int) -> Document:
+    """Return a document with the used frames of each of its videos in a random order that is not theirs.
+
+    The order depends on the seed and the number of the sample in its data set.
+
+    Raises:
+        SampleError: the document has no video with at least two used frames in one item.
+    """
+    origin = document.provenance
+    rng = np.random.default_rng([seed, 0 if origin is None else origin.index])
+    items = tuple(_with_shuffled_frames(item, spec, rng) for item in document.items)
+    if all(after is before for after, before in zip(items, document.items, strict=True)):
+        shard, key = ("?", "?") if origin is None else (origin.shard, origin.key)
+        raise SampleError("shuffle_frames: no video with at least two frames", shard=shard, key=key)
+    return replace(document, items=items)
+
+
+def _with_shuffled_frames(item: MediaItem, spec: MediaSpec, rng: np.random.Generator) -> MediaItem:
+    time, later = item.grid[0], item.later_values
+    per_group = 1 if later is None else spec.frames_per_patch
+    num_frames = time * per_group
+    if item.modality != IMAGE or num_frames < 2:
+        return item
+    order = rng.permutation(num_frames)
+    while (order == np.arange(num_frames)).all():
+        order = rng.permutation(num_frames)
+    # (group, patch, frame in its group, value) -> (frame, patch, value)
+    stored = item.values if later is None else np.concatenate([item.values, later], axis=1)
+    frames = stored.reshape(time, -1, per_group, spec.patch_dim).swapaxes(1, 2)
+    shuffled = frames.reshape(num_frames, -1, spec.patch_dim)[order]
+    patches = shuffled.reshape(time, per_group, -1, spec.patch_dim).swapaxes(1, 2).reshape(len(item.values), -1)
+    if later is None:
+        return replace(item, values=patches)
+    return replace(item, values=patches[:, : spec.patch_dim].copy(), later_values=patches[:, spec.patch_dim :].copy())
 
 
 def document_builder(

@@ -130,22 +130,26 @@ class GenerationResult:
         n: Number of samples.
         metric: Name of the metric, such as ``VQA accuracy``.
         error: Standard error of ``score`` over samples; for chrF from a bootstrap.
-        control: None; the keys ``control`` and ``chance`` exist for readers of all kinds.
-        chance: None.
+        control: Value of the metric with the answers permuted among the samples, that is, without information from the
+            media. None if the set has no control.
+        chance: Value of the metric if the answers are references of other samples. None if the set has no control.
+        control_error: Standard error of ``control``. None if the set has no control.
     """
 
     score: float
     n: int
     metric: str
     error: float
-    control: None = None
-    chance: None = None
+    control: float | None = None
+    chance: float | None = None
     kind: str = "generation"
+    control_error: float | None = None
 
     @property
     def summary(self) -> str:
         """One line for a log."""
-        return f"{self.metric} {self.score:.3f} ± {self.error:.3f} (n={self.n})"
+        permuted = "" if self.control is None else f", answers permuted {self.control:.3f}, chance {self.chance:.3f}"
+        return f"{self.metric} {self.score:.3f} ± {self.error:.3f}{permuted} (n={self.n})"
 
 
 @dataclass(frozen=True)
@@ -334,6 +338,7 @@ _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Seconds = Annotated[float, Field(ge=0, lt=2**53)]
 _Share = Annotated[float, Field(ge=0, le=1)]
+_Value = Annotated[float, Field(ge=0, le=10)]
 _open = with_config(ConfigDict(extra="allow"))  # Another version may write more keys.
 
 
@@ -379,12 +384,13 @@ class _Perplexity(TypedDict):
 @_open
 class _Generation(TypedDict):
     kind: Literal["generation"]
-    score: Annotated[float, Field(ge=0, le=10)]
+    score: _Value
     n: Annotated[int, Field(ge=1, lt=2**63)]
     metric: str
     error: _Number
-    control: None
-    chance: None
+    control: _Value | None
+    chance: _Value | None
+    control_error: NotRequired[_Number | None]
 
 
 def _kind(held: Any) -> str:

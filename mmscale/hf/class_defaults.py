@@ -17,6 +17,21 @@ from typing import Any
 
 _LLAMA_LIKE = {"hidden_act": "silu", "attention_dropout": 0.0, "tie_word_embeddings": False}
 _WINDOWS = {"use_sliding_window": False, "sliding_window": 4096}
+_QWEN2_VL_TEXT = {
+    **_WINDOWS,
+    "vocab_size": 152_064,
+    "hidden_size": 8192,
+    "intermediate_size": 29_568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1_000_000.0,
+    "max_window_layers": 80,
+    "attention_dropout": 0.0,
+}
 _TOWER = {"num_channels": 3, "attention_dropout": 0.0}
 _IDEFICS3 = {"scale_factor": 2, "tie_word_embeddings": False}
 _IDEFICS3_TOWER = {
@@ -216,21 +231,7 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
     },
     "qwen2_vl": {"tie_word_embeddings": False},
-    "qwen2_vl_text": {
-        **_WINDOWS,
-        "vocab_size": 152_064,
-        "hidden_size": 8192,
-        "intermediate_size": 29_568,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "hidden_act": "silu",
-        "max_position_embeddings": 32_768,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1_000_000.0,
-        "max_window_layers": 80,
-        "attention_dropout": 0.0,
-    },
+    "qwen2_vl_text": _QWEN2_VL_TEXT,
     "qwen2_vl_vision": {
         "depth": 32,
         "embed_dim": 1280,
@@ -242,6 +243,24 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "patch_size": 14,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
+        "rope_theta": 10_000.0,
+    },
+    "qwen2_5_vl": {"tie_word_embeddings": False},
+    "qwen2_5_vl_text": _QWEN2_VL_TEXT,
+    "qwen2_5_vl_vision": {
+        "depth": 32,
+        "hidden_size": 3584,
+        "hidden_act": "silu",
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "in_channels": 3,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "tokens_per_second": 4,
+        "window_size": 112,
+        "out_hidden_size": 3584,
+        "fullatt_block_indexes": [7, 15, 23, 31],
         "rope_theta": 10_000.0,
     },
     "llava": {

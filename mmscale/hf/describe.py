@@ -2,7 +2,7 @@
 
 tokenizer files --tokenizer_files--> data.tokenizer
 chat template --chat_template--> data.template
-image processor --family layout--> data.transforms
+image and video processor --family layout--> data.transforms, data.video
 feature extractor --family layout--> data.audio
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.images.transforms import TransformConfig
+from data_pipeline.images.video import VideoConfig
 from data_pipeline.io.strict import first_fault
 from mmscale.errors import CheckpointError
 from mmscale.hf.chat_template import derive_format
@@ -37,6 +38,7 @@ class FolderData:
         tokenizer: Values of ``data.tokenizer``; None if the folder has no tokenizer that can be read.
         template: Values of ``data.template``; None for a vision tower.
         transforms: Values of ``data.transforms``; None for a model without images.
+        video: Values of ``data.video``; None for a model that reads no videos here.
         audio: Values of ``data.audio``; None for a model that takes no sound.
         context: Largest number of positions that ``config.json`` names; None if it names none.
         notes: A sentence for each difference from the folder's tokenizer, chat template or processor.
@@ -47,6 +49,7 @@ class FolderData:
     transforms: dict[str, Any] | None
     context: int | None = None
     notes: tuple[str, ...] = ()
+    video: dict[str, Any] | None = None
     audio: dict[str, Any] | None = None
 
 
@@ -99,6 +102,8 @@ def _images(layout: FamilyLayout, source: ImageSource) -> ImageInput:
     try:
         images = (layout.images or pixels.fixed_images)(source)
         _TRANSFORMS.validate_python(images.transforms)
+        if images.video is not None:
+            VideoConfig.model_validate(images.video)
     except ValidationError as error:
         raise CheckpointError(f"{source.where}: the image processor: {first_fault(error)}") from error
     # Hostile values raise these, such as a number where an object is expected.
@@ -134,8 +139,12 @@ def _with_text(
             template, begin = chat.template, chat.begins or (images is not None and files.adds_begin)
     if images is not None and images.begin is not None:
         begin = images.begin
+    video = None if images is None else images.video
+    if video is not None and any(files.id_of(video[key]) is None for key in ("start", "end", "placeholder")):
+        video = None
     return replace(
         found,
+        video=video,
         tokenizer=files.block(begin=begin, image_token=image_token),
         template=template,
         transforms=_with_spelled_tags(found.transforms, files),

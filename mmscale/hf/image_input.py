@@ -43,6 +43,8 @@ class ImageInput:
         after: Text that a chat template writes after it.
         template: Template of a folder without a chat template; None for ``interleaved``.
         begin: Whether documents begin with the begin token; None if the tokenizer decides.
+        video: Values of ``data.video``, with its placeholder; None for a model whose videos are not known here. Used if
+            the vocabulary has its tokens.
         notes: A sentence for each difference from the folder's processor.
     """
 
@@ -52,4 +54,5 @@ class ImageInput:
     after: str = ""
     template: dict[str, Any] | None = None
     begin: bool | None = None
+    video: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -83,7 +83,9 @@ def build_model(
         tied = decoder.embed_tokens if config.decoder.tie_embeddings else None
         head = _head(config.decoder, tied)
         tokenizer = None if config.image_tokenizer is None else build_image_tokenizer(config.image_tokenizer)
-        modalities = {name: each.build(backend, config.decoder.hidden_dim) for name, each in config.modalities.items()}
+        modalities: dict[str, Any] = {
+            name: each.build(backend, config.decoder.hidden_dim) for name, each in config.modalities.items()
+        }
         model = MultimodalModel(config, decoder, head, vision, connector, tokenizer, modalities)
     if config.adapters is not None:
         attach_adapters(model, config.adapters)
@@ -178,7 +180,7 @@ def media_spec(config: ModelConfig | TokenizerConfig, *, encodes: bool = False) 
     modalities = {name: each.spec(modality_cost(config, name)) for name, each in config.modalities.items()}
     if config.vision is None or config.connector is None:
         return MediaSpec(**config.decoder.media_needs(), code_size=code_size, **modalities)
-    return MediaSpec(
+    spec = MediaSpec(
         **config.decoder.media_needs(),
         code_size=code_size,
         **config.vision.media_needs(),
@@ -186,6 +188,8 @@ def media_spec(config: ModelConfig | TokenizerConfig, *, encodes: bool = False) 
         cost_per_patch=cost_per_patch(config),
         **modalities,
     )
+    videos = config.connector.video_needs()
+    return spec if videos is None else replace(spec, videos=replace(spec, **videos, **dict.fromkeys(modalities)))
 
 
 def count_parameters(config: AnyModelConfig) -> ParameterCount:

@@ -115,7 +115,7 @@ class ModelConfig(StrictConfig):
     def components(self) -> tuple[str, ...]:
         """Names of the components that a stage can train or freeze: the keys of the model's ``components()``."""
         tower = ("vision",) if self.vision is not None and self.vision.learns else ()
-        towers = (*tower, "connector") if self.vision is not None else ()
+        towers = (*tower, *self.connector.components) if self.vision is not None and self.connector is not None else ()
         for name, modality in self.modalities.items():
             towers = (*towers, *((name,) if modality.tower.learns else ()), f"{name}_connector")
         extra_tokens = ("extra_tokens",) if self.decoder.extra_tokens else ()

@@ -125,8 +125,11 @@ class DecoderConfig(StrictConfig):
 
     def media_needs(self) -> dict[str, Any]:
         """Return the fields of ``MediaSpec`` that depend on the decoder."""
-        axes = 1 if self.rope is None or self.rope.sections is None else 3
-        return {"position_axes": axes, "max_document_tokens": self.learned_positions}
+        needs = {"max_document_tokens": self.learned_positions}
+        if self.rope is None or self.rope.sections is None:
+            return {**needs, "position_axes": 1}
+        names = ("tokens_per_second", "text_after_video")
+        return {**needs, "position_axes": 3, **{name: getattr(self.rope, name) for name in names}}
 
     def counts(self, batch: MultimodalBatch) -> dict[str, int]:
         """Return the counts of ``batch`` that the decoder's operations are proportional to."""

@@ -194,9 +194,10 @@ def _base_products(config: ModelConfig, trained: frozenset[str], reached: frozen
     if config.vision is not None and connector is not None:
         found += kept("vision", config.vision.products(learns="vision" in reached))
         found += kept("connector", connector.products(config.vision, decoder, reached))
+        found += kept("video_connector", connector.video_products(config.vision, decoder, reached))
     for name, modality in config.modalities.items():
         found += modality.products(name, decoder.hidden_dim, trained, reached)
-    learned_features = connector is not None and not {"vision", "connector"}.isdisjoint(reached)
+    learned_features = connector is not None and not {"vision", "connector", "video_connector"}.isdisjoint(reached)
     embeds = connector is not None and connector.placement in (Placement.EMBEDDING, Placement.HYBRID)
     # The backward pass reaches down to where trained values enter the decoder: at its input, or at the first
     # cross-attention block.

@@ -248,8 +248,10 @@ def _prefill(
     pieces = Segments.from_lengths([1] * len(documents))
     segments = Segments(to_device(pieces.cu, last.device), pieces.bounds)
     position_ids = batch.position_ids.index_select(0, last)
-    if position_ids.dim() == 2:  # New text continues at the largest position of all axes (Qwen2-VL, section 2.1).
-        position_ids = position_ids.amax(1, keepdim=True).expand(-1, 3)
+    if position_ids.dim() == 2:  # New text continues at the largest position on all axes (Qwen2-VL, section 2.1).
+        bounds = batch.segments.bounds
+        prompts = [batch.position_ids[bounds[number] : bounds[number + 1]] for number in documents]
+        position_ids = torch.stack([prompt.max() for prompt in prompts])[:, None].expand(-1, 3)
     ones = torch.ones(len(last), device=last.device)
     tokens = batch.token_ids.index_select(0, last)
     return MultimodalBatch(tokens, tokens, ones * 0, position_ids, segments, ones.bool()), hidden

@@ -48,6 +48,11 @@ class ModalityTowerBase(StrictConfig, ABC):
     def feature_dim(self) -> int:
         """Channels of a row."""
 
+    @property
+    def num_blocks(self) -> int:
+        """Number of its transformer blocks, for estimates of the time of a step."""
+        return 0
+
     @abstractmethod
     def build(self, backend: Backend) -> ModalityTower:
         """Return the module."""

@@ -189,7 +189,7 @@ class MultimodalModel(nn.Module):
         if self.vision is not None and (learned := list(self.vision.parameters())):
             parts["vision"] = learned
         if self.connector is not None:
-            parts["connector"] = list(self.connector.parameters())
+            parts |= self.connector.components()
         for name, modality in self.config.modalities.items():
             tower, projector = self._parts(name)
             parts |= {name: list(tower.parameters())} if modality.tower.learns else {}

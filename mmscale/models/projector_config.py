@@ -12,10 +12,17 @@ from mmscale.models.connectors.attention_pool import AttentionPoolConfig
 from mmscale.models.connectors.c_abstractor import CAbstractorConfig
 from mmscale.models.connectors.projector import LinearProjectorConfig, MlpProjectorConfig, ProjectorBase
 from mmscale.models.connectors.resampler import ResamplerConfig
+from mmscale.models.connectors.square_pool import ConvPoolConfig, MeanPoolConfig
 from mmscale.nn.flops import Product, attention_product, linear_product
 
 ProjectorConfig = Annotated[
-    LinearProjectorConfig | MlpProjectorConfig | AttentionPoolConfig | CAbstractorConfig | ResamplerConfig,
+    LinearProjectorConfig
+    | MlpProjectorConfig
+    | AttentionPoolConfig
+    | CAbstractorConfig
+    | ConvPoolConfig
+    | MeanPoolConfig
+    | ResamplerConfig,
     Field(discriminator="kind"),
     OwnKinds(ProjectorBase, "mmscale.projectors"),
 ]
@@ -36,11 +43,14 @@ def typical_crop(projector: ProjectorBase, fixed_grid: tuple[int, int] | None) -
     A projector that merges squares has the same ratio for every crop; the result is one square and one feature. With a
     projector that pools each crop to ``pooled_side**2`` features, the crop has the tower's fixed grid. Without a fixed
     grid, the estimate assumes a crop with one patch per feature. Larger crops then cost less per patch. With learned
-    queries, the crop is the largest square.
+    queries, the crop is the largest square. A projector that pools squares has a crop of the fixed grid, or one square.
     """
     if projector.query_sizes:
         largest, features = projector.query_sizes[-1]
         return largest**2, features
+    if (pooling := projector.pooling) is not None:
+        height, width = fixed_grid or (pooling.side, pooling.side)
+        return height * width, math.prod(pooling.features(height, width))
     side = projector.pooled_side
     if side is None:
         return projector.merge**2, 1

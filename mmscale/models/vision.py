@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from data_pipeline.batch import AttentionSegments, MediaBlock, Segments
 from mmscale.models.tiles import TileRows, TilesConfig, on_device
 from mmscale.models.vision_kind import Tower, TowerBase
+from mmscale.models.windows import WindowRows, WindowsConfig
 from mmscale.nn.attention_backends import Backend, num_pairs
 from mmscale.nn.block import AttentionConfig, DenseMlpConfig, NormConfig, TransformerBlock, block_products, build_norm
 from mmscale.nn.flops import Product, linear_product
@@ -89,6 +90,9 @@ class VisionConfig(TowerBase):
     and ``projector.merge=1``."""
     tiles: TilesConfig | None = None
     """Attention between the tiles of an image (Llama 3.2 Vision); null: every crop is computed separately."""
+    windows: WindowsConfig | None = None
+    """Attention within windows of a frame (Qwen2.5-VL); null: a patch attends its whole frame in every block. Not with
+    ``class_token`` or ``tiles``."""
     patch_bias: bool = False
     """Bias on the patch projection."""
     temporal_patch: Channels = 1
@@ -140,12 +144,19 @@ class VisionConfig(TowerBase):
         if self.temporal_patch > 1:  # In addition, because the patches of videos are also projected as still images.
             found.append(linear_product("video_patches", embed * self.temporal_patch, weights=learns, inputs=False))
         # The gradients of layer_scale's factors and of the global blocks' gates need the output of their branch.
-        for number, ends_in_product in ((self.num_layers, self.layer_scale is None), (num_global, False)):
+        num_windowed = 0 if self.windows is None else self.num_layers - len(self.windows.frame_layers)
+        kinds = (
+            (self.num_layers - num_windowed, "tower_pairs", self.layer_scale is None),
+            (num_windowed, "window_pairs", self.layer_scale is None),
+            (num_global, "tower_pairs", False),
+        )
+        for number, pairs, ends_in_product in kinds:
             found += number * block_products(
                 self.hidden_dim,
                 self.attention,
                 self.mlp,
                 "tower",
+                pairs=pairs,
                 learns=learns,
                 flows=learns,
                 ends_in_product=ends_in_product,
@@ -165,6 +176,10 @@ class VisionConfig(TowerBase):
         )
         return Segments(to_device(frames.cu, media.items.cu.device), frames.bounds)
 
+    def window_rows(self, media: MediaBlock) -> WindowRows | None:
+        """Return the row order of a tower with ``windows``; None without."""
+        return None if self.windows is None else WindowRows.from_grids(media.grids, self.windows.side)
+
     def tile_rows(self, media: MediaBlock) -> TileRows:
         """Return the row sequence of a tower with ``tiles``, in which the tiles of an image attend to each other."""
         assert self.tiles is not None
@@ -177,11 +192,13 @@ class VisionConfig(TowerBase):
     def counts(self, media: MediaBlock) -> dict[str, int]:
         attended = self.frames(media) if self.tiles is None else self.tile_rows(media).attended
         queries, keys = (attended, attended) if isinstance(attended, Segments) else (attended.queries, attended.keys)
+        rows = self.window_rows(media)
         return {
             "patches": media.items.total,
             "video_patches": len(media.later_index),
             "tower_rows": queries.total,
             "tower_pairs": num_pairs(queries, keys),
+            "window_pairs": 0 if rows is None else num_pairs(rows.windows, rows.windows),
         }
 
     @model_validator(mode="after")
@@ -212,6 +229,10 @@ class VisionConfig(TowerBase):
             raise ValueError("class_feature: there is no class token to keep; set class_token=true")
         if self.tiles is not None:
             self._check_tiles(self.tiles)
+        if self.windows is not None:
+            self.windows.check(self.num_layers)
+            if self.class_token or self.tiles is not None:
+                raise ValueError("windows: cut frames of patches alone; leave out class_token and tiles")
         return self
 
     def _check_tiles(self, tiles: TilesConfig) -> None:
@@ -294,7 +315,7 @@ class VisionTower(Tower):
         """Return the features of every patch, in the order of ``media.values``.
 
         With ``class_feature``, the class token's feature comes first in each crop. Patches attend only within their
-        frame or, with ``tiles``, within their image.
+        frame, with ``windows`` in most blocks only within their window of it, or, with ``tiles``, within their image.
         """
         config, positions = self.config, self.config.positions
         tiles = None if config.tiles is None else config.tile_rows(media)
@@ -303,19 +324,29 @@ class VisionTower(Tower):
         )
         rotation: Rotation | None = None
         hidden = self.patch_embed(media.values, media.later_values, media.later_index)
+        windows = config.window_rows(media)
         if tiles is not None:
             hidden = self._tile_inputs(hidden, tiles)
         elif isinstance(positions, Rotary2dConfig):
-            rows, columns = (to_device(axis, hidden.device) for axis in patch_coordinates(media.grids))
+            coordinates = patch_coordinates(media.grids)
+            if windows is not None:
+                coordinates = coordinates[0][windows.order], coordinates[1][windows.order]
+            rows, columns = (to_device(axis, hidden.device) for axis in coordinates)
             rotation = image_rotation(rows, columns, self.head_dim, positions, hidden.dtype)
             hidden = self.pre_norm(hidden)
         elif isinstance(positions, BucketedPositionsConfig):
             hidden = self.pre_norm(self.positions(hidden, media.grids))
         else:
             hidden = self.pre_norm(self.positions(hidden))
+        attended = [segments] * len(self.layers)
+        if windows is not None and config.windows is not None:
+            hidden = hidden.index_select(0, to_device(windows.order, hidden.device))
+            within = on_device(windows.windows, hidden.device)
+            frame_layers = config.windows.frame_layers
+            attended = [segments if number in frame_layers else within for number in range(len(self.layers))]
         outputs = {}
-        for number, layer in enumerate(self.layers):
-            hidden, _ = layer(hidden, rotation, segments)
+        for number, (layer, own) in enumerate(zip(self.layers, attended, strict=True)):
+            hidden, _ = layer(hidden, rotation, own)
             if number in config.feature_layers:
                 outputs[number] = hidden
         last, inner = self.post_norm(hidden), [outputs[number] for number in config.feature_layers]
@@ -327,6 +358,8 @@ class VisionTower(Tower):
         else:
             parts += inner
         features = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        if windows is not None:
+            features = features.index_select(0, to_device(windows.restore, features.device))
         if config.idle_layers or config.idle_norm:
             features = _KeepInGraph.apply(features, self.idle_norm(last))
         if config.class_token and not config.class_feature:

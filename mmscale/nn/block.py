@@ -441,6 +441,7 @@ def block_products(
     mlp: MlpBase,
     stream: str,
     *,
+    pairs: str | None = None,
     learns: bool,
     flows: bool,
     ends_in_product: bool,
@@ -453,6 +454,7 @@ def block_products(
         mlp: As for ``TransformerBlock``.
         stream: Prefix of the counts: the operations are per ``{stream}_rows`` and ``{stream}_pairs``. Those of routed
             experts are per ``routed_rows``.
+        pairs: Name of the count of query-key pairs; None: ``{stream}_pairs``.
         learns: Whether the block's weights are trained.
         flows: Whether the backward pass computes the gradient of the block's input.
         ends_in_product: Whether the output of the last product is only added to the stream. Activation checkpointing
@@ -463,7 +465,7 @@ def block_products(
     gradients, routed = 4 * (learns or flows), mlp.flops_per_routed_row(dim)
     products = [
         linear_product(f"{stream}_rows", row, weights=learns, inputs=flows, again=again),
-        attention_product(f"{stream}_pairs", pair, gradients=gradients, again=pair),
+        attention_product(pairs or f"{stream}_pairs", pair, gradients=gradients, again=pair),
     ]
     if routed:
         products.append(linear_product("routed_rows", routed, weights=learns, inputs=flows, again=routed))

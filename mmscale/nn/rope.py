@@ -116,6 +116,20 @@ class RopeConfig(StrictConfig):
     sections: tuple[int, int, int] | None = None
     """Number of frequencies for the time, height and width positions (``[16, 24, 24]`` in Qwen2-VL). The sum must be
     half the rotated channels. Null: one position per token."""
+    tokens_per_second: float | None = Field(default=None, gt=0, le=1000)
+    """Time positions for a second of a video, above 0, at most 1000 (Qwen2.5-VL: 2). Null: one position for each group
+    of ``vision.temporal_patch`` frames (Qwen2-VL). Requires ``sections``."""
+    text_after_video: Literal["all_axes", "space"] = "all_axes"
+    """Position of what follows a video. ``all_axes``: after its largest position on any axis (the authors' code).
+    ``space``: after its largest row or column, so that text overlaps a longer video in time. transformers 5.24 does
+    this for Qwen2-VL and Qwen2.5-VL; choose it to compute the same. Generated text follows the largest position in
+    both. Requires ``sections``."""
+
+    @model_validator(mode="after")
+    def _needs_sections(self) -> RopeConfig:
+        if self.sections is None and (self.tokens_per_second is not None or self.text_after_video != "all_axes"):
+            raise ValueError("tokens_per_second, text_after_video: only with positions on three axes; set sections")
+        return self
 
 
 class FrequencyLayout(str, Enum):

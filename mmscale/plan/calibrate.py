@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from data_pipeline.batch import MultimodalBatch, Segments
 from data_pipeline.errors import out_of_memory
 from data_pipeline.loader.loader import Loader
-from data_pipeline.media_spec import MediaSpec
+from data_pipeline.media_spec import IMAGE, MediaSpec
 from data_pipeline.packing.collate import collate
 from data_pipeline.packing.packer import Pack
 from data_pipeline.packing.synthetic_documents import example_document
@@ -257,12 +257,13 @@ class Measurement:
     def _product_rates(self) -> tuple[float, float]:
         """Return operations per second of all linear layers, forward and backward, and those of the fastest one."""
         weights = build_weights(self.model)
-        media = self.steps[0][0].media.get("image")
-        patches = 0 if media is None else min(_MOST_ROWS, media.items.total)
+        media = self.steps[0][0].media
+        rows_of = {name: min(_MOST_ROWS, block.items.total) for name, block in media.items()}
+        rows_of["vision"] = rows_of.pop(IMAGE, 0)
         shapes = Counter[tuple[int, int, int]]()
         for name, module in weights.named_modules():
             if isinstance(module, nn.Linear):
-                rows = patches if name.startswith("vision") else self._rows
+                rows = rows_of.get(name.partition(".")[0], self._rows)
                 shapes[(rows, module.in_features, module.out_features)] += 1
         flops = seconds = best = 0.0
         for (rows, inner, outer), count in shapes.items():

@@ -19,7 +19,7 @@ from data_pipeline.document import Document
 from data_pipeline.errors import SampleError
 from data_pipeline.history.replay import Replay
 from data_pipeline.images.drawn_images import DrawnTokens, example_tokens
-from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.media_spec import IMAGE, MediaSpec, Placement
 from data_pipeline.packing.collate import collate, join_nothing
 from data_pipeline.packing.packer import Pack
 from data_pipeline.packing.synthetic_documents import dummy_document, example_document
@@ -41,8 +41,10 @@ _CODE_PIXELS = 8
 class ExampleDocument:
     """The assumed size of a document, for data that do not exist here.
 
+    A data set with the block of a further modality, such as ``audio``, has one typical item of it in each document.
+
     Attributes:
-        tokens: Text tokens; None: 256 with an image, else enough to fill a pack.
+        tokens: Text tokens; None: 256 with an image or a sound, else enough to fill a pack.
         height, width: Size of its image in pixels. Templates without images have none.
     """
 
@@ -157,17 +159,21 @@ def example_documents(data: DataConfig, spec: MediaSpec, example: ExampleDocumen
     for dataset in data.datasets:
         takes_images = spec.needs_embedded or spec.needs_unembedded
         images = [(example.height, example.width)] * (takes_images and dataset.template.takes_images)
+        clips = {name: [spec.modalities[name].typical_grid] for name in dataset.modalities if name in spec.modalities}
+        clips = clips if dataset.template.takes_images else {}
         drawn = _example_image(dataset, spec, example, longest - min(_IMAGE_TOKENS, longest // 4))
-        room_for_text = longest - (0 if drawn is None else len(drawn.ids))
+        heard = sum(spec.modalities[name].num_features(grid) for name, grids in clips.items() for grid in grids)
+        room_for_text = max(1, longest - heard) - (0 if drawn is None else len(drawn.ids))
         if drawn is not None and room_for_text < 1:
             raise ConfigError(
                 f"data set {dataset.name}: an image has {len(drawn.ids)} tokens, and a document has at most {longest}; "
                 "increase data.packing.max_tokens or reduce image_tokens.grid"
             )
-        tokens = example.tokens or (min(_IMAGE_TOKENS, room_for_text) if images or drawn else room_for_text)
+        has_media = images or clips or drawn is not None
+        tokens = example.tokens or (min(_IMAGE_TOKENS, room_for_text) if has_media else room_for_text)
         tokens, weight = min(tokens, room_for_text), float(dataset.template.draws)
         try:
-            documents.append(example_document(dataset.transforms, spec, images, tokens, drawn, weight))
+            documents.append(example_document(dataset.transforms, spec, images, tokens, drawn, weight, clips))
         except SampleError as error:
             raise ConfigError(f"data set {dataset.name}, image of {example.width}x{example.height}: {error}") from error
     return documents
@@ -208,8 +214,11 @@ def _assumed(
     counts, tokens_of_one, _ = _mean_counts([[each] for each in documents], shares, models, spec, 1)
     scaled = tuple({name: value * per_pack for name, value in count.items()} for count in counts)
     what = f"{mean_tokens:,.0f} tokens"
-    if any(each.items or each.drawn is not None for each in documents):
-        what += f" (image of {example.width}x{example.height} pixels)"
+    kinds = {item.modality for each in documents for item in each.items}
+    kinds |= {IMAGE} if any(each.drawn is not None for each in documents) else set()
+    notes = [f"image of {example.width}x{example.height} pixels"] if IMAGE in kinds else []
+    notes += [f"{name} of {spec.modalities[name].typical_grid[0]} rows" for name in sorted(kinds - {IMAGE})]
+    what += f" ({', '.join(notes)})" if notes else ""
     source = f"assumed: {per_pack:,.1f} documents of {what} in a pack"
     return scaled, min(tokens_of_one * per_pack, packing.max_tokens), per_pack, source
 

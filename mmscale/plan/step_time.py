@@ -41,6 +41,9 @@ from mmscale.run.config import RunConfig
 
 GRADIENT_BYTES = 4
 """Gradients are reduced in float32."""
+_TOWER_BLOCK = 30
+"""Values that a row of a block in the tower of another modality reads and writes, for each channel. This is
+``_row_values`` with a key head for each query head, and a feed-forward block of four times the width."""
 
 
 @dataclass(frozen=True)
@@ -298,6 +301,9 @@ def _routed_flops(dim: int, mlp: MlpBase) -> int:
 def _block_values(model: ModelConfig, trained: frozenset[str]) -> Iterator[tuple[str, float, bool]]:
     """Yield, for each block: its count, values that a row reads and writes forward, and whether it has a backward."""
     decoder, vision, connector = model.decoder, model.vision, model.connector
+    for name, modality in model.modalities.items():
+        for _ in range(modality.tower.num_blocks):
+            yield f"{name}.feature_patches", _TOWER_BLOCK * modality.tower.feature_dim, name in trained
     for mlp in decoder.block_mlps():
         yield "token_rows", _row_values(decoder.hidden_dim, decoder.attention, mlp), bool(trained)
     if vision is None or connector is None:

@@ -104,7 +104,7 @@ def prune_checkpoint(
         after=axes(small),
         parameters_before=count_parameters(config).total,
         parameters_after=count_parameters(target.value).total,
-        left_out=tuple(name for name in config.components if name in ("vision", "connector")),
+        left_out=tuple(name for name in config.components if name in ("vision", "connector", "video_connector")),
         losses_before=losses_before,
         losses_after=calibration.losses(load_model(written, target.value)) if calibration and losses_before else {},
     )

@@ -181,7 +181,7 @@ def rehearse_logs(
 
 def _log_bytes(config: RunConfig, folder: Path, world_size: int) -> dict[str, float]:
     """Write steps with the run's own log, and return the bytes per step of each file."""
-    components = ("decoder", "vision", "connector")[: 3 if config.model.vision is not None else 1]
+    components = config.model.components
     phases = ("data", "agreement", "forward", "backward", "optimizer", "communication")
     generator = np.random.default_rng(0)
     log = RunLog(folder, config.metrics, 0, 10**6, Console(file=io.StringIO()))

@@ -230,6 +230,8 @@ def _card(name: str, score_record: Mapping[str, Any]) -> HeldoutCard:
     score, n = score_record["score"], score_record["n"]
     if score_record.get("kind") == "generation":
         about = f"± {100 * score_record['error']:.1f} · answers in {ANSWERS_FOLDER}/{name}.jsonl"
+        if score_record["control"] is not None:
+            about = f"{about} · {100 * score_record['control']:.1f} with answers permuted"
         return HeldoutCard(name, score_record["metric"], f"{n:,} samples", f"{100 * score:.1f}", "", about, [])
     bars = [Bar("model", score, score_record.get("error", binomial_error(score, n)), 1)]
     about = f"{score / score_record['chance']:.1f}× chance"

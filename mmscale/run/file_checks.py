@@ -84,7 +84,10 @@ def check_files(config: RunConfig) -> list[str]:
         spec = config.stage_media(number)
         looks = [_look_at(dataset, data.packing, tokenizer, model, spec, stage) for dataset in data.datasets]
         if model.vision is not None and not any(look is None or look.holds_images for look in looks):
-            notes.append(_without_images(config, number))
+            notes.append(_without(config, number, "image", "a vision tower", ("vision", "connector")))
+        for name in spec.modalities:
+            if not any(look is None or name in look.modalities for look in looks):
+                notes.append(_without(config, number, name, f"the block {name}", (name, f"{name}_connector")))
         if spec.code_size is not None and not number and not _loads_tokenizer(stage):
             notes.append(
                 f"stages.{number} ({stage.name}): encodes images in each step, and no checkpoint of its weights gives "
@@ -189,14 +192,21 @@ def _loads_tokenizer(stage: StageConfig) -> bool:
     return any(name in (ALL, TOKENIZER) for source in stage.weights for name in source.components)
 
 
-def _without_images(config: RunConfig, number: int) -> str:
+def _without(config: RunConfig, number: int, noun: str, part: str, components: tuple[str, str]) -> str:
+    """Return a note that the data lack inputs of which the model has a part.
+
+    Raises:
+        ConfigError: the stage trains one of the ``components`` of that part.
+    """
     stage = config.stages[number]
     names = ", ".join(dataset.name for dataset in config.stage_data(number).datasets)
-    what = f"stages.{number} ({stage.name}): the model has a vision tower, and no image was found in its data ({names})"
-    trained = [name for name in ("vision", "connector") if name in stage.train or ALL in stage.train]
+    what = f"stages.{number} ({stage.name}): the model has {part}, and no {noun} was found in its data ({names})"
+    known = config.stage_model(number).components
+    trained = [name for name in components if name in known and (name in stage.train or ALL in stage.train)]
     if trained:
+        nulls = "model.vision and model.connector" if noun == "image" else f"model.{noun}"
         raise ConfigError(
-            f"{what}, so {' and '.join(trained)} would learn nothing; add data with images, "
-            "or remove both from stages.*.train, or set model.vision and model.connector to null"
+            f"{what}, so {' and '.join(trained)} would learn nothing; add data with {noun}s, "
+            f"or remove both from stages.*.train, or set {nulls} to null"
         )
     return what

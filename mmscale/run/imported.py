@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-00000000    the weights
     RUN/hf_files/                    tokenizer and processor files, with their checksums
-    RUN/config.yaml                  model, tokenizer, template, transforms and audio
+    RUN/config.yaml                  model, tokenizer, template, transforms, video and audio
 
 ``mmscale generate``, ``chat`` and ``eval`` read the folder, and a run that trains the model names it as its ``base``.
 """
@@ -75,8 +75,8 @@ def import_run(source: Path, run: Path) -> ImportedRun:
 def _values(report: HfImportReport, run: Path, files: Path) -> dict[str, Any]:
     """Return the configuration, or the blocks that are known."""
     data = report.data
-    blocks: dict[str, Any] = {"template": data.template, "transforms": data.transforms, "audio": data.audio}
-    known = {name: block for name, block in blocks.items() if block is not None}
+    blocks = {name: getattr(data, name) for name in ("template", "transforms", "video", "audio")}
+    known: dict[str, Any] = {name: block for name, block in blocks.items() if block is not None}
     if data.tokenizer is None:
         return {"model": report.model, "data": known}
     tokenizer = {**data.tokenizer, "path": str(files / Path(data.tokenizer["path"]).name)}

@@ -131,6 +131,10 @@ def _shrink_tower(block: Block, part: BaseModel, depth: int | None, merge: int) 
     out["mlp"] = _shrink_mlp(out["mlp"], block["mlp"], dim, block["hidden_dim"])
     out |= {"hidden_dim": dim, "num_layers": layers, "attention": attention}
     out |= {"rope": rope} if "rope" in block else {}
+    if out.get("windows"):  # The last block attends whole frames, if any does.
+        whole = block["windows"]["frame_layers"]
+        own = whole if layers == block["num_layers"] else [layers - 1] * bool(whole and layers > 1)
+        out["windows"] = {**out["windows"], "frame_layers": own}
     return out | ({"feature_layers": features} if "feature_layers" in block else {})
 
 

@@ -13,7 +13,8 @@
 A smoke-test run shows that the stages, components, optimizers, data overrides and model changes of a recipe work
 together and resume. It does not show whether learning rates and mixtures are good. It omits distillation, because a
 smoke-test teacher would have learned nothing. It needs the shards and the tokenizer of examples/emoji and, for
-dialogues of a text model, the shards of examples/text, relative to the working directory.
+dialogues of a text model, the shards of examples/text, for videos and sound those of examples/omni, relative to the working
+directory.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 from data_pipeline.config import DataConfig, DatasetConfig, WeightFrom
 from data_pipeline.images.tilings import Tiling
 from data_pipeline.images.transforms import TilesTransform, TransformConfig
+from data_pipeline.images.video import VideoConfig
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.text.templates import (
     AnnotationsTemplate,
@@ -45,6 +47,8 @@ from mmscale.shrink.model import shrink, shrunk_side
 _EMOJI = Path("examples/emoji")
 _TALKS = Path("examples/text/shards/talks.manifest")
 _PAIRS = Path("examples/text/shards/pairs.manifest")
+_CLIPS = Path("examples/omni/shards/clips.manifest")
+_SPEECH = Path("examples/omni/shards/speech.manifest")
 _MAX_TILES = 4
 _LONG_TOKENS = 65_536
 
@@ -181,6 +185,15 @@ def _shrink_data(data: DataConfig, old: MediaSpec, new: MediaSpec, lanes: int) -
 
 def _shrink_dataset(dataset: DatasetConfig, old: MediaSpec, new: MediaSpec) -> DatasetConfig:
     manifest, template = _bundled(dataset.template, new.placement)
+    video = None if dataset.video is None else _shrink_video(dataset.video, old, new)
+    audio = None
+    if dataset.audio is not None:
+        audio = dataset.audio.model_copy(update={"start": None, "end": None, "placeholder": None})
+        manifest, template = _SPEECH, CaptionTemplate(
+            answers=("{transcript}",), loss_weight=dataset.template.loss_weight
+        )
+    if video is not None:
+        manifest, template = _CLIPS, CaptionTemplate(answers=("{motion}",), loss_weight=dataset.template.loss_weight)
     weight = dataset.weight
     if isinstance(weight, tuple):
         weight = tuple(WeightFrom(from_step=n, weight=each.weight) for n, each in enumerate(weight))
@@ -191,6 +204,8 @@ def _shrink_dataset(dataset: DatasetConfig, old: MediaSpec, new: MediaSpec) -> D
         repeats=dataset.repeats,
         template=template,
         transforms=_shrink_transforms(dataset.transforms, old, new),
+        video=video,
+        audio=audio,
     )
 
 
@@ -256,14 +271,11 @@ def _shrink_transforms(transforms: TransformConfig, old: MediaSpec, new: MediaSp
     def side(pixels: int) -> int:
         return shrunk_side(pixels // old.patch_size, new.merge) * new.patch_size
 
-    def area(pixels: int) -> int:
-        return max(new.size_multiple**2, pixels * new.patch_size**2 // (4 * old.patch_size) ** 2)
-
     changes: dict[str, Any] = {}
     for name in ("size", "longest", "longer", "shorter", "max_height", "max_width", "min_pixels", "max_pixels"):
         value = getattr(transforms, name, None)
         if value is not None:
-            changes[name] = area(value) if name.endswith("pixels") else side(value)
+            changes[name] = _shrunk_area(value, old, new) if name.endswith("pixels") else side(value)
     if isinstance(transforms, TilesTransform):
         tile = changes.get("size") or (new.fixed_grid or (1, 1))[0] * new.patch_size
         changes["tiling"] = _shrink_tiling(transforms.tiling, tile, new)
@@ -275,6 +287,20 @@ def _shrink_transforms(transforms: TransformConfig, old: MediaSpec, new: MediaSp
     if transforms.layout is not None:
         changes["layout"] = transforms.layout.model_copy(update={"spell": True})
     return transforms.model_copy(update=changes)
+
+
+def _shrunk_area(pixels: int, old: MediaSpec, new: MediaSpec) -> int:
+    return max(new.size_multiple**2, pixels * new.patch_size**2 // (4 * old.patch_size) ** 2)
+
+
+def _shrink_video(video: VideoConfig, old: MediaSpec, new: MediaSpec) -> VideoConfig:
+    """Return the same frames of fewer pixels, without special tokens."""
+    sizes: dict[str, Any] = {
+        name: _shrunk_area(getattr(video, name), old, new) for name in ("min_pixels", "max_pixels")
+    }
+    if video.tiling is not None:
+        sizes["tiling"] = _shrink_tiling(video.tiling, (new.fixed_grid or (1, 1))[0] * new.patch_size, new)
+    return video.model_copy(update={**sizes, "start": None, "end": None, "placeholder": None})
 
 
 def _shrink_tiling(tiling: Tiling, tile: int, new: MediaSpec) -> Tiling:

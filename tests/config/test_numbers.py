@@ -103,6 +103,7 @@ TimesChoice.seconds
 MovqganConfig.attention_levels TilesConfig.global_layers TilesConfig.gate_init TilesConfig.global_gate_init
 VisionConfig.mean VocabularyImageTokensConfig.first_id VqganConfig.attention_levels
 VisionConfig.layer_scale VisionConfig.feature_layers VisionConfig.idle_layers WeightFrom.weight WeightFrom.from_step
+WindowsConfig.frame_layers
 """
 _NEGATIVE = """
 AdafactorConfig.beta2_decay CrossAttentionConnectorConfig.gate_init HybridConnectorConfig.gate_init PatchesConfig.mean
@@ -142,6 +143,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "AdversarialConfig": {},
     "AnnotationsTemplate": {"max_annotations": 2},
     "BestConfig": {"metric": "a/score", "stop_after": 2},
+    "ConvPoolConfig": {"kind": "conv_pool", "conv_dim": 8, "hidden_dim": 8},
     "CompareConfig": {"seeds": [1], "variants": [{"name": "a"}, {"name": "b"}]},
     "DrawingsConfig": {"prompts": ["a"], "size": 32},
     "DatasetConfig": {"name": "a", "manifest": "a"},  # Without weight, which excludes repeats.
@@ -161,6 +163,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "GenerationSet": {"kind": "generation", "name": "a", "manifest": "a", "limit": 2},
     "LinearScaling": {"kind": "linear", "factor": 2.0},
     "Idefics3Tiling": {"kind": "idefics3"},
+    "MeanPoolConfig": {"kind": "mean_pool", "hidden_dim": 8},
     "Mm15Tiling": {},
     "MovqganConfig": {
         "base_dim": 32,

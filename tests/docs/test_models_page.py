@@ -11,12 +11,13 @@ import yaml
 from pydantic import TypeAdapter
 
 from data_pipeline.images.transforms import ImageTransform, TransformConfig
-from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.media_spec import MediaSpec, Placement, SquarePooling
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text()
 SECTION = PAGE.split("### What each published model uses\n")[1]
 RECIPES: dict[str, Any] = yaml.safe_load(re.findall(r"^```yaml\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)[0])
 ANY = Placement.EMBEDDING
+HALVED = SquarePooling(2, pads_columns=True)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,8 @@ ANY = Placement.EMBEDDING
         ("Molmo", MediaSpec(ANY, 14, 2, fixed_grid=(24, 24)), (560, 560), [144] + [100] * 4),
         # 64 features a tile of 512 px: 2 x 4 tiles and the overview.
         ("SmolVLM", MediaSpec(ANY, 16, 4, fixed_grid=(32, 32)), (1024, 2048), [64] * 9),
+        # 182 = 13 x 14 features a crop: 1 x 2 tiles and the overview.
+        ("Baichuan-Omni", MediaSpec(ANY, 14, fixed_grid=(27, 27), pooling=HALVED), (378, 756), [182] * 3),
         # 144 tokens an image, whatever its patches.
         ("MM1.5", MediaSpec(ANY, 14, fixed_grid=(48, 48), pooled_side=12), (1344, 1344), [144] * 5),
         # 64 features for 224 x 224 pixels: the paper, section 2.1.

@@ -26,7 +26,7 @@ from tests.golden.describe import counted
 README = CONFIGS / "README.md"
 BEGIN, END = "<!-- table: make golden -->", "<!-- end of the table -->"
 HEADER = ("model", "parameters", "decoder", "tower", "connector", "family", "worst errors", "recipes", "unknown")
-COMPOSED = {"nvlm-x": "nvlm_x", "nvlm-h": "nvlm_h", "mm1.5": "c_abstractor"}
+COMPOSED = {"nvlm-x": "nvlm_x", "nvlm-h": "nvlm_h", "mm1.5": "c_abstractor", "baichuan-omni": "conv_pool"}
 """Family in tests/parity.json of models without a class in transformers, by the prefix of their names."""
 _UNKNOWN = re.compile(r"^# unknown: (.*(?:\n# [^:\n]*$)*)", re.MULTILINE)
 _UNKNOWN_HERE = re.compile(r"^\s*(\w+):.*[#;] unknown: (?!not published)(.*)$", re.MULTILINE)
@@ -77,7 +77,10 @@ def _parts(config: AnyModelConfig) -> tuple[str, str, str]:
         kind = f"{connector.kind}, {projector.kind}" + (
             f", {projector.merge}x{projector.merge}" * (projector.merge > 1)
         )
-        kind += "" if isinstance(connector, EmbeddingConnectorConfig) else f", every {connector.every}"
+        if not isinstance(connector, EmbeddingConnectorConfig):
+            kind += f", every {connector.every}"
+        elif connector.video_projector is not None:
+            kind += f"; videos: {connector.video_projector.kind}"
     tower, audio = _tower(vision), config.audio
     if isinstance(audio, AudioModalityConfig):
         kind = "; ".join(filter(None, (kind, f"audio: {audio.projector.kind}")))

@@ -18,6 +18,7 @@ from tests.hf import (
     test_internvl,
     test_llava,
     test_pixtral,
+    test_qwen2_5_vl,
     test_qwen2_vl,
 )
 from tests.hf.decoders import SIZES
@@ -88,8 +89,10 @@ def save(family: str, folder: Path) -> Any:
         return model.eval()
     images = one.images()
     parts = [images, fast]
-    if one.processor in ("Qwen2VLProcessor", "InternVLProcessor", "SmolVLMProcessor"):
-        parts.append(getattr(transformers, one.processor.replace("Processor", "VideoProcessor"))())
+    videos = {"Qwen2_5_VLProcessor": "Qwen2VLVideoProcessor"}
+    videos |= {f"{name}Processor": f"{name}VideoProcessor" for name in ("Qwen2VL", "InternVL", "SmolVLM")}
+    if one.processor in videos:
+        parts.append(getattr(transformers, videos[one.processor])())
     whole = getattr(transformers, one.processor)(*parts, **one.arguments)
     whole.chat_template = one.chat
     whole.save_pretrained(folder)
@@ -227,6 +230,15 @@ FAMILIES: dict[str, Published] = {
         lambda size: test_qwen2_vl.reference_model(vocabulary=size),
         _images("Qwen2VLImageProcessor", **test_qwen2_vl.PIXELS),
         "Qwen2VLProcessor",
+        chat_templates.QWEN2_VL,
+        begin=False,
+        auto="AutoModelForImageTextToText",
+    ),
+    "qwen2_5_vl": Published(
+        (*_CHATML[:3], "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|im_start|>"),
+        lambda size: test_qwen2_5_vl.reference_model(vocabulary=size),
+        _images("Qwen2VLImageProcessor", **test_qwen2_vl.PIXELS),
+        "Qwen2_5_VLProcessor",
         chat_templates.QWEN2_VL,
         begin=False,
         auto="AutoModelForImageTextToText",

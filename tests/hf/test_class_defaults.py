@@ -73,6 +73,14 @@ TINY: dict[str, dict[str, Any]] = {
         },
         "vision_config": {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64},
     },
+    "qwen2_5_vl": {
+        "text_config": {
+            **_TEXT,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e4, "mrope_section": [2, 3, 3]},
+        },
+        "vision_config": {"depth": 2, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64},
+    },
     "llava": {
         "text_config": {**_TEXT, **_FULL, "model_type": "mistral", "num_key_value_heads": 2, "head_dim": 32},
         "vision_config": {**_TEXT, "model_type": "pixtral", "patch_size": 4},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ from tests.parity_table import Recorder
 from tests.videos import decoded, encoded
 
 pytestmark = pytest.mark.parity
-Clip = tuple[int, int, int]
-"""(frames, height, width) of a video."""
+Clip = tuple[int, ...]
+"""(frames, height, width) of a video, and its frames a second if these are not 8."""
 PAGES: dict[str, list[str | tuple[int, ...]]] = {
     "video": [(4, 60, 60), "a video"],
     "odd number of frames": ["x", (3, 50, 70), "three"],
@@ -58,8 +59,26 @@ LONG = [(10, 40, 40), "the positions of this text"]
 CONFIG = {"start": START, "end": END, "placeholder": VIDEO, "frames": {"kind": "uniform", "num_frames": 64}, **PIXELS}
 
 
-def _clip(size: tuple[int, ...]) -> bytes:
-    return encoded(size[0], height=size[1], width=size[2])
+def _rate(clip: Clip) -> int:
+    return clip[3] if len(clip) > 3 else 8
+
+
+def _clip(clip: Clip) -> bytes:
+    return encoded(clip[0], height=clip[1], width=clip[2], per_second=_rate(clip))
+
+
+def video_seen(folder: Path, ours: Any, pages: list[list[Any]], make: Callable[[Path], Any] = processor) -> Seen:
+    """Return both inputs of pages of texts, images (height, width) and clips; asserts equal token ids.
+
+    ``make`` returns the processor of transformers with the tokenizer of a path.
+    """
+    tokenizer = save_tokenizer(folder / "tokenizer.json", SPECIAL)
+    spec = media_spec(ours.config)
+    documents, theirs = _documents(tokenizer, spec, pages), make(tokenizer)
+    inputs = [_inputs(theirs, page) for page in pages]
+    for document, one in zip(documents, inputs, strict=True):
+        assert document.token_ids.tolist() == one["input_ids"][0].tolist()
+    return Seen(documents, inputs, spec)
 
 
 def _documents(tokenizer: Path, spec: MediaSpec, pages: list[list[Any]]) -> list[Document]:
@@ -75,33 +94,33 @@ def _documents(tokenizer: Path, spec: MediaSpec, pages: list[list[Any]]) -> list
     def part(one: Any) -> TextPart | ImagePart | VideoPart:
         if isinstance(one, str):
             return TextPart(one)
-        return VideoPart(_clip(one), "mp4") if len(one) == 3 else ImagePart(stored(picture(one)), "png")
+        return VideoPart(_clip(one), "mp4") if len(one) > 2 else ImagePart(stored(picture(one)), "png")
 
     origin = Provenance("x", "shard", "key", 0)
     return [build(Sample(tuple(map(part, page)), {}, origin)) for page in pages]
 
 
-def _inputs(tokenizer: Path, page: list[Any]) -> dict[str, Tensor]:
-    theirs = processor(tokenizer)
+def _inputs(theirs: Any, page: list[Any]) -> dict[str, Tensor]:
     theirs.video_processor.size = {"shortest_edge": PIXELS["min_pixels"], "longest_edge": PIXELS["max_pixels"]}
-    marks = {2: f"{START}{IMAGE}{END}", 3: f"{START}{VIDEO}{END}"}
-    text = "".join(part if isinstance(part, str) else marks[len(part)] for part in page)
-    videos = [
-        decoded(_clip(part)).transpose(0, 3, 1, 2) for part in page if len(part) == 3 and not isinstance(part, str)
-    ]
-    images = [picture(part) for part in page if len(part) == 2 and not isinstance(part, str)]
-    given: dict[str, Any] = {"images": images or None, "videos": videos or None}
-    text = f"{BOS}{text}{EOS}"
-    return dict(theirs(text=[text], **given, return_tensors="pt", add_special_tokens=False, cap_pixels_per_frame=False))
-
-
-def _seen(folder: Path, ours: Any, pages: list[list[Any]]) -> Seen:
-    tokenizer = save_tokenizer(folder / "tokenizer.json", SPECIAL)
-    spec = media_spec(ours.config)
-    documents, inputs = _documents(tokenizer, spec, pages), [_inputs(tokenizer, page) for page in pages]
-    for document, one in zip(documents, inputs, strict=True):
-        assert document.token_ids.tolist() == one["input_ids"][0].tolist()
-    return Seen(documents, inputs, spec)
+    images, clips = list[Any](), list[Clip]()
+    text = BOS
+    for part in page:
+        if isinstance(part, str):
+            text += part
+            continue
+        text += f"{START}{IMAGE if len(part) == 2 else VIDEO}{END}"
+        if len(part) == 2:
+            images.append(picture(part))
+        else:
+            clips.append(part)
+    given: dict[str, Any] = {"images": images or None}
+    if clips:
+        given["videos"] = [decoded(_clip(clip)).transpose(0, 3, 1, 2) for clip in clips]
+        given["video_metadata"] = [
+            {"total_num_frames": clip[0], "fps": _rate(clip), "frames_indices": [*range(clip[0])]} for clip in clips
+        ]
+        given["cap_pixels_per_frame"] = False
+    return dict(theirs(text=[text + EOS], **given, return_tensors="pt", add_special_tokens=False))
 
 
 @pytest.fixture
@@ -114,14 +133,14 @@ def models(tmp_path: Path) -> tuple[Any, Any]:
 def test_the_same_logits_loss_and_gradients(models: tuple[Any, Any], tmp_path: Path, parity: Recorder) -> None:
     """All pages are one pack, so images and videos of several documents pass through the tower together."""
     ours, theirs = models
-    compare(ours, theirs, _seen(tmp_path, ours, [*PAGES.values()]), tmp_path, parity, (BOUND, GRADIENT_BOUND))
+    compare(ours, theirs, video_seen(tmp_path, ours, [*PAGES.values()]), tmp_path, parity, (BOUND, GRADIENT_BOUND))
     weight = ours.vision.patch_embed.projection.weight.grad.view(32, 3, 2, 14, 14)
     assert not torch.allclose(weight[:, :, 0], weight[:, :, 1], rtol=0.1)  # Unlike those of still images.
 
 
 def test_pixels_grids_and_positions(models: tuple[Any, Any], tmp_path: Path, parity: Recorder) -> None:
     ours, theirs = models
-    seen = _seen(tmp_path, ours, [*PAGES.values()])
+    seen = video_seen(tmp_path, ours, [*PAGES.values()])
     for document, inputs in zip(seen.documents, seen.inputs, strict=True):
         videos = [item for item in document.items if item.grid[0] > 1 or item.later_values is not None]
         if "video_grid_thw" in inputs and videos:
@@ -141,7 +160,7 @@ def test_pixels_grids_and_positions(models: tuple[Any, Any], tmp_path: Path, par
 def test_text_after_a_long_video_follows_its_last_frame(models: tuple[Any, Any], tmp_path: Path) -> None:
     """transformers 5.24 lets it follow the largest row or column, so its text overlaps the video in time."""
     ours, theirs = models
-    seen = _seen(tmp_path, ours, [LONG])
+    seen = video_seen(tmp_path, ours, [LONG])
     (document,), (inputs,) = seen.documents, seen.inputs
     video = document.position_ids[2:22]  # Five pairs of frames, each of 2 x 2 features, after two tokens.
     assert video[:, 0].tolist() == [2 + pair for pair in range(5) for _ in range(4)]
@@ -154,7 +173,7 @@ def test_text_after_a_long_video_follows_its_last_frame(models: tuple[Any, Any],
 
 def test_the_same_answers(models: tuple[Any, Any], tmp_path: Path) -> None:
     ours, theirs = models
-    seen = _seen(tmp_path, ours, [PAGES["video"], PAGES["image and videos"]])
+    seen = video_seen(tmp_path, ours, [PAGES["video"], PAGES["image and videos"]])
     answers = generate(ours.eval(), seen.batch(), 6, eos_id=-1)
     for answer, inputs in zip(answers, seen.inputs, strict=True):
         ids = theirs.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -163,7 +182,7 @@ def test_the_same_answers(models: tuple[Any, Any], tmp_path: Path) -> None:
 
 def test_microbatches_of_several_packs_equal_one_pack(models: tuple[Any, Any], tmp_path: Path) -> None:
     ours, _ = models
-    seen = _seen(tmp_path, ours, [*PAGES.values()])
+    seen = video_seen(tmp_path, ours, [*PAGES.values()])
     together = collate([Pack(tuple(seen.documents), 0)], seen.spec)
     apart = concatenate([collate([Pack((document,), 0)], seen.spec) for document in seen.documents], seen.spec)
     for name in ("values", "later_values", "later_index"):
@@ -174,7 +193,7 @@ def test_microbatches_of_several_packs_equal_one_pack(models: tuple[Any, Any], t
 
 def test_operations_of_videos_equal_the_counter(models: tuple[Any, Any], tmp_path: Path) -> None:
     ours, _ = models
-    batch = _seen(tmp_path, ours, [PAGES["video"]]).batch()
+    batch = video_seen(tmp_path, ours, [PAGES["video"]]).batch()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         NextToken()(ours, batch).loss_sum.backward()
     flops = ours.training_flops(batch, ["vision", "connector", "decoder"])

@@ -22,7 +22,7 @@ from mmscale.models.connectors.padding import PaddingEmbedding, padding_of_patch
 from mmscale.models.flops import cost_per_patch
 from mmscale.nn.dropout import SubLayer
 from tests.models.packs import IMAGE_ID, Doc, image_document, in_lane, pack, text_document
-from tests.models.test_flops import WIDE, _counted_step
+from tests.models.test_flops import WIDE, counted_step
 from tests.models.test_multimodal import dummy_document, loss_and_grads
 from tests.models.tiny import DECODER, DENSE, LEARNED, VISION, VOCAB
 
@@ -149,7 +149,7 @@ def test_operations_equal_the_counter(padding: bool) -> None:
         net.head(net(batch).hidden)
     assert net.flops(batch) == pytest.approx(counter.get_total_flops(), rel=0.003)
     for trained in TRAINED:
-        counted = _counted_step(build_model(config), batch, trained, False)
+        counted = counted_step(build_model(config), batch, trained, False)
         assert net.training_flops(batch, trained).model == pytest.approx(counted, rel=0.01), trained
     linear = settings(connector={"kind": "embedding", "projector": {"kind": "linear", "merge": 2}}, **WIDE)
     assert cost_per_patch(config) > cost_per_patch(linear)

@@ -45,6 +45,10 @@ COUNTS = {  # Counted in the reference implementations (transformers; Molmo's ow
     "qwen2-vl-7b": 8_291_375_616,
     "qwen2-vl-72b": 73_405_560_320,
     "qwen2-audio-7b": 8_397_094_912,
+    "qwen2.5-vl-3b": 3_754_622_976,
+    "qwen2.5-vl-7b": 8_292_166_656,
+    "qwen2.5-vl-32b": 33_452_718_336,
+    "qwen2.5-vl-72b": 73_410_777_344,
     "whisper-large-v3": 636_968_960,
     "pixtral-12b": 12_682_739_712,
     "llava-1.5-7b": 7_063_427_072,
@@ -67,6 +71,10 @@ TOWERS = {  # Tower, connector.
     "qwen2-vl-2b": (665_271_296, None),  # The tower includes the merger.
     "qwen2-vl-7b": (675_759_104, None),
     "qwen2-vl-72b": (699_356_672, None),
+    "qwen2.5-vl-3b": (631_975_680, 36_708_608),
+    "qwen2.5-vl-7b": (631_975_680, 44_574_464),
+    "qwen2.5-vl-32b": (636_401_664, 52_440_320),
+    "qwen2.5-vl-72b": (636_401_664, 68_172_032),
     "pixtral-12b": (403_489_792, 31_467_520),
     "llava-1.5-7b": (303_507_456, 20_979_712),
     "internvl3-1b": (304_012_288, 4_482_816),
@@ -102,7 +110,19 @@ _CROSS_BLOCK = (
     + 2  # Gates.
 )
 _PARTS = 5_536_496_000 + 72_706_203_648 + 10 * _CROSS_BLOCK  # InternViT, Qwen2 72B.
+_TWO_LAYERS = 1152 * 3584 + 3584 + 3584**2 + 3584
+_BAICHUAN_OMNI = (
+    7_615_616_512  # Qwen2.5 7B.
+    + 412_987_248  # SigLIP without its pooling head.
+    + _TWO_LAYERS  # The mean has no weight.
+    + (4 * 1152**2 + 1152)  # The convolution of videos.
+    + _TWO_LAYERS
+    + 636_968_960  # Whisper's encoder.
+    + (3 * 5120**2 + 2 * 5120)  # Conv-GMLP: gate, up, down and the norm.
+    + (5120 * 3584 + 3584)
+)
 FORMULAS = {  # Systems whose number was not published.
+    "baichuan-omni-7b": _BAICHUAN_OMNI,
     "nvlm-x-72b": _PARTS + 12800 * _WIDTH + _WIDTH,
     "nvlm-h-72b": _PARTS + 2 * 12800 + 12800 * _WIDE + _WIDE * _WIDTH,
 }

@@ -166,7 +166,7 @@ def test_questions_about_images_need_images(tmp_path: Path, capsys: pytest.Captu
     held = {"name": "text", "manifest": str(manifest), "field": "name", "choices": 2}
     err = complaint(capsys, override("evaluation.sets", [held]))
     assert "evaluation set text: " in err
-    assert "no image: a set of kind images asks about images" in err
+    assert "no image, video or sound: a set of kind images asks about one" in err
 
 
 def text_only(tmp_path: Path, rows: list[dict[str, Any]], kind: str = "caption") -> str:

@@ -23,8 +23,13 @@ _TEXT = "qwen2_vl_text"
 
 
 def _rules(config: ModelConfig) -> NameRules:
-    vision = config.vision
-    assert isinstance(vision, VisionConfig)
+    assert isinstance(config.vision, VisionConfig)
+    mlp = renames((f"{_BLOCK}mlp.up_proj.", f"{_THEIRS}mlp.fc1."), (f"{_BLOCK}mlp.down_proj.", f"{_THEIRS}mlp.fc2."))
+    return (*mlp, *shared_rules(config.vision))
+
+
+def shared_rules(vision: VisionConfig) -> NameRules:
+    """Return the name rules of Qwen2-VL and Qwen2.5-VL, which name the tower's feed-forward layers differently."""
     patch = (vision.temporal_patch, vision.patch_size, vision.patch_size)
     return (
         NameRule("vision.patch_embed.projection.", "visual.patch_embed.proj.", shape=(-1, vision.channels, *patch)),
@@ -36,8 +41,6 @@ def _rules(config: ModelConfig) -> NameRules:
             (f"{_BLOCK}self_attn.o_proj.", f"{_THEIRS}attn.proj."),
             (f"{_BLOCK}input_layernorm.", f"{_THEIRS}norm1."),
             (f"{_BLOCK}post_attention_layernorm.", f"{_THEIRS}norm2."),
-            (f"{_BLOCK}mlp.up_proj.", f"{_THEIRS}mlp.fc1."),
-            (f"{_BLOCK}mlp.down_proj.", f"{_THEIRS}mlp.fc2."),
             ("connector.projector.norm.", "visual.merger.ln_q."),
             ("connector.projector.fc1.", "visual.merger.mlp.0."),
             ("connector.projector.fc2.", "visual.merger.mlp.2."),
@@ -46,15 +49,28 @@ def _rules(config: ModelConfig) -> NameRules:
     )
 
 
-def _to_model(keys: Keys) -> ModelConfig:
+def to_text(keys: Keys, family: str) -> ModelConfig:
+    """Return the model's decoder.
+
+    Args:
+        keys: Keys of the folder.
+        family: ``model_type`` of its ``text_config``.
+
+    Raises:
+        CheckpointError: a key is missing or needs a computation that our models lack.
+    """
     tied = keys.read("tie_word_embeddings", bool)
-    text = keys.optional_object("text_config", _TEXT)
+    text = keys.optional_object("text_config", family)
     if text is None:  # Before version 4.52 the decoder's keys are at the top level.
-        model = _decoder(keys.with_defaults(_TEXT), tied)
-    else:
-        model = _decoder(text, tied)
-        text.raise_on_unread()
-        decoder.check_repeats(keys, text, lambda text: _decoder(text, tied))
+        return _decoder(keys.with_defaults(family), tied)
+    model = _decoder(text, tied)
+    text.raise_on_unread()
+    decoder.check_repeats(keys, text, lambda text: _decoder(text, tied))
+    return model
+
+
+def _to_model(keys: Keys) -> ModelConfig:
+    model = to_text(keys, _TEXT)
     vision, merge = _vision(keys.required_object("vision_config", "qwen2_vl_vision"), model.decoder.hidden_dim)
     projector = {"kind": "mlp", "merge": merge, "norm": "before_merge", "hidden_dim": vision["hidden_dim"] * merge**2}
     return ModelConfig.model_validate(
@@ -105,21 +121,30 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     vision, connector = config.vision, config.connector
     if not isinstance(vision, VisionConfig) or not isinstance(connector, EmbeddingConnectorConfig):
         raise CheckpointError("qwen2_vl holds models with a vision tower and connector.kind=embedding")
+    merge = connector.projector.merge
+    tower = _vision_keys(vision, config.decoder.hidden_dim, merge)
+    return {**text_keys(config, _TEXT), "vision_config": tower, **processor_keys(vision, merge)}
+
+
+def text_keys(config: ModelConfig, family: str) -> dict[str, Any]:
+    """Return ``text_config`` with the ``model_type`` ``family``, and the top-level keys of the decoder."""
     text = decoder.to_keys(ModelConfig(decoder=config.decoder))
     tied = text.pop("tie_word_embeddings")  # Version 5 has this key at the top level only.
-    merge = connector.projector.merge
     return {
-        "text_config": {"model_type": _TEXT, **text, "use_sliding_window": False},
-        "vision_config": _vision_keys(vision, config.decoder.hidden_dim, merge),
+        "text_config": {"model_type": family, **text, "use_sliding_window": False},
         "tie_word_embeddings": tied,
-        **pixels.to_keys(
-            vision,
-            image_processor_type="Qwen2VLImageProcessor",
-            patch_size=vision.patch_size,
-            temporal_patch_size=vision.temporal_patch,
-            merge_size=merge,
-        ),
     }
+
+
+def processor_keys(vision: VisionConfig, merge: int) -> dict[str, Any]:
+    """Return ``preprocessor_config``."""
+    return pixels.to_keys(
+        vision,
+        image_processor_type="Qwen2VLImageProcessor",
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch,
+        merge_size=merge,
+    )
 
 
 def _vision_keys(vision: VisionConfig, text_dim: int, merge: int) -> dict[str, Any]:
@@ -145,7 +170,11 @@ def _vision_keys(vision: VisionConfig, text_dim: int, merge: int) -> dict[str, A
     }
 
 
-def _images(source: ImageSource) -> ImageInput:
+def images(source: ImageSource) -> ImageInput:
+    """Return the images and videos of a folder: native size, between two tokens. Frames are those of the authors' code.
+
+    The authors' code takes two frames a second, 4 to 768 of them. The class of transformers samples none by default.
+    """
     before, after = "<|vision_start|>", "<|vision_end|>"
     found = pixels.transforms(source.values, source.where)
     return ImageInput(
@@ -153,7 +182,18 @@ def _images(source: ImageSource) -> ImageInput:
         tokens=("<|image_pad|>",),
         before=before,
         after=after,
+        video={"start": before, "end": after, "placeholder": "<|video_pad|>", **_frame_pixels(source)},
     )
+
+
+def _frame_pixels(source: ImageSource) -> dict[str, Any]:
+    """Return the limits of pixels of a frame, from the video processor; empty without one."""
+    block = Keys(source.processor, source.where).optional_object("video_processor")
+    size = None if block is None else block.optional_object("size")
+    if size is None:
+        return {}
+    limits = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+    return {ours: value for ours, theirs in limits.items() if (value := size.read(theirs, int, None)) is not None}
 
 
 LAYOUT = FamilyLayout(
@@ -166,5 +206,5 @@ LAYOUT = FamilyLayout(
     modules=((r"^visual\.", "model.visual."), (r"^model\.", "model.language_model.")),
     aliases=((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
     auto_class="AutoModelForImageTextToText",
-    images=_images,
+    images=images,
 )

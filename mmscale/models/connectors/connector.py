@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
 from data_pipeline.io.strict import StrictConfig
-from data_pipeline.media_spec import Placement, num_queries
+from data_pipeline.media_spec import Grid, Placement, num_queries
 from mmscale.models.connectors.lookahead import absent_tile_rows
+from mmscale.models.connectors.projector import ProjectorBase
 from mmscale.models.decoder import CrossAttentionHooks, DecoderConfig
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.projector_config import ProjectorConfig, check_projector, projector_products, typical_crop
@@ -49,6 +50,21 @@ class ConnectorBase(StrictConfig, ABC):
     @abstractmethod
     def counts(self, vision: AnyVisionConfig, batch: MultimodalBatch) -> dict[str, int]:
         """Return the counts of ``batch`` that the connector's operations are proportional to."""
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the connector's components, as in ``Connector.components``."""
+        return ("connector",)
+
+    def video_products(
+        self, vision: AnyVisionConfig, decoder: DecoderConfig, trained: Collection[str]
+    ) -> list[Product]:
+        """Return the operations of the component ``video_connector``."""
+        return []
+
+    def video_needs(self) -> dict[str, Any] | None:
+        """Return the fields of ``MediaSpec.videos`` that differ from those of images; None if videos are as images."""
+        return None
 
     @property
     def looks_ahead(self) -> bool:
@@ -96,15 +112,14 @@ class FeatureConnectorBase(ConnectorBase):
                 "vision.class_feature: needs connector.kind=cross_attention and a projector of kind linear or mlp with "
                 "projector.merge=1, because a class token is not part of the grid of patches"
             )
+        if self.looks_ahead and (self.projector.pooling or self.projector.pooled_side or self.projector.query_sizes):
+            raise ValueError(
+                f"connector.unseen_text=looks_ahead: needs a projector of kind linear, mlp or attention_pool, not "
+                f"{self.projector.kind}, because it attends to features of absent tiles; set it to silent"
+            )
 
     def media_needs(self) -> dict[str, Any]:
-        projector = self.projector
-        return {
-            **super().media_needs(),
-            "merge": projector.merge,
-            "pooled_side": projector.pooled_side,
-            "query_sizes": projector.query_sizes,
-        }
+        return {**super().media_needs(), **feature_needs(self.projector)}
 
     def products(self, vision: AnyVisionConfig, decoder: DecoderConfig, trained: Collection[str]) -> list[Product]:
         return projector_products(
@@ -117,28 +132,48 @@ class FeatureConnectorBase(ConnectorBase):
         )
 
     def counts(self, vision: AnyVisionConfig, batch: MultimodalBatch) -> dict[str, int]:
-        media, merge = batch.media["image"], self.projector.merge
-        frames = sum(time for time, _, _ in media.grids)
-        patches = media.items.total + int(vision.class_feature) * frames
+        media = batch.media["image"]
+        patches = int(vision.class_feature) * sum(time for time, _, _ in media.grids)
         if self.looks_ahead:
-            patches += sum(absent_tile_rows(media, vision, merge))
-        counts = {
-            "feature_patches": patches,
-            "pooled_pairs": patches,
-            "features": patches // merge**2,
-            "frames": frames,
-        }
-        if sizes := self.projector.query_sizes:
-            numbers = [(grid, num_queries(sizes, grid)) for grid in media.grids]
-            counts["features"] = sum(grid[0] * number for grid, number in numbers)
-            counts["query_pairs"] = sum(math.prod(grid) * number for grid, number in numbers)
-        return counts
+            patches += sum(absent_tile_rows(media, vision, self.projector.merge))
+        return projector_counts(self.projector, media.grids, patches)
 
     def typical_crop(self, vision: AnyVisionConfig) -> dict[str, int]:
         patches, features = typical_crop(self.projector, vision.fixed_grid)
         pairs = patches * features if self.projector.query_sizes else 0
         counts = {"feature_patches": patches, "features": features, "query_pairs": pairs, "frames": 1}
         return {**counts, "attended_rows": features}
+
+
+def feature_needs(projector: ProjectorBase) -> dict[str, Any]:
+    """Return the fields of ``MediaSpec`` that determine the number of features."""
+    return {
+        "merge": projector.merge,
+        "pooled_side": projector.pooled_side,
+        "query_sizes": projector.query_sizes,
+        "pooling": projector.pooling,
+    }
+
+
+def projector_counts(projector: ProjectorBase, grids: Sequence[Grid], more_patches: int = 0) -> dict[str, int]:
+    """Return the counts that the operations of a projector over items of these grids are proportional to.
+
+    ``more_patches`` is the number of its inputs that are no patches of the items.
+    """
+    patches = sum(map(math.prod, grids)) + more_patches
+    counts = {
+        "feature_patches": patches,
+        "pooled_pairs": patches,
+        "features": patches // projector.merge**2,
+        "frames": sum(time for time, _, _ in grids),
+    }
+    if (pooling := projector.pooling) is not None:
+        counts["features"] = sum(time * math.prod(pooling.features(*sides)) for time, *sides in grids)
+    if sizes := projector.query_sizes:
+        numbers = [(grid, num_queries(sizes, grid)) for grid in grids]
+        counts["features"] = sum(grid[0] * number for grid, number in numbers)
+        counts["query_pairs"] = sum(math.prod(grid) * number for grid, number in numbers)
+    return counts
 
 
 class Connector(nn.Module, ABC):
@@ -171,6 +206,10 @@ class Connector(nn.Module, ABC):
     def resume(self, cache: KVCache, segments: Segments) -> CrossAttentionHooks | None:
         """Return the cross-attention of new rows of cached sequences, or None."""
         return None
+
+    def components(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters of each component; every parameter belongs to exactly one."""
+        return {"connector": list(self.parameters())}
 
     def blocks_to_recompute(self) -> list[nn.Module]:
         """Return the blocks that activation checkpointing recomputes in the backward pass."""

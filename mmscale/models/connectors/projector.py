@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from data_pipeline.io.strict import StrictConfig
-from data_pipeline.media_spec import QuerySizes, Reductions
+from data_pipeline.media_spec import QuerySizes, Reductions, SquarePooling
 from mmscale.nn.block import ACTIVATIONS, Activation, NormConfig, NormKind, build_norm
 from mmscale.nn.flops import Work
 from mmscale.nn.host import to_device
@@ -62,6 +62,11 @@ class ProjectorBase(StrictConfig, ABC):
         return ()
 
     @property
+    def pooling(self) -> SquarePooling | None:
+        """The squares of patches that become one feature each, if grids may have sides of any length; else None."""
+        return None
+
+    @property
     def reductions(self) -> Reductions:
         """Convolutions and poolings of a sequence of rows, in modalities besides images; empty: one feature a row."""
         return ()
@@ -82,10 +87,12 @@ class _Merging(ProjectorBase):
     merge: Side = 1
     """Side of the square of patches that becomes one feature (pixel shuffle); 1 for no merging."""
     norm: Literal["none", "before_merge", "after_merge"] = "none"
-    """Layer norm: ``before_merge`` over each patch (Qwen2-VL), ``after_merge`` over each merged feature (NVLM), or
+    """Norm: ``before_merge`` over each patch (Qwen2-VL), ``after_merge`` over each merged feature (NVLM), or
     ``none``."""
+    norm_kind: NormKind = NormKind.LAYER
+    """Kind of that norm: ``layernorm``, or ``rmsnorm`` (Qwen2.5-VL)."""
     norm_eps: Epsilon = 1e-6
-    """Epsilon of the layer norm: 1e-6 in Qwen2-VL, 1e-5 in NVLM."""
+    """Epsilon of the norm: 1e-6 in Qwen2-VL, 1e-5 in NVLM."""
     bias: bool = True
     """Biases on the linear layers."""
 
@@ -143,7 +150,7 @@ def merge_order(grids: Sequence[tuple[int, int, int]], merge: int) -> np.ndarray
 
 
 class Projector(nn.Module):
-    """Pixel shuffle with an optional layer norm, then one or two linear layers.
+    """Pixel shuffle with an optional norm, then one or two linear layers.
 
     Source: LLaVA (linear, MLP); NVLM (arXiv 2409.11402) and InternVL (pixel shuffle); Qwen2-VL (its patch merger).
     """
@@ -153,7 +160,7 @@ class Projector(nn.Module):
         self.config = config
         merged = feature_dim * config.merge**2
         if config.norm != "none":
-            kind = NormConfig(kind=NormKind.LAYER, eps=config.norm_eps)
+            kind = NormConfig(kind=config.norm_kind, eps=config.norm_eps)
             self.norm = build_norm(kind, feature_dim if config.norm == "before_merge" else merged)
         if isinstance(config, MlpProjectorConfig):
             hidden = config.hidden_dim or dim

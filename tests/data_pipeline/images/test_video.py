@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from typing import Any
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from transformers import Qwen2VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
+from data_pipeline.images.transforms import ImageTransform, TilesTransform
 from data_pipeline.images.video import RateChoice, TimesChoice, UniformChoice, VideoConfig, VideoTransform
-from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.media_spec import MediaSpec, Placement, SquarePooling
 from data_pipeline.sample import VideoPart, VideoSize
 from data_pipeline.shards.video_file import VideoFile, video_size
 from mmscale.models.connectors.projector import merge_order
@@ -149,6 +152,35 @@ def test_towers_of_single_frames_and_of_one_size_take_videos() -> None:
     np.testing.assert_array_equal(_frames(item, triples), decoded(encoded(4))[[0, 1, 2, 3, 3, 3]])
     with pytest.raises(DataConfigError, match=r"data\.video.*connector.kind=embedding"):
         VideoTransform(VideoConfig(), MediaSpec(Placement.CROSS_ATTENTION))
+
+
+def test_tiles_of_a_frame_are_those_of_the_same_image() -> None:
+    """Baichuan-Omni's tower, in small: 182 or 546 features a frame, with at most two tiles and an overview."""
+    spec = MediaSpec(Placement.EMBEDDING, 2, fixed_grid=(27, 27), pooling=SquarePooling(2, pads_columns=True))
+    tiling = {"kind": "mm1_5", "min_tiles": 1, "max_tiles": 2}
+    config = VideoConfig.model_validate({"tiling": tiling, "frames": {"kind": "uniform", "num_frames": 3}})
+    images = ImageTransform(TilesTransform.model_validate({"tiling": tiling}), spec)
+    for width, per_frame in ((40, 182), (108, 546)):
+        data = encoded(5, height=40, width=width, kind="mkv")
+        transform = VideoTransform(config, spec)
+        task = transform.decode_task(VideoPart(data, "mkv"))
+        task.decode()
+        expected = list[Any]()
+        for number in (0, 2, 4):
+            file = io.BytesIO()
+            Image.fromarray(decoded(data)[number]).save(file, "png")
+            expected += images(file.getvalue())
+        assert [(item.grid, item.cell, item.tiles) for item in task.crops] == [
+            (e.grid, e.cell, e.tiles) for e in expected
+        ]
+        for item, same in zip(task.crops, expected, strict=True):
+            np.testing.assert_array_equal(item.values, same.values)
+        planned = transform.dry_run(video_size(data))
+        assert sum(item.num_features(spec) for item in planned) == 3 * per_frame
+    with pytest.raises(DataConfigError, match=r"data\.video\.tiling: cuts single frames"):
+        VideoTransform(config, MediaSpec(Placement.EMBEDDING, 2, fixed_grid=(28, 28), frames_per_patch=2))
+    with pytest.raises(DataConfigError, match="no fixed square size"):
+        VideoTransform(config, MediaSpec(Placement.EMBEDDING, 2))
 
 
 HOSTILE = {

@@ -1,0 +1,249 @@
+"""Imported Qwen2.5-VL gives the results of transformers for images and videos; an export restores the folder.
+
+Measured worst cases: see tests/parity.json. Windows of the reference models have 4 patches a side, so that most images
+and frames have several, with smaller ones at their edges.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from data_pipeline.images.video import frame_rate
+from data_pipeline.sample import VideoSize
+from mmscale.models.build import media_spec
+from mmscale.models.config import ModelConfig
+from mmscale.models.generation import generate
+from mmscale.models.windows import WindowRows
+from mmscale.objectives.next_token import NextToken
+from tests.hf.pages import (
+    AUTO,
+    BOS,
+    EOS,
+    PAD,
+    PAGES,
+    assert_round_trip,
+    compare,
+    odd_pages,
+)
+from tests.hf.reference_models import imported, loaded
+from tests.hf.test_qwen2_vl import PIXELS, SPECIAL, seen
+from tests.hf.test_qwen2_vl_video import video_seen
+from tests.hf.train_and_export import VOCABULARY, captions, train_and_export
+from tests.models.reference_models import distance, randomise
+from tests.parity_table import Recorder
+
+pytestmark = pytest.mark.parity
+BOUND, GRADIENT_BOUND = 2e-6, 6e-6
+VIDEOS: list[list[Any]] = [
+    [(4, 60, 112), "a video"],
+    ["x", (5, 90, 70, 3), "three a second", (50, 50)],
+    [(31, 90), "one, ", (2, 40, 90), "two", (6, 64, 64, 5), "three"],
+    [(1, 56, 56), "still"],
+]
+SLOW: list[list[Any]] = [["xy", (8, 56, 84, 1), "one frame a second, so its text overlaps it there", (40, 40), "end"]]
+
+
+def reference_model(tied: bool = False, seed: int = 0, vocabulary: int = 272) -> Any:
+    """Return a tiny random model. The image token is 3, or 4 with the emoji tokenizer's vocabulary."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": vocabulary,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-6,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 44,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+        },
+        image_token_id=4 if vocabulary == VOCABULARY else 3,
+        vision_start_token_id=4,
+        vision_end_token_id=5,
+        video_token_id=6,
+        tie_word_embeddings=tied,
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    randomise(model, seed)
+    return model.eval()
+
+
+def processor(tokenizer: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    words = PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer), bos_token=BOS, eos_token=EOS, pad_token=PAD, additional_special_tokens=SPECIAL
+    )
+    return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(**PIXELS), words, Qwen2VLVideoProcessor())
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Any, Any]:
+    theirs = reference_model()
+    theirs.save_pretrained(tmp_path / "theirs")
+    return imported(tmp_path / "theirs", tmp_path / "run")[0], theirs
+
+
+def _as_transformers(ours: Any) -> Any:
+    """Let text follow a video as in transformers."""
+    values = ours.config.model_dump()
+    values["decoder"]["rope"]["text_after_video"] = "space"
+    ours.config = ModelConfig.model_validate(values)
+    return ours
+
+
+def test_images_give_the_same_logits_loss_and_gradients(
+    models: tuple[Any, Any], tmp_path: Path, parity: Recorder
+) -> None:
+    ours, theirs = models
+    pages = [*PAGES.values(), *odd_pages(3, 60, 190)]
+    compare(ours, theirs, seen(tmp_path, ours, pages), tmp_path, parity, (BOUND, GRADIENT_BOUND))
+
+
+def test_videos_give_the_same_logits_loss_and_gradients(
+    models: tuple[Any, Any], tmp_path: Path, parity: Recorder
+) -> None:
+    ours, theirs = models
+    inputs = video_seen(tmp_path, ours, VIDEOS, processor)
+    assert any("second_per_grid_ts" in page for page in inputs.inputs)
+    compare(ours, theirs, inputs, tmp_path, parity, (BOUND, GRADIENT_BOUND))
+
+
+def test_grids_seconds_and_positions(models: tuple[Any, Any], tmp_path: Path) -> None:
+    """With the option for it, positions equal those of transformers; by default, text follows the last frame."""
+    ours, theirs = models
+    author = video_seen(tmp_path, ours, SLOW, processor).documents[0]
+    seen = video_seen(tmp_path, _as_transformers(ours), [*VIDEOS, *SLOW], processor)
+    for document, inputs in zip(seen.documents, seen.inputs, strict=True):
+        clips = [item for item in document.items if item.later_values is not None]
+        found = inputs.get("second_per_grid_ts")
+        if clips:
+            grids, seconds = inputs["video_grid_thw"].tolist(), found.tolist()
+            assert [list(item.grid) for item in clips] == grids
+            assert np.float32([item.seconds_per_step for item in clips]).tolist() == seconds
+        names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        positions, _ = theirs.model.get_rope_index(
+            inputs["input_ids"],
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+            **{name: inputs.get(name) for name in names},
+        )
+        assert document.position_ids.T.tolist() == positions[:, 0].tolist()
+    # Three tokens, then four pairs of 4 x 6 patches, two seconds apart.
+    assert author.position_ids[4:28:6].tolist() == [[4 + 4 * pair, 4, 4] for pair in range(4)]
+    assert author.position_ids[28].tolist() == [17, 17, 17]
+    assert seen.documents[-1].position_ids[28].tolist() == [7, 7, 7]
+
+
+def test_text_after_a_video_in_both_ways(models: tuple[Any, Any], tmp_path: Path, parity: Recorder) -> None:
+    ours, theirs = models
+    seen = video_seen(tmp_path, ours, SLOW, processor)
+    (inputs,) = seen.inputs
+    positions = torch.from_numpy(seen.documents[0].position_ids.T.astype(np.int64))[:, None]
+    with torch.no_grad():
+        parity(
+            "qwen2_5_vl", "logits", distance(seen.ours(ours), theirs(**inputs, position_ids=positions).logits[0]), BOUND
+        )
+        assert distance(seen.ours(ours), theirs(**inputs).logits[0]) > 100 * BOUND
+        same = video_seen(tmp_path, _as_transformers(ours), SLOW, processor)
+        parity("qwen2_5_vl", "logits", distance(same.ours(ours), theirs(**inputs).logits[0]), BOUND)
+
+
+def test_the_same_answers(models: tuple[Any, Any], tmp_path: Path) -> None:
+    """transformers lets generated text follow the largest position, also where the prompt's text overlaps a video."""
+    ours, theirs = models
+    seen = video_seen(tmp_path, _as_transformers(ours).eval(), [VIDEOS[0], VIDEOS[2], *SLOW], processor)
+    answers = generate(ours, seen.batch(), 6, eos_id=-1)
+    for answer, inputs in zip(answers, seen.inputs, strict=True):
+        ids = theirs.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert answer == ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_export_restores_the_folder(tied: bool, tmp_path: Path) -> None:
+    pages = [PAGES["several"], PAGES["none"]]
+    assert_round_trip(reference_model(tied), lambda ours: seen(tmp_path, ours, pages), tmp_path)
+
+
+def test_windows_and_their_pairs_equal_a_brute_force() -> None:
+    from transformers.vision_utils import get_vision_window_index
+
+    grids = [(1, 16, 8), (3, 18, 10), (2, 2, 2), (1, 8, 34)]
+    rows = WindowRows.from_grids(grids, 8)
+    index, bounds = get_vision_window_index(torch.tensor(grids), 2, 112, 14)
+    assert list(rows.windows.bounds) == bounds.tolist()
+    frames, first = [], 0
+    for time, height, width in grids:
+        for _ in range(time):
+            frames.append(np.arange(first, first + height * width).reshape(height, width))
+            first += height * width
+    windows = [
+        frame[r : r + 8, c : c + 8]
+        for frame in frames
+        for r in range(0, frame.shape[0], 8)
+        for c in range(0, frame.shape[1], 8)
+    ]
+    assert rows.order.tolist() == np.concatenate([window.ravel() for window in windows]).tolist()
+    assert rows.order[rows.restore].tolist() == list(range(first))
+    assert len(index) * 4 == first
+
+
+def test_operations_equal_the_counter(models: tuple[Any, Any], tmp_path: Path) -> None:
+    ours, _ = models
+    batch = video_seen(tmp_path, ours, [VIDEOS[0]], processor).batch()
+    counts = ours.config.vision.counts(batch.media["image"])
+    (_, height, width), side = batch.media["image"].grids[0], 4
+    own = [(row // side, column // side) for row in range(height) for column in range(width)]
+    assert counts["window_pairs"] == 2 * sum(a == b for a in own for b in own)
+    assert counts["tower_pairs"] == 2 * (height * width) ** 2
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        NextToken()(ours, batch).loss_sum.backward()
+    flops = ours.training_flops(batch, ["vision", "connector", "decoder"])
+    assert flops.hardware == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("frames", "microseconds", "rate"),
+    [
+        (4, 166_667, 24),
+        (8, 333_333, 24),
+        (300, 10_010_000, 30000 / 1001),
+        (7, 1_400_000, 5),
+        (3, 1_234_567, 3e6 / 1_234_567),
+    ],
+)
+def test_a_rate_is_the_simple_fraction_of_its_duration(frames: int, microseconds: int, rate: float) -> None:
+    assert frame_rate(VideoSize(frames, microseconds, 2, 2)) == rate
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_trained_on_two_ranks(tmp_path: Path) -> None:
+    theirs = reference_model(vocabulary=VOCABULARY)
+    theirs.save_pretrained(tmp_path / "theirs")
+    transforms = {"kind": "native", "min_pixels": 28 * 28, "max_pixels": 84 * 84}
+    again = loaded(train_and_export(tmp_path / "theirs", tmp_path, captions(transforms)), AUTO)
+    block = again.model.visual.blocks[0]
+    assert not torch.equal(block.mlp.gate_proj.bias, theirs.model.visual.blocks[0].mlp.gate_proj.bias)
+    assert media_spec(imported(tmp_path / "theirs", tmp_path / "again")[0].config).tokens_per_second == 2
