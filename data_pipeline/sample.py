@@ -88,12 +88,33 @@ class AudioSize(NamedTuple):
 
 
 @dataclass(frozen=True)
+class StoredFrames:
+    """A video that is stored as images, one for each frame.
+
+    Attributes:
+        images: The encoded frames in order; each empty if the sample was read without media, for a dry run.
+        per_second: Frames for each second, above 0.
+    """
+
+    images: tuple[bytes, ...]
+    per_second: float
+
+    def __len__(self) -> int:
+        return sum(map(len, self.images))
+
+    @property
+    def microseconds(self) -> int:
+        """Time from the start of the first frame to the end of the last."""
+        return round(len(self.images) / self.per_second * 1_000_000)
+
+
+@dataclass(frozen=True)
 class VideoPart:
-    """An encoded video (MP4, WebM, Matroska or GIF bytes), as stored.
+    """An encoded video (MP4, WebM, Matroska or GIF bytes), as stored, or its encoded frames.
 
     Attributes:
         data: The encoded bytes; empty if the sample was read without media, for a dry run.
-        name: Extension part of the member's name, ``mp4`` or ``0.webm``.
+        name: Extension part of the member's name, ``mp4`` or ``0.webm``; of the first frame if it is stored as images.
         size: From the shard's index; None if no index gives it.
         sound: Size of its sound track, from the index: (0, 0, 0) if it has none, 0 samples at another rate if the track
             is damaged; None if no index gives it.
@@ -101,7 +122,7 @@ class VideoPart:
 
     kind: ClassVar[str] = "video"
 
-    data: bytes
+    data: bytes | StoredFrames
     name: str
     size: VideoSize | None = None
     sound: AudioSize | None = None

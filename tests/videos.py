@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import av
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 DEMUXERS = {"mp4": "mp4", "webm": "webm", "mkv": "matroska", "gif": "gif"}
 CODECS = {"mp4": "mpeg4", "webm": "libvpx-vp9", "mkv": "libx264", "gif": "gif"}
@@ -69,3 +70,15 @@ def decoded(data: bytes) -> npt.NDArray[np.uint8]:
     """Return all frames ``(frames, height, width, 3)``, decoded from the start and not rotated."""
     with av.open(io.BytesIO(data)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def stored_frames(
+    num_frames: int, *, height: int = 32, width: int = 32, name: str = "", encoding: str = "PNG", seed: int = 0
+) -> dict[str, bytes]:
+    """Return the frames of ``pictured`` as image members ``NAME0000.png``, ..., in order."""
+    members = dict[str, bytes]()
+    for number in range(num_frames):
+        out = io.BytesIO()
+        Image.fromarray(pictured(number, height, width, seed)).save(out, encoding)
+        members[f"{name}{number:04d}.{'jpg' if encoding == 'JPEG' else encoding.lower()}"] = out.getvalue()
+    return members

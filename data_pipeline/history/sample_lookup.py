@@ -21,16 +21,17 @@ from data_pipeline.errors import DataPipelineError, SampleLogError
 from data_pipeline.history.replay import Replay
 from data_pipeline.history.sample_log import LogRow
 from data_pipeline.history.text_spans import TextSpan, text_spans
-from data_pipeline.images.thumbnail import thumbnail
+from data_pipeline.images.thumbnail import thumbnails
 from data_pipeline.loader.front_to_back import sample_number, source_of
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.state import Drawn, LoaderState
-from data_pipeline.sample import ImagePart
+from data_pipeline.sample import ImagePart, VideoPart
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader
 from data_pipeline.shards.tar_stream import PIPE
 from data_pipeline.storage.storage import Storage
+from data_pipeline.text.templates.base import media_of
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 
 _THUMBNAIL_SIDE = 144
@@ -48,7 +49,7 @@ class SampleDescription:
         shard: Path or URL of the sample's shard; empty if unknown.
         key: Key of the sample in the shard; empty if unknown.
         text_spans: The document as the model reads it; None if it could not be made.
-        thumbnails: Thumbnails of the sample's images, as JPEG.
+        thumbnails: Thumbnails of the sample's images and of frames of its videos, as JPEG.
         notes: Reasons why something is missing, and differences from the row.
     """
 
@@ -214,8 +215,8 @@ class SampleCatalog:
         if row.dataset in self._streamed:
             return []  # They would require another pass over the shard.
         sample = self._reader(row.dataset).read(row.sample, row.epoch)
-        images = [part for part in sample.parts if isinstance(part, ImagePart)]
-        return [thumbnail(part.data, _THUMBNAIL_SIDE) for part in images[:limit]]
+        images = [part for part in media_of(sample) if isinstance(part, ImagePart | VideoPart)]
+        return [each for part in images[:limit] for each in thumbnails(part, _THUMBNAIL_SIDE)][:limit]
 
     def _manifest(self, dataset: str, sample: int) -> Manifest:
         if dataset not in self._indexed:

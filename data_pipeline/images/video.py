@@ -11,6 +11,7 @@ crop of each frame is an item. Nothing is random: the same video gives the same 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -27,12 +28,14 @@ from data_pipeline.images.crops import ImagePlan, patchify, render, resize
 from data_pipeline.images.decode import Pixels
 from data_pipeline.images.image_tokens import ImageLayout
 from data_pipeline.images.native_sizes import Size, area_size
+from data_pipeline.images.stored_frames import open_video
 from data_pipeline.images.tilings import TilingConfig
 from data_pipeline.images.transforms import ImageTransform, TilesTransform
+from data_pipeline.images.video_layout import VideoLayout, check_pattern, filled, group_times
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import Grid, MediaSpec, Placement
-from data_pipeline.sample import VideoPart, VideoSize
-from data_pipeline.shards.video_file import MAX_FRAME_PIXELS, VideoFile, video_size
+from data_pipeline.sample import StoredFrames, VideoPart, VideoSize
+from data_pipeline.shards.video_file import MAX_FRAME_PIXELS, video_size
 from data_pipeline.text.tokenizer import Tokenizer
 
 _BLACK = np.uint8(0)
@@ -56,20 +59,31 @@ class _Spread(StrictConfig):
         total = len(times)
         mean = float(times[-1]) / max(1, total - 1)
         is_regular = bool((np.abs(times - mean * np.arange(total)) <= _IRREGULAR * mean).all())
+        if is_regular:
+            return self._regular_numbers(total, count)
         if self.spread == "starts":
-            if is_regular:
-                return [i * total // count for i in range(count)]
             targets = np.arange(count) * (total * mean / count)
             return [int(i) for i in np.searchsorted(times, targets + _MICROSECOND, side="right") - 1]
-        # float32, as in the authors' code: it decides which of two frames is nearer.
-        places = torch.linspace(0, total - 1, count)
-        if is_regular:
-            return [int(i) for i in places.round()]
         # The nearest frame, or the earlier one of two; by bisection, because a file may have a million frames.
-        targets = mean * places.numpy().astype(np.float64)
+        targets = mean * _places(total, count).numpy().astype(np.float64)
         later = np.searchsorted(times, targets).clip(1, total - 1)
         is_later = times[later] - targets < targets - times[later - 1]
         return [int(i) for i in later - 1 + is_later]
+
+    def _regular_numbers(self, total: int, count: int) -> list[int]:
+        if self.spread == "starts":
+            return [i * total // count for i in range(count)]
+        return [int(i) for i in _places(total, count).round()]
+
+    def planned_times(self, size: VideoSize, count: int) -> list[float]:
+        """Return the times of the frames in seconds, as if the frame rate were constant."""
+        rate = frame_rate(size)
+        return [number / rate for number in self._regular_numbers(size.num_frames, count)]
+
+
+def _places(total: int, count: int) -> torch.Tensor:
+    """Return ``count`` evenly spread places among ``total`` frames."""
+    return torch.linspace(0, total - 1, count)  # float32, as in the authors' code: it decides which frame is nearer.
 
 
 class RateChoice(_Spread):
@@ -139,6 +153,11 @@ class TimesChoice(StrictConfig):
         """Return the numbers of the frames, ascending; a number may occur more than once."""
         return [int(i) for i in np.searchsorted(times, np.array(self.seconds) + _MICROSECOND, side="right") - 1]
 
+    def planned_times(self, size: VideoSize, count: int) -> list[float]:
+        """Return the times of the frames in seconds, as if the frame rate were constant."""
+        rate = frame_rate(size)
+        return [min(int((time + _MICROSECOND) * rate), size.num_frames - 1) / rate for time in self.seconds]
+
 
 class VideoConfig(StrictConfig):
     """How a video becomes frames, patches and tokens."""
@@ -174,11 +193,24 @@ class VideoConfig(StrictConfig):
     """Token after each video: ``<|vision_end|>``. null for none."""
     placeholder: str | None = None
     """Token that stands for each feature: ``<|video_pad|>``. null for the tokenizer's image token."""
+    timestamps: str | None = None
+    """Text before each frame, or group of frames that share a patch: ``<{seconds:.1f} seconds>`` (Qwen3-VL),
+    ``Frame{n}: `` (InternVL). ``{seconds}`` and ``{clock}`` (01:05) are its time, ``{n}`` is its number from 1.
+    ``start`` and ``end`` then enclose each of them. Positions on three axes begin anew with each of them. null for no
+    text."""
+    frame_break: str | None = None
+    """Text between two frames, or groups; needs ``timestamps``, which may be empty: a line break (InternVL). null for
+    none."""
 
     @model_validator(mode="after")
     def _ordered(self) -> VideoConfig:
         if self.max_pixels < self.min_pixels:
             raise ValueError(f"max_pixels={self.max_pixels} is below min_pixels={self.min_pixels}")
+        check_pattern(self.timestamps or "")
+        if self.frame_break is not None and self.timestamps is None:
+            raise ValueError("frame_break needs timestamps; for a break without a text before each frame, set it to ''")
+        if self.timestamps is not None and self.tiling is not None:
+            raise ValueError("timestamps and tiling exclude each other: texts before the tiles of a frame are unknown")
         return self
 
 
@@ -195,9 +227,10 @@ class VideoTransform:
 
     def __init__(self, config: VideoConfig, spec: MediaSpec) -> None:
         if spec.placement is not Placement.EMBEDDING or spec.max_tiles is not None or spec.channels != 3:
+            # Attended features have no position, so the order of frames would be lost.
             raise DataConfigError(
-                "data.video: needs a model that writes the features of colour frames into token slots "
-                "(connector.kind=embedding, without vision.tiles); leave it out"
+                "data.video: needs a model that writes the features of colour frames into token slots, whose positions "
+                "are their times (connector.kind=embedding, without vision.tiles); leave it out"
             )
         if config.max_pixels < spec.size_multiple**2:
             raise DataConfigError(
@@ -245,8 +278,8 @@ class VideoTransform:
         config, patch = self.config, self.spec.patch_size
         if size.num_frames < 1:
             raise SampleError(
-                "the index has no size for this video: the file is damaged, or the index is old; then build it again "
-                "with: mmscale data index",
+                "the index has no size for this video: the file is damaged, its stored frames differ in size, or the "
+                "index is old; then build it again with: mmscale data index",
                 kind=FaultKind.DECODE,
             )
         if size.height * size.width > config.max_frame_pixels:
@@ -309,7 +342,7 @@ class VideoTask:
 
     Attributes:
         transform: The transform that planned it.
-        data: The encoded video.
+        data: The encoded video, or its encoded frames.
         size: The size that the plan is for.
         count: Number of its frames.
         crops: Its items, with uninitialised values until ``decode`` has run: one, or with ``tiling`` the crops of each
@@ -318,7 +351,7 @@ class VideoTask:
     """
 
     transform: VideoTransform
-    data: bytes
+    data: bytes | StoredFrames
     size: VideoSize
     count: int
     crops: tuple[MediaItem, ...]
@@ -340,7 +373,7 @@ class VideoTask:
         config, spec = self.transform.config, self.transform.spec
         _, rows, columns = self.item.grid
         frame_size = (rows * spec.patch_size, columns * spec.patch_size)
-        with VideoFile(self.data, config.max_frame_pixels) as file:
+        with open_video(self.data, config.max_frame_pixels) as file:
             self._check(VideoSize(file.num_frames, file.microseconds, *self.size[2:]))
             numbers = config.frames.numbers(file.times, self.count)
             if (needed := file.num_decoded(numbers)) > config.max_decoded_frames:
@@ -424,5 +457,21 @@ class Videos:
         start, end = (((ids[key],) if key in ids else ()) for key in ("start", "end"))
         if {self.placeholder, tokenizer.image_id} & {*start, *end}:
             raise DataConfigError("data.video: start and end must differ from the tokens that stand for features")
-        self.layout = ImageLayout(start, end)
+        self._layout = ImageLayout(start, end)
+        self._encode = functools.lru_cache(maxsize=1 << 16)(lambda words: tuple(tokenizer.encode(words)))
         self.reserved = {names[key]: token for key, token in ids.items() if token != tokenizer.image_id}
+
+    def layout_of(self, part: VideoPart) -> ImageLayout | VideoLayout:
+        """Return the layout of a video. Times in it are those of a constant frame rate, which the index gives.
+
+        Raises:
+            SampleError: as ``VideoTransform.decode_task``.
+        """
+        config, transform = self.transform.config, self.transform
+        if config.timestamps is None:
+            return self._layout
+        size = part.size or video_size(part.data)
+        times = config.frames.planned_times(size, config.frames.count(size, transform.spec.frames_per_patch))
+        groups = group_times(times, transform.spec.frames_per_patch)
+        texts = tuple(self._encode(filled(config.timestamps, time, i)) for i, time in enumerate(groups, 1))
+        return VideoLayout(self._layout.start, self._layout.end, texts, self._encode(config.frame_break or ""))

@@ -67,6 +67,7 @@ def fingerprint(
 _LATER_KEYS = frozenset(
     {
         *("max_text_bytes", "pipeline", "stages", "image_tokens", "image_tokens.encoded", "video", "audio"),
+        *("video.timestamps", "video.frame_break"),
         *(
             f"{template}.{key}"
             for template in ("template", "template.each")

@@ -302,7 +302,7 @@ class DocumentBuilder:
                 task = self._video.transform.decode_task(piece) if pixels else None
                 decode_tasks += [] if task is None else [task]
                 crops = task.crops if task else self._video.transform.dry_run(piece.size or video_size(piece.data))
-                draft.add_image(crops, self._video.placeholder, self._video.layout)
+                draft.add_image(crops, self._video.placeholder, self._video.layout_of(piece))
             elif (inputs := self._modalities.get(type(piece))) is not None:
                 assert isinstance(piece, inputs.part_type), "the inputs are found by their type"
                 clip = inputs.decode_task(piece) if pixels else None

@@ -16,6 +16,7 @@ from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Spa
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.images.drawn_images import DrawnTokens
 from data_pipeline.images.image_tokens import ImageLayout, LayoutAnchor, LayoutElement, LayoutFeatures, LayoutTokens
+from data_pipeline.images.video_layout import VideoLayout
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import Provenance
 
@@ -87,7 +88,7 @@ class Draft:
         if self.positions:
             self.positions[-1] = self.positions[-1][:-1]
 
-    def add_image(self, crops: tuple[MediaItem, ...], image_id: int, layout: ImageLayout | None) -> None:
+    def add_image(self, crops: tuple[MediaItem, ...], image_id: int, layout: ImageLayout | VideoLayout | None) -> None:
         """Append an image: its crops, and its tokens according to the layout. No token of an image is learned.
 
         Without a layout, the tokens are one placeholder per feature, or one anchor if no crop is embedded. An image of
@@ -180,7 +181,8 @@ class Draft:
 
     def _add_features_on_three_axes(self, crop: MediaItem, count: int, image_id: int) -> None:
         # The position of a feature is its (time, row, column); the next token follows the largest coordinate. Layouts
-        # do not separate the rows of a crop on three axes, so ``count`` is the number of all kept features of the crop.
+        # do not separate the rows of a crop on three axes, so ``count`` is the number of kept features of all frames of
+        # the crop, or of one of them if there is text between them.
         # Source: Qwen2-VL (arXiv 2409.12191), section 2.1, multimodal rotary position embedding; Qwen2.5-VL
         # (arXiv 2502.13923), section 2.1.3, for times in seconds.
         kept, spec = crop.kept_region, self.spec
@@ -189,6 +191,7 @@ class Draft:
             if kept is None
             else (crop.grid[0], kept.height, kept.width)
         )
+        sides = count // (sides[1] * sides[2]), *sides[1:]
         coordinates = np.indices(sides).reshape(3, -1).T.astype(np.int32)
         if spec.tokens_per_second is not None and crop.seconds_per_step is not None:
             # float32, as in the authors' code: it decides on which side of a whole number a time is.

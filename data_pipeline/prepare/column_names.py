@@ -135,9 +135,9 @@ def hf_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
         return {}
 
 
-def image_columns(features: Mapping[str, Any]) -> list[str]:
-    """Return the columns that ``datasets`` decodes as images."""
-    return [name for name, feature in features.items() if _type_of(feature) == "Image"]
+def columns_of(features: Mapping[str, Any], kind: str) -> list[str]:
+    """Return the columns that ``datasets`` decodes as ``kind``: ``Image``, ``Video`` or ``Audio``."""
+    return [name for name, feature in features.items() if _type_of(feature) == kind]
 
 
 def class_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

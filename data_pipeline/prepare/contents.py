@@ -18,6 +18,7 @@ from data_pipeline.io.json_member import PAIR, all_texts, check_pair, page_texts
 from data_pipeline.sample import Provenance, Sample
 from data_pipeline.shards.audio_file import audio_size, is_audio
 from data_pipeline.shards.damage import Problem
+from data_pipeline.shards.frame_list import frame_members
 from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, image_size, is_image, known_format
 from data_pipeline.shards.index import is_compressed
 from data_pipeline.shards.media_kind import MEDIA_KINDS
@@ -155,6 +156,13 @@ def _check_video(ext: str, content: memoryview, max_pixels: int) -> Iterator[Fin
         yield Problem.IMAGE, f".{ext}: {error.reason}"
 
 
+def _check_frames(part: Mapping[str, Any], members: Collection[str], key: str) -> Iterator[Finding]:
+    try:
+        frame_members(part, members, key)
+    except SampleError as error:
+        yield Problem.PARTNER, error.reason
+
+
 def _check_audio(ext: str, content: memoryview) -> Iterator[Finding]:
     """Decode the sound, block by block."""
     try:
@@ -199,7 +207,9 @@ def _check_json(ext: str, content: memoryview, siblings: Collection[str], key: s
     for part in fields.get("parts") or ():
         for kind, is_kind in MEDIA_KINDS.items():
             name = part.get(kind)
-            if name is not None and (not isinstance(name, str) or image_member(name, members, key, is_kind) is None):
+            if kind == "video" and isinstance(name, list):
+                yield from _check_frames(part, members, key)
+            elif name is not None and (not isinstance(name, str) or image_member(name, members, key, is_kind) is None):
                 yield Problem.PARTNER, f"the JSON names the {kind} {name!r}, which is absent"
         if not any(part.get(kind) is not None for kind in MEDIA_KINDS) and "text" not in part:
             yield Problem.TEXT, f"a part with neither text nor image nor video nor audio: {part!r:.80}"

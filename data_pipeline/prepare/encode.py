@@ -21,9 +21,12 @@ from data_pipeline.packing.document_builder import code_transform
 from data_pipeline.prepare.computed import ComputedSource
 from data_pipeline.prepare.reshard import ReshardSource
 from data_pipeline.prepare.rows import Members
+from data_pipeline.sample import Provenance, VideoPart
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.page_images import image_order
+from data_pipeline.shards.sample_reader import assemble
 from data_pipeline.shards.token_grid import encode_grid, grid_extension, is_grid
+from data_pipeline.shards.video_file import is_video
 
 
 class GridEncoder(Protocol):
@@ -55,7 +58,8 @@ class GridEncoder(Protocol):
 class EncodedSource(ComputedSource):
     """Stored samples with the token ids of their images: a ``RowSource``.
 
-    A sample without images is not changed. Token ids that a sample already has are replaced.
+    A sample without images is not changed, and one with a video is a ``SampleError``. Token ids that a sample already
+    has are replaced.
 
     Args:
         samples: The samples.
@@ -96,6 +100,7 @@ class _GridEncoding:
             if isinstance(members, SampleError):
                 continue
             try:
+                _check_no_videos(members)
                 decoded = [
                     (ext, self._decode(members[ext])) for ext in sorted(filter(is_image, members), key=image_order)
                 ]
@@ -127,6 +132,19 @@ class _GridEncoding:
         side = spec.patch_size
         patches = crop.values.reshape(height, width, spec.channels, side, side)
         return patches.transpose(2, 0, 3, 1, 4).reshape(spec.channels, height * side, width * side)
+
+
+def _check_no_videos(members: Members) -> None:
+    """Raise ``SampleError`` if a sample has a video, whose token ids shards cannot hold."""
+    # Only a JSON with this word can name frames; the others are not parsed.
+    in_frames = b'"video"' in members.get("json", b"") and any(
+        isinstance(part, VideoPart) for part in assemble(members, Provenance("", "", "", 0)).parts
+    )
+    if in_frames or any(map(is_video, members)):
+        raise SampleError(
+            "the sample has a video, and shards hold the token ids of images alone; leave such samples out with "
+            "--on-error skip"
+        )
 
 
 def _spec_of(encoder: GridEncoder) -> MediaSpec:

@@ -27,6 +27,7 @@ from data_pipeline.io.json_member import parse_member
 from data_pipeline.io.untrusted import open_regular
 from data_pipeline.prepare.energon_source import META
 from data_pipeline.shards.image_header import is_image
+from data_pipeline.shards.media_kind import media_kind
 from data_pipeline.shards.tar_members import split_name
 from data_pipeline.shards.writer import padded
 
@@ -91,8 +92,10 @@ def _samples(file: tarfile.TarFile) -> Iterator[dict[str, tarfile.TarInfo]]:
 
 
 def _kind_of(file: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo]) -> SampleType:
-    images = sum(is_image(ext.lower()) for ext in members)
-    if images > 1 or not _has_caption(file, members):
+    kinds = [kind for kind in (media_kind(ext.lower()) for ext in members) if kind is not None]
+    images = kinds.count("image")
+    # Energon's types have no sounds, and its videos need a cooker of the user.
+    if images > 1 or len(kinds) > images or not _has_caption(file, members):
         return SampleType.CRUDE
     return SampleType.CAPTIONING if images else SampleType.TEXT
 

@@ -22,7 +22,7 @@ from data_pipeline.io.json_member import parse_member
 from data_pipeline.io.untrusted import UntrustedError, read_yaml
 from data_pipeline.prepare.records import check_utf8, dump_json, validated_members
 from data_pipeline.prepare.rows import Members
-from data_pipeline.shards.image_header import is_image
+from data_pipeline.shards.media_kind import media_kind
 
 META = ".nv-meta"
 _CRUDE = "CrudeWebdataset"
@@ -48,7 +48,7 @@ class FieldMap:
         fields: dict[str, Any] = {}
         for name, access in self.fields:
             ext, value = _access(members, access, name)
-            if is_image(ext):
+            if media_kind(ext) is not None:
                 result[ext] = members[ext]
             elif name == "text" and isinstance(value, str):  # TextSample and OCRSample: this text is learned.
                 fields["caption"] = value
@@ -63,7 +63,7 @@ def _access(members: Members, access: Access, name: str) -> tuple[str, Any]:
     for ext, *keys in access:
         if ext not in members:
             continue
-        value: Any = None if is_image(ext) else _decoded(ext, members[ext])
+        value: Any = None if media_kind(ext) is not None else _decoded(ext, members[ext])
         try:
             for key in keys:
                 value = value[int(key)] if isinstance(value, list) else value[key]

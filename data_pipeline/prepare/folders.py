@@ -1,6 +1,7 @@
 """Read a folder of files as a source: files with one stem form one sample.
 
 cats/1.jpg cats/1.txt     an image (or a video, 1.mp4, or a sound, 1.wav) and its caption; the key is cats/1
+cats/1/0001.jpg ... cats/1.json   the frames of a video, if the JSON has their rate ``fps``; the key is cats/1
 cats/1.jpg dogs/1.jpg     no text at all: the first folder names the class, and the class becomes the caption
 """
 
@@ -13,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import DataConfigError, SampleError
-from data_pipeline.prepare.records import CAPTION, dump_json, read_file, validated_members
+from data_pipeline.io.json_member import parse_member
+from data_pipeline.prepare.media_files import frame_names, read_file
+from data_pipeline.prepare.records import CAPTION, dump_json, validated_members
 from data_pipeline.prepare.rows import Members, SourceRow, chunks_of, read_rows
+from data_pipeline.shards.frame_list import VIDEOS, rate_of
 from data_pipeline.shards.media_kind import MEDIA_FORMATS, media_kind
 from data_pipeline.shards.tar_members import split_name
 
@@ -80,8 +84,10 @@ class FolderSource:
         return self._digest
 
     def _rows(self) -> Iterator[SourceRow]:
-        number = 0
+        number, in_frames = 0, set[str]()
         for prefix, folder, names in walk_folder(self._folder):
+            if prefix[:-1] in in_frames:
+                continue  # These images belong to a sample of the folder above.
             samples: dict[str, dict[str, Path]] = {}
             for name in names:
                 key, ext = split_name(name) or (name, "")
@@ -93,7 +99,25 @@ class FolderSource:
                 files[ext] = folder / name
             for key, files in sorted(samples.items()):
                 number += 1
+                if "json" in files and (frames := _frames_beside(files["json"])):
+                    in_frames.add(prefix + key)
+                    files |= frames
                 yield SourceRow(number, prefix + key, tuple(sorted(files.items())))
+
+
+def _frames_beside(json: Path) -> dict[str, Path]:
+    """Return the frames in the folder ``X`` beside ``X.json`` by member extension, in order; none without a rate."""
+    folder = json.with_suffix("")
+    if not folder.is_dir() or folder.is_symlink():
+        return {}
+    try:
+        fields = parse_member(read_file(json))
+    except SampleError:
+        return {}
+    if not isinstance(fields, dict) or "fps" not in fields:
+        return {}
+    names = frame_names(sorted(os.listdir(folder)))
+    return {f"{number:04d}.{name.rpartition('.')[2].lower()}": folder / name for number, name in enumerate(names)}
 
 
 @dataclass(frozen=True)
@@ -109,6 +133,11 @@ class _FileReader:
             if media_kind(ext) is None and ext not in ("txt", "json"):
                 raise SampleError(f"{path}: neither {MEDIA_FORMATS} nor .txt or .json")
         members = {ext: read_file(path) for ext, path in files}
+        beside = next((path.with_suffix("") for ext, path in files if ext == "json"), None)
+        if frames := [ext for ext, path in files if path.parent == beside]:
+            fields = parse_member(members["json"])
+            rate = rate_of(fields.pop("fps"), len(frames))
+            members["json"] = dump_json({**fields, VIDEOS: [{"video": frames, "fps": rate}]})
         if self.classes_below is not None and "json" not in members:
             name = files[0][1].relative_to(self.classes_below).parts[0]
             members["json"] = dump_json({CLASS: name} if "txt" in members else {CLASS: name, CAPTION: name})

@@ -24,14 +24,15 @@ from data_pipeline.prepare.column_names import (
     guess_text_column,
     renamed_columns,
 )
+from data_pipeline.prepare.media_files import FileLoader
 from data_pipeline.prepare.records import (
     ANSWERS,
     CAPTION,
     CAPTIONS,
+    CLIPS,
     PATH,
     SPOKEN,
     FieldNames,
-    FileLoader,
     members_from_record,
 )
 from data_pipeline.prepare.rows import Members, SourceRow, chunks_of, read_rows
@@ -142,7 +143,7 @@ def check_columns(path: Path, columns: Sequence[str], is_table: bool) -> None:
         DataConfigError: a column's name suggests an image but no column has the image's name, or a table has neither
             image nor text.
     """
-    if {PATH, IMAGE_BASE64, PARTS, TEXTS, TEXT_LIST} & set(columns):
+    if {PATH, IMAGE_BASE64, PARTS, TEXTS, TEXT_LIST, *CLIPS} & set(columns):
         return
     known = {"image", IMAGES} if SPOKEN & set(columns) else set()  # A dialogue's images have these names too.
     likely = [name for name in columns if name.lower() in _LIKELY_IMAGES and name not in known]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from typing import Any
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.prepare.column_names import (
     class_names,
+    columns_of,
     describe_guesses,
     guess_text_column,
     has_text_column,
     hf_features,
-    image_columns,
 )
 from data_pipeline.prepare.lists import KEY_DIGITS, check_columns
-from data_pipeline.prepare.records import CAPTION, PATH, FieldNames, FileLoader, members_from_record
+from data_pipeline.prepare.media_files import FileLoader
+from data_pipeline.prepare.records import CAPTION, CLIPS, PATH, FieldNames, members_from_record
 from data_pipeline.prepare.rows import Members, SourceRow
 from data_pipeline.prepare.table_files import open_table, pa, table_files
 from data_pipeline.shards.interleaved import IMAGE_INFO, TEXT_LIST, TEXTS
@@ -54,7 +55,7 @@ class TableSource:
         self._groups = [table.group_rows for table in tables]
         schema = tables[0].schema
         features = hf_features(schema.metadata)
-        names = _with_image(names, schema, image_columns(features), str(self._files[0]))
+        names = _with_clips(_with_image(names, schema, columns_of(features, "Image"), str(self._files[0])), features)
         texts = {field.name: _is_list(field.type) for field in schema if _holds_text(field.type)}
         names = guess_text_column(names, schema.names, texts, str(self._files[0]))
         classes = {name: classes for name, classes in class_names(features).items() if name in schema.names}
@@ -123,6 +124,17 @@ def _with_image(names: FieldNames, schema: pa.Schema, known: Sequence[str], loca
             f"choose one with --column {PATH}=NAME, and --drop the others"
         )
     return names if found in ([], [PATH]) else FieldNames((*names.renamed, (PATH, found[0])), names.dropped)
+
+
+def _with_clips(names: FieldNames, features: Mapping[str, Any]) -> FieldNames:
+    """Return ``names``, with the only declared column of videos, and of sounds, renamed to ``video`` and ``audio``."""
+    renamed = names.renamed
+    for kind in ("video", "audio"):
+        declared = columns_of(features, kind.capitalize())
+        taken = {*names.dropped, *(old for _, old in renamed)} | {new for new, _ in renamed}
+        if len(declared) == 1 and not {*declared, kind, f"{kind}s"} & taken and declared[0] not in CLIPS:
+            renamed = (*renamed, (kind, declared[0]))
+    return FieldNames(renamed, names.dropped, names.guessed)
 
 
 def _holds_text(kind: pa.DataType) -> bool:

@@ -1,6 +1,7 @@
 """Convert one record (a JSON object, a line of CSV, a row of Parquet) and its images to the members of a sample.
 
-    path, caption, captions, other fields       images, then the caption
+    path, caption, captions, other fields       images, then the caption; a path may be that of a video or sound
+    video, fps, caption                         a video: a file, or frames (a folder or a list) with their rate
     image_base64, caption, ...                  the same, with the image in the record
     parts                                       text and images in reading order
     images, texts          (OBELICS)            two lists in reading order; at each position one of them is null
@@ -8,6 +9,8 @@
     messages with {"type": "image", "image": F} the same, with the images taken out of the turns
     text_list, image_info  (MMC4)               each image before the text that it was matched with
     prompt, chosen, rejected, image             images, and the preference pair unchanged
+
+Dialogues and pairs name videos and sounds like images: in ``video``, ``videos``, ``audio``, ``audios``, or in turns.
 
 The result has one form: an image member ``jpg``, or ``0.jpg``, ``1.png``, ... for several, and a ``json`` with
 ``caption``, ``captions``, ``parts`` or the turns. An image's extension follows its content, not its name.
@@ -19,19 +22,17 @@ import datetime
 import decimal
 import json
 import math
-import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.io.json_member import PAIR, all_texts, check_pair, parse_member
-from data_pipeline.io.untrusted import read_bytes
+from data_pipeline.prepare.media_files import EXTENSION_OF_FORMAT, store_medium
 from data_pipeline.prepare.rows import Members
 from data_pipeline.shards.audio_file import audio_size
-from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, ImageFormat, image_size, is_image
+from data_pipeline.shards.frame_list import VIDEOS, lists_frames
+from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, image_size, is_image
 from data_pipeline.shards.interleaved import (
     IMAGE_BASE64,
     IMAGES,
@@ -41,7 +42,7 @@ from data_pipeline.shards.interleaved import (
     list_of_objects,
     text_of,
 )
-from data_pipeline.shards.media_kind import MEDIA_FORMATS, media_kind
+from data_pipeline.shards.media_kind import MEDIA_FORMATS, MEDIA_KINDS, media_kind
 from data_pipeline.shards.video_file import video_size
 
 PATH, CAPTION, CAPTIONS = "path", "caption", "captions"
@@ -50,10 +51,10 @@ SPOKEN = frozenset({"messages", "conversations", "annotations", *PAIR})
 ANSWERS = frozenset({"answer", "answers", "response", "output", "completion"})
 """Fields of an answer to a question in another field. ``template.answers`` names them."""
 DROPPED_IMAGES = "dropped_images"
-EXTENSION_OF_FORMAT = {ImageFormat.JPEG: "jpg", ImageFormat.PNG: "png", ImageFormat.WEBP: "webp"}
-_MOST_FILE_BYTES = 1 << 31
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
+CLIPS = ("video", "videos", "audio", "audios")
+"""Fields of videos and sounds."""
+RATES = ("fps", "sample_fps")
+"""Fields with the frames for each second of a video in frames."""
 
 
 @dataclass(frozen=True)
@@ -114,34 +115,33 @@ def members_from_record(record: Mapping[str, Any], load: Callable[[Any], bytes],
 
     Args:
         record: The record's fields. None, NaN and empty strings count as absent, except an empty ``caption``.
-        load: Returns an image's bytes, given the record's reference to it: a path, bytes, or a dict of both.
-        lenient: Leave unreadable images out of ``parts`` and store their count in the field ``dropped_images``.
+        load: Returns a medium's bytes, given the record's reference to it: a path, bytes, or a dict of both.
+        lenient: Leave unreadable media out of ``parts`` and store their count in the field ``dropped_images``.
 
     Raises:
-        SampleError: an image or a text is missing or damaged, the record has neither, or several fields name images.
+        SampleError: a medium or a text is missing or damaged, the record has neither, or several fields name images.
     """
     fields = {key: value for key, value in record.items() if not _is_absent(value) or (key == CAPTION and value == "")}
     fields = interleaved(fields)
-    paths = _pop_images(fields)
-    if paths is None and SPOKEN & fields.keys():
-        paths = _pop_images_of_turns(fields)
-    if IMAGE_BASE64 in fields:
-        if paths is not None:
-            raise SampleError(f"the row has both {PATH} and {IMAGE_BASE64}: drop one of them")
-        paths = from_base64(fields.pop(IMAGE_BASE64))
+    references, is_list = _pop_media(fields)
     members: Members = {}
     if PARTS in fields:
-        if paths is not None:
+        if references:
             raise SampleError("the row has both an image and parts: drop one of them")
         listed = list_of_objects(fields[PARTS])
         fields[PARTS] = _readable_parts(listed, members, load) if lenient else _parts(listed, members, load)
         if len(fields[PARTS]) < len(listed):
             fields[DROPPED_IMAGES] = len(listed) - len(fields[PARTS])
-    else:
-        images = paths if isinstance(paths, list | tuple) else [] if paths is None else [paths]
-        for number, path in enumerate(images):
-            ext, content = load_image(path, load)
-            members[ext if len(images) == 1 and not isinstance(paths, list | tuple) else f"{number}.{ext}"] = content
+    elif references:
+        rate, entries = next((fields[name] for name in RATES if name in fields), None), list[dict[str, Any]]()
+        for number, (kind, reference, own) in enumerate(references):
+            prefix = "" if len(references) == 1 and not is_list else f"{number}."
+            entries.append(store_medium(kind, reference, prefix, members, load, rate if own is None else own))
+        videos = [entry for entry in entries if "video" in entry]
+        if any("fps" in entry for entry in videos):
+            fields = {name: value for name, value in fields.items() if name not in RATES} | {VIDEOS: videos}
+        if videos and not any("image" in entry for entry in entries):
+            _mark_videos(fields)
     if isinstance(fields.get(CAPTIONS), str) and fields[CAPTIONS].lstrip().startswith("["):
         fields[CAPTIONS] = parse_member(fields[CAPTIONS].encode())
     if record.keys() >= {*PAIR}:  # Not ``fields``, which lacks an empty answer.
@@ -150,6 +150,47 @@ def members_from_record(record: Mapping[str, Any], load: Callable[[Any], bytes],
         raise SampleError("neither an image (path) nor a text (caption, captions, parts)")
     members["json"] = dump_json(fields)
     return members
+
+
+_Reference = tuple[str, Any, Any]
+"""Kind of the field, reference, and the medium's own rate if it is a video in frames; None: the rate of the record."""
+
+
+def _pop_media(fields: dict[str, Any]) -> tuple[list[_Reference], bool]:
+    """Remove the references to media from a record, and return them, and whether they were listed.
+
+    Images come first, then videos, then sounds. ``fields`` gets new lists of turns; the record's own are not changed.
+    """
+    is_spoken = bool(SPOKEN & fields.keys())
+    paths = _pop_images(fields)
+    if IMAGE_BASE64 in fields:
+        if paths is not None:
+            raise SampleError(f"the row has both {PATH} and {IMAGE_BASE64}: drop one of them")
+        paths = from_base64(fields.pop(IMAGE_BASE64))
+    is_list = isinstance(paths, list | tuple)
+    found = {
+        "image": [
+            ("image", path, None) for path in (paths if isinstance(paths, list | tuple) else [paths] if paths else [])
+        ]
+    }
+    for kind in ("video", "audio"):
+        # Beside an image, or on a page, a field of this name is an ordinary one unless there is a dialogue.
+        takes = is_spoken or (not found["image"] and PARTS not in fields)
+        one, several = (fields.pop(name, None) if takes else None for name in (kind, f"{kind}s"))
+        if isinstance(one, list | tuple) and (kind == "audio" or all(_names_video(each) for each in one)):
+            one, several = None, [*one, *(several or ())]  # Else it lists the frames of one video.
+        is_list = is_list or several is not None
+        listed = several if isinstance(several, list | tuple) else [] if several is None else [several]
+        found[kind] = [(kind, each, None) for each in [*([] if one is None else [one]), *listed]]
+    if is_spoken:
+        for kind, references in _pop_media_of_turns(fields, {kind for kind in found if not found[kind]}).items():
+            found[kind] += references
+            is_list = is_list or bool(references)
+    return [reference for references in found.values() for reference in references], is_list
+
+
+def _names_video(reference: Any) -> bool:
+    return isinstance(reference, str) and media_kind(reference.lower()) == "video"
 
 
 def _pop_images(fields: dict[str, Any]) -> Any:
@@ -161,22 +202,26 @@ def _pop_images(fields: dict[str, Any]) -> Any:
     return fields.pop(given[0]) if given else None
 
 
-def _pop_images_of_turns(fields: dict[str, Any]) -> list[Any] | None:
-    """Remove the references to image files from the contents of turns, and return them in order; None for none.
+def _pop_media_of_turns(fields: dict[str, Any], kinds: Collection[str]) -> dict[str, list[_Reference]]:
+    """Remove the references to files of these kinds from the contents of turns, and return them in order.
 
     ``{"type": "image", "image": "a.jpg"}`` (also ``path`` or ``url``) and ``{"type": "image_url", "image_url": {"url":
-    ...}}`` become ``{"type": "image"}``. ``fields`` gets new lists of turns; the record's own are not changed.
+    ...}}`` become ``{"type": "image"}``; videos and sounds alike. A video in frames may have its own ``fps``, or
+    ``sample_fps``, as in the data of Qwen2-VL.
     """
-    found: list[Any] = []
+    found = {kind: list[_Reference]() for kind in kinds}
 
     def without_reference(item: Any) -> Any:
-        if not isinstance(item, Mapping) or item.get("type") not in ("image", "image_url"):
+        named = item.get("type") if isinstance(item, Mapping) else None
+        kind = named.removesuffix("_url") if isinstance(named, str) else ""
+        if kind not in found:
             return item
-        nested = item.get("image_url")
-        references = [item.get(name) for name in ("image", PATH, "url")]
+        nested = item.get(f"{kind}_url")
+        references = [item.get(name) for name in (kind, PATH, "url")]
         references.append(nested.get("url") if isinstance(nested, Mapping) else nested)
-        found.extend([reference for reference in references if reference is not None][:1])
-        return {"type": "image"}
+        rate = next((item[name] for name in RATES if item.get(name) is not None), None)
+        found[kind].extend([(kind, reference, rate) for reference in references if reference is not None][:1])
+        return {"type": kind}
 
     for name in ("messages", "conversations", "prompt"):
         turns = fields.get(name)
@@ -187,7 +232,25 @@ def _pop_images_of_turns(fields: dict[str, Any]) -> list[Any] | None:
                 else turn
                 for turn in turns
             ]
-    return found or None
+    return found
+
+
+def _mark_videos(fields: dict[str, Any]) -> None:
+    """Write ``<video>`` for ``<image>`` in turns of a record without images, as LLaVA-Video marks its videos."""
+    for name in ("messages", "conversations"):
+        turns = fields.get(name) if isinstance(fields.get(name), list) else []
+        texts = [(turn, key) for turn in turns if isinstance(turn, dict) for key in ("content", "value")]
+        texts = [(turn, key) for turn, key in texts if isinstance(turn.get(key), str)]
+        if texts and not any("<video" in turn[key] for turn, key in texts):
+            fields[name] = [
+                {
+                    key: value.replace("<image>", "<video>") if isinstance(value, str) else value
+                    for key, value in turn.items()
+                }
+                if isinstance(turn, dict)
+                else turn
+                for turn in turns
+            ]
 
 
 def _parts(listed: list[dict[str, Any]], members: Members, load: Callable[[Any], bytes]) -> list[dict[str, str]]:
@@ -202,7 +265,7 @@ def _readable_parts(
         try:
             parts.append(_part(part, members, load))
         except SampleError:
-            if part.get("image") is None:
+            if all(part.get(kind) is None for kind in MEDIA_KINDS):
                 raise
     return parts
 
@@ -211,86 +274,16 @@ def _part(part: Mapping[str, Any], members: Members, load: Callable[[Any], bytes
     given = {key: value for key, value in part.items() if value is not None}
     if "text" in given and set(given) <= {"text", "weight"}:
         return {**given, "text": text_of(given["text"], "text")}
-    if set(given) != {"image"}:
+    kind = next((name for name in MEDIA_KINDS if set(given) in ({name}, {name, "fps"})), None)
+    if kind is None or ("fps" in given and kind != "video"):
         raise SampleError(
-            f"a part has the fields {sorted(given)}; expected text (and maybe its weight), or image alone"
+            f"a part has the fields {sorted(given)}; expected text (and maybe its weight), or image alone, or "
+            "audio, or video (and fps if it is in frames)"
         )
-    ext, content = load_image(given["image"], load)
-    name = f"{len(members)}.{ext}"
-    members[name] = content
-    return {"image": name}
-
-
-def load_image(reference: Any, load: Callable[[Any], bytes]) -> tuple[str, bytes]:
-    """Return (extension, bytes) of an image; the extension follows the content.
-
-    Raises:
-        SampleError: the image cannot be loaded, or its header is damaged or of another format.
-    """
-    content = load(reference)
-    try:
-        return EXTENSION_OF_FORMAT[image_size(content).format], content
-    except SampleError as error:
-        location = f"{reference}: " if isinstance(reference, str) else ""
-        raise SampleError(f"{location}{error.reason}") from error
-
-
-@dataclass(frozen=True)
-class FileLoader:
-    """Load the images that a record names: files in one folder, or bytes in the record. Nothing is downloaded.
-
-    Attributes:
-        folder: Folder of relative paths. A path that leads outside is a ``SampleError``.
-        holds_urls: Read a URL from the file ``folder``/URL-without-scheme, the layout that ``wget -x`` writes.
-    """
-
-    folder: Path
-    holds_urls: bool = False
-
-    def __call__(self, reference: Any) -> bytes:
-        if isinstance(reference, bytes):
-            return reference
-        if isinstance(reference, Mapping) and set(reference) <= {"bytes", "path"}:
-            content = reference.get("bytes")
-            if isinstance(content, str):  # JSON cannot hold bytes, so they are in base64.
-                return from_base64(content)
-            return content if isinstance(content, bytes) else self(reference.get("path"))
-        path = text_of(reference, "an image's path")
-        if _DATA_URL.match(path):
-            return from_base64(path.partition(",")[2])
-        return read_file(self.path_of(path))
-
-    def path_of(self, path: str) -> Path:
-        """Return the file that a path or a URL names.
-
-        Raises:
-            SampleError: it is outside of the folder, or a URL although the folder holds none.
-        """
-        if _URL.match(path):
-            if not self.holds_urls:
-                raise SampleError(
-                    f"{path}: a URL; ingest downloads nothing: fetch with img2dataset and ingest its tars, or give the "
-                    "folder of files that wget -x made with --images"
-                )
-            path = path.partition("://")[2]
-        root = os.path.abspath(self.folder)
-        if os.path.commonpath([root, os.path.abspath(self.folder / path)]) != root:
-            raise SampleError(f"{path}: outside of {self.folder}; give the folder of the images with --images")
-        return self.folder / path
-
-
-def read_file(path: Path) -> bytes:
-    """Return the content of a regular file.
-
-    Raises:
-        SampleError: the file is missing, cannot be read, or is larger than 2 GiB.
-    """
-    try:
-        return read_bytes(path, most_bytes=_MOST_FILE_BYTES)
-    except FileNotFoundError as error:
-        raise SampleError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name.
-        raise SampleError(f"{path}: cannot be read: {error}") from error
+    entry = store_medium(kind, given[kind], f"{len(members)}.", members, load, given.get("fps"))
+    if kind not in entry:
+        raise SampleError(f"a part names the {kind} {given[kind]!r:.80}, which is of kind {next(iter(entry))}")
+    return entry
 
 
 def validated_members(members: Members) -> Members:
@@ -316,7 +309,7 @@ def validated_members(members: Members) -> Members:
     if "json" in members:
         fields = parse_member(members["json"])
         all_texts(fields)
-        if _rename_parts(fields, names):
+        if rename_images(fields, names):
             result["json"] = dump_json(fields)
     if not names and not clips and "txt" not in members and "json" not in members:
         raise SampleError(f"neither {MEDIA_FORMATS} nor .txt or .json among {sorted(members)}")
@@ -332,17 +325,31 @@ def _name_by_content(ext: str, content: bytes) -> str:
     return ext if FORMAT_OF_EXTENSION[kind] is found else f"{stem}{dot}{EXTENSION_OF_FORMAT[found]}"
 
 
-def _rename_parts(fields: dict[str, Any], names: Mapping[str, str]) -> bool:
-    """Correct, in place, the parts that name an image by its old extension; return whether one was changed."""
-    changed = False
-    for part in fields.get(PARTS) or ():
-        if "image" not in part:
-            continue
-        name = part["image"]
+def rename_images(fields: dict[str, Any], names: Mapping[str, str]) -> bool:
+    """Correct, in place, the parts and frames that name an image by its old extension; return whether one changed.
+
+    Args:
+        fields: Content of the JSON member.
+        names: New extension of each image member, by its old one.
+
+    Raises:
+        SampleError: the JSON names an image that is no member.
+    """
+
+    def renamed(name: Any) -> str:
         if not isinstance(name, str) or name.lower() not in names:
-            raise SampleError(f"the JSON names the image {name!r}, the sample has {sorted(names)}")
-        if names[name.lower()] != name.lower():
-            part["image"], changed = names[name.lower()], True
+            raise SampleError(f"the JSON names the image {name!r:.80}, the sample has {sorted(names)[:64]}")
+        new = names[name.lower()]
+        return name if new == name.lower() else new
+
+    changed = False
+    for part in [*(fields.get(PARTS) or ()), *(fields[VIDEOS] if lists_frames(fields) else ())]:
+        for kind in ("image", "video"):
+            if not isinstance(part, dict) or kind not in part or (kind == "video" and not isinstance(part[kind], list)):
+                continue
+            old = part[kind]
+            new = [renamed(name) for name in old] if isinstance(old, list) else renamed(old)
+            part[kind], changed = new, changed or new != old
     return changed
 
 

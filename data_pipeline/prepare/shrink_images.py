@@ -13,10 +13,10 @@ from torchvision.transforms.v2 import functional as transforms
 from data_pipeline.errors import SampleError
 from data_pipeline.images.decode import DecodeMode, decode_image
 from data_pipeline.io.json_member import parse_member
-from data_pipeline.prepare.records import EXTENSION_OF_FORMAT, dump_json
+from data_pipeline.prepare.media_files import EXTENSION_OF_FORMAT
+from data_pipeline.prepare.records import dump_json, rename_images
 from data_pipeline.prepare.rows import Members
 from data_pipeline.shards.image_header import ImageFormat, image_size, is_image
-from data_pipeline.shards.interleaved import PARTS
 
 _MAX_PIXELS = 1 << 28
 """Limit for decoding: 768 MiB of RGB. A larger image raises ``SampleError``."""
@@ -44,10 +44,7 @@ def shrink(members: Members, max_side: int) -> Members:
             result[ext] = content
     if "json" in result and any(old != new for old, new in renamed.items()):
         fields = parse_member(result["json"])
-        parts = [
-            {"image": renamed[part["image"].lower()]} if "image" in part else part for part in fields.get(PARTS) or ()
-        ]
-        result["json"] = dump_json({**fields, PARTS: parts}) if parts else result["json"]
+        result["json"] = dump_json(fields) if rename_images(fields, renamed) else result["json"]
     return result
 
 

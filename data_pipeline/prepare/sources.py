@@ -16,7 +16,8 @@ from data_pipeline.prepare.choices import SourceKind
 from data_pipeline.prepare.column_names import metadata_file
 from data_pipeline.prepare.folders import FolderSource, walk_folder
 from data_pipeline.prepare.lists import ListSource
-from data_pipeline.prepare.records import FieldNames, FileLoader
+from data_pipeline.prepare.media_files import FileLoader
+from data_pipeline.prepare.records import FieldNames
 from data_pipeline.prepare.rows import RowSource
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.storage.location import local_path

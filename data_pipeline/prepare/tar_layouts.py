@@ -16,7 +16,8 @@ from typing import Any
 
 from data_pipeline.errors import SampleError
 from data_pipeline.io.json_member import parse_member
-from data_pipeline.prepare.records import CAPTION, CAPTIONS, check_utf8, dump_json, load_image, validated_members
+from data_pipeline.prepare.media_files import load_image
+from data_pipeline.prepare.records import CAPTION, CAPTIONS, check_utf8, dump_json, validated_members
 from data_pipeline.prepare.rows import Members
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.interleaved import IMAGE_INFO, IMAGES, PARTS, TEXT_LIST, TEXTS, interleaved, text_of

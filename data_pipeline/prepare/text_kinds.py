@@ -15,13 +15,15 @@ from enum import Enum
 from typing import Any
 
 from data_pipeline.errors import DataConfigError, SampleError
-from data_pipeline.io.json_member import page_texts
+from data_pipeline.io.json_member import page_texts, parse_member
 from data_pipeline.prepare.folders import CLASS
 from data_pipeline.prepare.records import CAPTION, CAPTIONS, dump_json
 from data_pipeline.prepare.rows import Members, RowReader, RowSource, SourceRow
 from data_pipeline.sample import Provenance, Sample
-from data_pipeline.shards.image_header import is_image
+from data_pipeline.shards.frame_list import VIDEOS, lists_frames
+from data_pipeline.shards.media_kind import media_kind
 from data_pipeline.shards.sample_reader import assemble
+from data_pipeline.text.templates.base import media_of
 
 MESSAGES = "messages"
 QUESTIONS = ("question", "query", "instruction", "prompt")
@@ -55,7 +57,8 @@ class Examples:
         kind: Kind of text of most of them.
         others: Number of samples of other kinds, or without a text.
         question, answer: Names of the fields of a question and its answer; empty for other kinds.
-        all_have_images, have_images: Whether all, or any, of them have an image.
+        all_have_images, have_images: Whether all, or any, of them have an image or a video.
+        clips: Kinds of their other media: ``video``, ``audio``.
         is_class: Whether ``class`` holds the same text as ``caption``: the source is a folder of class folders.
         captions: The captions, in order.
     """
@@ -66,6 +69,7 @@ class Examples:
     answer: str
     all_have_images: bool
     have_images: bool
+    clips: frozenset[str]
     is_class: bool
     captions: tuple[str, ...]
 
@@ -76,7 +80,7 @@ def read_examples(source: RowSource) -> Examples:
     Raises:
         DataConfigError: no row is usable, or none has a text.
     """
-    samples: list[tuple[Sample, int]] = []
+    samples: list[Sample] = []
     reason = "it has no rows"
     for chunk in source.chunks():
         for found in source.reader.read(chunk):
@@ -91,14 +95,15 @@ def read_examples(source: RowSource) -> Examples:
     return _summary(source, samples)
 
 
-def _assembled(found: Members | SampleError) -> tuple[Sample, int]:
+def _assembled(found: Members | SampleError) -> Sample:
     if isinstance(found, SampleError):
         raise found
-    return assemble(found, Provenance("", "", "", 0)), sum(map(is_image, found))
+    return assemble(found, Provenance("", "", "", 0))
 
 
-def _summary(source: RowSource, samples: Sequence[tuple[Sample, int]]) -> Examples:
-    kinds = [_kind_of(sample.fields, count) for sample, count in samples]
+def _summary(source: RowSource, samples: Sequence[Sample]) -> Examples:
+    media = [{part.kind for part in media_of(sample)} for sample in samples]
+    kinds = [_kind_of(sample.fields, len(one)) for sample, one in zip(samples, media, strict=True)]
     known = Counter(kind for kind in kinds if kind is not None)
     if not known:
         raise DataConfigError(
@@ -107,26 +112,25 @@ def _summary(source: RowSource, samples: Sequence[tuple[Sample, int]]) -> Exampl
             "--column caption=NAME"
         )
     kind, count = known.most_common(1)[0]
-    fields = next(sample.fields for (sample, _), each in zip(samples, kinds, strict=True) if each is kind)
+    fields = next(sample.fields for sample, each in zip(samples, kinds, strict=True) if each is kind)
     question, answer = _question_of(fields) if kind is TextKind.QUESTION else ("", "")
-    captions = tuple(
-        str(sample.fields[CAPTION]) for sample, _ in samples if isinstance(sample.fields.get(CAPTION), str)
-    )
+    captions = tuple(str(sample.fields[CAPTION]) for sample in samples if isinstance(sample.fields.get(CAPTION), str))
     return Examples(
         kind=kind,
         others=len(samples) - count,
         question=question,
         answer=answer,
-        all_have_images=all(count for _, count in samples),
-        have_images=any(count for _, count in samples),
+        all_have_images=all({"image", "video"} & one for one in media),
+        have_images=any({"image", "video"} & one for one in media),
+        clips=frozenset(kind for one in media for kind in one if kind != "image"),
         is_class=all(
-            CLASS in sample.fields and sample.fields[CLASS] == sample.fields.get(CAPTION) for sample, _ in samples
+            CLASS in sample.fields and sample.fields[CLASS] == sample.fields.get(CAPTION) for sample in samples
         ),
         captions=captions,
     )
 
 
-def _kind_of(fields: Mapping[str, Any], num_images: int) -> TextKind | None:
+def _kind_of(fields: Mapping[str, Any], num_media: int) -> TextKind | None:
     """Return the kind of text of a sample's fields; None without a text."""
     if any(isinstance(fields.get(name), list) and fields[name] for name in (MESSAGES, "conversations")):
         return TextKind.DIALOGUE
@@ -137,7 +141,7 @@ def _kind_of(fields: Mapping[str, Any], num_images: int) -> TextKind | None:
     if all(_question_of(fields)):
         return TextKind.QUESTION
     if fields.get(CAPTION) or fields.get(CAPTIONS):
-        return TextKind.CAPTION if num_images else TextKind.TEXT
+        return TextKind.CAPTION if num_media else TextKind.TEXT
     return None
 
 
@@ -191,9 +195,9 @@ class _DialogueReader:
         Raises:
             SampleError: there is no text.
         """
-        fields = assemble(members, Provenance("", "", "", 0)).fields
-        num_images = sum(map(is_image, members))
-        kind = _kind_of(fields, num_images)
+        sample = assemble(members, Provenance("", "", "", 0))
+        fields, media = sample.fields, media_of(sample)
+        kind = _kind_of(fields, len(media))
         if kind is TextKind.QUESTION:
             asked, answered = _question_of(fields)
             question, answer = fields[asked], fields[answered]
@@ -206,7 +210,11 @@ class _DialogueReader:
             raise SampleError("neither a caption, nor a question and an answer, nor turns of a dialogue")
         else:
             return members
-        marked = question if "<image" in question else f"{'<image>' * num_images}{question}"
+        marks = [f"<{part.kind}>" for part in media]
+        marked = question if any(mark[:-1] in question for mark in marks) else f"{''.join(marks)}{question}"
         turns = [{"role": "user", "content": marked}, {"role": "assistant", "content": answer}]
-        images = {ext: content for ext, content in members.items() if is_image(ext)}
-        return {**images, "json": dump_json({**fields, MESSAGES: turns})}
+        stored = {ext: content for ext, content in members.items() if media_kind(ext) is not None}
+        listed = parse_member(members["json"]) if "json" in members else {}
+        if lists_frames(listed):  # ``assemble`` removes them from the fields.
+            fields[VIDEOS] = listed[VIDEOS]
+        return {**stored, "json": dump_json({**fields, MESSAGES: turns})}

@@ -1,6 +1,7 @@
 """Read the interleaved texts and images of a page from the JSON member of a tar sample, in order.
 
-    parts                   [{"text": ...}, {"image": "0.png"}, {"video": "1.mp4"}, {"audio": "2.wav"}, ...]
+    parts                   [{"text": ...}, {"image": "0.png"}, {"video": "1.mp4"}, {"audio": "2.wav"}, ...];
+                            ``frame_list`` for the frames of a video
     images, texts           (OBELICS) exactly one of the two is non-null at each index
     text_list, image_info   (MMC4) each image precedes the text of its matched_text_index
 
@@ -16,6 +17,7 @@ from typing import Any
 
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.sample import AudioPart, AudioSize, ImagePart, MediaPart, Part, TextPart, VideoPart
+from data_pipeline.shards.frame_list import VIDEOS, frame_members, lists_frames, stored_video
 from data_pipeline.shards.interleaved import interleaved
 from data_pipeline.shards.media_kind import MEDIA_KINDS, media_kind
 from data_pipeline.shards.page_images import image_member, image_order, page_images
@@ -93,6 +95,8 @@ def _part(item: Any, members: Mapping[str, bytes], sizes: Sizes, key: str) -> Pa
     fields = item if isinstance(item, dict) else {}
     if isinstance(fields.get("text"), str):
         return TextPart(fields["text"], weight_of(fields))
+    if isinstance(fields.get("video"), list):
+        return stored_video(fields, members, sizes, key)
     for kind, is_kind in MEDIA_KINDS.items():
         name = fields.get(kind)
         if isinstance(name, str):
@@ -103,6 +107,28 @@ def _part(item: Any, members: Mapping[str, bytes], sizes: Sizes, key: str) -> Pa
             return media_part(ext, members, sizes)
     expected = '{"text": ...}, {"image": ...}, {"video": ...} or {"audio": ...}'
     raise SampleError(f"a part is {item!r}, expected {expected}", kind=FaultKind.TEXT)
+
+
+def media_parts(fields: dict[str, Any], members: Mapping[str, bytes], sizes: Sizes, key: str) -> list[MediaPart]:
+    """Return the images and videos of a sample that is not a page.
+
+    These are the members in the order of ``image_order``. If the field ``videos`` names frames, it is removed from
+    ``fields``, its videos follow the other members in its order, and its members are not listed a second time.
+
+    Raises:
+        SampleError: ``videos`` names frames, and one of its objects is malformed or names no member.
+    """
+    if not lists_frames(fields):
+        return [media_part(ext, members, sizes) for ext in media_extensions(tuple(members))]
+    listed, videos, used = fields.pop(VIDEOS), list[MediaPart](), set[str]()
+    for item in listed:
+        video = _part(item, members, sizes, key) if isinstance(item, dict) and "video" in item else None
+        if not isinstance(video, VideoPart):
+            raise SampleError(f'videos lists {item!r:.80}, expected {{"video": ...}}', kind=FaultKind.TEXT)
+        videos.append(video)
+        used |= {*(frame_members(item, members, key) if isinstance(item["video"], list) else (video.name,))}
+    rest = [ext for ext in media_extensions(tuple(members)) if ext not in used]
+    return [*(media_part(ext, members, sizes) for ext in rest), *videos]
 
 
 def _converted_parts(listed: list[dict[str, Any]], members: Mapping[str, bytes], sizes: Sizes, key: str) -> list[Part]:

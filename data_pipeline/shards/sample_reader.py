@@ -24,11 +24,11 @@ from data_pipeline.errors import AbsentError, FaultKind, ReplacedError, SampleEr
 from data_pipeline.io.json_member import parse_member
 from data_pipeline.io.retry import retry_io
 from data_pipeline.io.untrusted import regular_descriptor
-from data_pipeline.sample import AudioSize, Provenance, Sample, TextPart, VideoSize
+from data_pipeline.sample import AudioSize, Part, Provenance, Sample, TextPart, VideoSize
 from data_pipeline.shards.index import Member, ShardIndex, extent, is_compressed
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.media_kind import media_kind
-from data_pipeline.shards.pages import PAGE_FIELDS, MediaSize, Sizes, media_extensions, media_part, pop_page_parts
+from data_pipeline.shards.pages import PAGE_FIELDS, MediaSize, Sizes, media_parts, pop_page_parts
 from data_pipeline.shards.token_grid import is_grid, with_encoded_images
 from data_pipeline.storage.background import Background
 from data_pipeline.storage.location import Url
@@ -323,13 +323,14 @@ def assemble(
             if fields.get("caption") is None:
                 fields["caption"] = text
         parts = None if PAGE_FIELDS.isdisjoint(fields) else pop_page_parts(fields, members, sizes, origin.key)
+        media = media_parts(fields, members, sizes, origin.key) if parts is None else []
     except UnicodeDecodeError as error:
         reason = f"malformed text: {error}"
         raise SampleError(reason, kind=FaultKind.TEXT, shard=origin.shard, key=origin.key) from error
     except SampleError as error:
         raise error.located(origin.shard, origin.key) from error
     if parts is None:
-        parts = [media_part(ext, members, sizes) for ext in media_extensions(tuple(members))]
+        parts = list[Part](media)
         caption = fields.get("caption")
         if caption is None:
             captions = fields.get("captions")

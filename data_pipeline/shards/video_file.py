@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
-from data_pipeline.sample import VideoSize
+from data_pipeline.sample import StoredFrames, VideoSize
+from data_pipeline.shards.image_header import image_size
 
 _EXTENSIONS = frozenset({"mp4", "webm", "mkv", "gif"})
 MAX_FRAME_PIXELS = 1 << 26
@@ -43,13 +44,23 @@ def is_video(ext: str) -> bool:
     return ext.rpartition(".")[2] in _EXTENSIONS
 
 
-def video_size(data: bytes | memoryview) -> VideoSize:
-    """Return frame count, duration and size of a video. Decodes its first frame, which holds the rotation.
+def video_size(data: bytes | memoryview | StoredFrames) -> VideoSize:
+    """Return frame count, duration and size of a video.
+
+    Decodes the first frame of a file, which holds the rotation, and no frame that is stored as an image.
 
     Raises:
-        SampleError: as ``VideoFile``, or the first frame is damaged.
+        SampleError: as ``VideoFile``, or the first frame is damaged. Of frames that are stored as images, a header is
+            damaged, or their sizes differ.
         DataConfigError: PyAV is not installed.
     """
+    if isinstance(data, StoredFrames):
+        sides = [image_size(image) for image in data.images]
+        other = next((i for i, one in enumerate(sides) if one[1:3] != sides[0][1:3]), None)
+        if other is not None:
+            other_size = f"{sides[other].width}x{sides[other].height}"
+            raise _fault(f"frame {other} has {other_size} pixels, the first {sides[0].width}x{sides[0].height}")
+        return VideoSize(len(sides), data.microseconds, sides[0].height, sides[0].width)
     with VideoFile(data) as file:
         ((_, pixels),) = file.decode([0])
         return VideoSize(file.num_frames, file.microseconds, *pixels.shape[:2])

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 _RUN = typer.Argument(help="A run folder, or one checkpoint of it (RUN/checkpoints/step-N).", metavar="RUN")
-_IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _HELP = """\
-Write a question and press Enter. Paths of images in the line show them to the model: what is this? photo.jpg
+Write a question and press Enter. Paths of images and videos in the line show them to the model: what is this? photo.jpg
 /image PATH   show an image with the next question
+/video PATH   show a video with the next question
 /reset        forget the conversation
 /quit         leave; Ctrl-D does the same, Ctrl-C ends an answer"""
 
@@ -32,7 +32,7 @@ def chat(
     top_p: float = typer.Option(0.9, min=0.0, max=1.0, help="Sample from the fewest tokens with this probability."),
     seed: int = typer.Option(0, "--seed", help="Seed of the sampling."),
 ) -> None:
-    """Talk with a model in the terminal, with or without images.
+    """Talk with a model in the terminal, with or without images and videos.
 
     The whole conversation is the prompt of each answer. Questions may also come from a pipe, one a line; then the exit
     code is 1 if a line could not be answered.
@@ -75,13 +75,13 @@ def _talk(conversation: Chat) -> bool:
             if command == "/reset":
                 conversation.reset()
                 waiting.clear()
-            elif command == "/image":
-                waiting.append(_image(rest))
+            elif command in ("/image", "/video"):
+                waiting.append(_file(command, rest))
             elif command.startswith("/") and not Path(command).exists():
                 console.print(_HELP, markup=False)
             else:
-                words, images = _split(line)
-                _answer(conversation, words, [*waiting, *images])
+                words, files = _split(line)
+                _answer(conversation, words, [*waiting, *files])
                 waiting.clear()
         except KeyboardInterrupt:
             print()
@@ -111,34 +111,48 @@ def _lines() -> Iterator[str]:
             yield line
 
 
-def _image(path: str) -> Path:
+def _kind(path: Path) -> str | None:
+    """Return ``image`` or ``video`` for a file that the model can see, by its suffix."""
+    from data_pipeline.shards.media_kind import media_kind
+
+    kind = media_kind(path.suffix.lower().lstrip("."))
+    return kind if kind in ("image", "video") and path.is_file() else None
+
+
+def _file(command: str, path: str) -> Path:
     from mmscale.errors import ConfigError
 
     words = path.strip().strip("'\"")
     if not Path(words).is_file():
-        raise ConfigError(f"/image {words}: no such file; write the path of a JPEG, PNG or WebP file")
+        expected = "JPEG, PNG or WebP" if command == "/image" else "MP4, WebM, Matroska (.mkv) or GIF"
+        raise ConfigError(f"{command} {words}: no such file; write the path of a {expected} file")
+    if _kind(Path(words)) != command[1:]:
+        raise ConfigError(
+            f"{command} {words}: its name is not that of {'an image' if command == '/image' else 'a video'}"
+        )
     return Path(words)
 
 
 def _split(line: str) -> tuple[str, list[Path]]:
-    """Return the words of a line without the paths of images, and these paths. A path with blanks is quoted."""
+    """Return the words of a line without the paths of images and videos, and these paths. One with blanks is quoted."""
     try:
         words = shlex.split(line)
     except ValueError:  # An apostrophe, as in "what's this".
         words = line.split()
-    images = [word for word in words if Path(word).suffix.lower() in _IMAGES and Path(word).is_file()]
-    if not images:
+    files = [word for word in words if _kind(Path(word)) is not None]
+    if not files:
         return line, []
-    for image in images:
-        for written in (shlex.quote(image), f'"{image}"', image):
+    for file in files:
+        for written in (shlex.quote(file), f'"{file}"', file):
             if written in line:
                 line = line.replace(written, "", 1)
                 break
-    return " ".join(line.split()), [Path(image) for image in images]
+    return " ".join(line.split()), [Path(file) for file in files]
 
 
-def _answer(conversation: Chat, words: str, images: list[Path]) -> None:
+def _answer(conversation: Chat, words: str, files: list[Path]) -> None:
     from mmscale.cli.generate import Printer
 
     printer = Printer()
-    printer.end(conversation.ask(words, images, printer.show))
+    images, videos = ([file for file in files if _kind(file) == kind] for kind in ("image", "video"))
+    printer.end(conversation.ask(words, images, printer.show, videos))

@@ -1,4 +1,4 @@
-"""``mmscale data crops``: show how a configuration divides an image of a given size into crops; needs no image."""
+"""``mmscale data crops``: show how a configuration divides an image or a video of a given size; needs no file."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ _QUICKSTART = "mmscale data crops configs/quickstart.yaml --size 1920x1080"
 def crops(
     config: Path = typer.Argument(help="A run's YAML file."),
     overrides: list[str] = typer.Argument(None, help="Values that override the file's.", metavar="[KEY=VALUE]..."),
-    size: str = typer.Option(..., "--size", help="Size of the image, pixels.", metavar="WIDTHxHEIGHT"),
+    size: str = typer.Option(..., "--size", help="Size of the image or of a frame, pixels.", metavar="WIDTHxHEIGHT"),
+    frames: int | None = typer.Option(None, "--frames", min=1, help="Frames of a video; by default it is an image."),
+    fps: float = typer.Option(30.0, "--fps", min=1e-3, max=1e4, help="Frames for each second of the video."),
     dataset: str | None = typer.Option(
         None, "--dataset", help="Data set whose transforms to apply; by default the first."
     ),
     json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a table."),
 ) -> None:
-    """Print the crops, tokens, patches and cost of an image.
+    """Print the crops, tokens, patches and cost of an image, or the frames of a video.
 
-    They follow from the configuration's transforms, tiling and layout.
+    They follow from the configuration's transforms, tiling and layout, or from data.video.
     """
     from data_pipeline.errors import DataConfigError
     from data_pipeline.text.tokenizer import load_tokenizer
@@ -45,7 +47,11 @@ def crops(
     if dataset is not None and dataset not in names:
         raise DataConfigError(f"--dataset {dataset}: the configuration has {', '.join(names)}")
     chosen = run.data.datasets[names.index(dataset) if dataset is not None else 0]
-    results = _crops_and_totals(chosen, load_tokenizer(run.data.tokenizer), run.media_spec, (height, width))
+    tokenizer, spec = load_tokenizer(run.data.tokenizer), run.media_spec
+    if frames is None:
+        results = _crops_and_totals(chosen, tokenizer, spec, (height, width))
+    else:
+        results = _frames_and_totals(chosen, tokenizer, spec, (frames, round(frames / fps * 1e6), height, width))
     if json:
         emit(results, json=True)
         return
@@ -74,7 +80,6 @@ def _crops_and_totals(dataset: Any, tokenizer: Any, spec: Any, size: tuple[int, 
     plan = ImageTransform(dataset.transforms, spec).plan(size)
     builder = DocumentBuilder(dataset.model_copy(update={"template": InterleavedTemplate()}), tokenizer, spec)
     document = builder.dry_run(Sample((ImagePart(b"", "image", size), TextPart("x"))))
-    (extent,) = document.images
     rows = []
     apart = "compared" if spec.placement is Placement.PAIR else "attended"
     for crop, item in zip(plan.crops, document.items, strict=True):
@@ -93,6 +98,37 @@ def _crops_and_totals(dataset: Any, tokenizer: Any, spec: Any, size: tuple[int, 
                 "features": item.num_features(spec),
             }
         )
+    return {"crops": rows, **_totals(document, spec)}
+
+
+def _frames_and_totals(dataset: Any, tokenizer: Any, spec: Any, size: tuple[int, int, int, int]) -> dict[str, Any]:
+    """Return the chosen frames and totals of one video with a constant frame rate; ``size``: a ``VideoSize``."""
+    from data_pipeline.errors import DataConfigError
+    from data_pipeline.packing.document_builder import DocumentBuilder
+    from data_pipeline.sample import Sample, TextPart, VideoPart, VideoSize
+    from data_pipeline.text.templates.stored import InterleavedTemplate
+
+    if dataset.video is None:
+        raise DataConfigError(f"--frames: data set {dataset.name} has no block video (data.video)")
+    video = VideoSize(*size)
+    builder = DocumentBuilder(dataset.model_copy(update={"template": InterleavedTemplate()}), tokenizer, spec)
+    document = builder.dry_run(Sample((VideoPart(b"", "video", video), TextPart("x"))))
+    times = dataset.video.frames.planned_times(video, dataset.video.frames.count(video, spec.frames_per_patch))
+    rows = [
+        {
+            "frames": f"{item.grid[0] * spec.frames_per_patch if item.later_values is not None else item.grid[0]}",
+            "pixels": f"{item.grid[2] * spec.patch_size}x{item.grid[1] * spec.patch_size}",
+            "patches": len(item.values),
+            "features": item.num_features(spec),
+        }
+        for item in document.items
+    ]
+    return {"crops": rows, "seconds": [round(time, 3) for time in times], **_totals(document, spec)}
+
+
+def _totals(document: Any, spec: Any) -> dict[str, Any]:
+    """Return the tokens of the only image or video of a document, the patches and the cost."""
+    (extent,) = document.images
     tokens = extent.stop - extent.start
     cost = tokens + spec.cost_per_patch * document.computed_patches(spec)
-    return {"crops": rows, "tokens": tokens, "patches": document.num_patches, "cost": round(cost, 1)}
+    return {"tokens": tokens, "patches": document.num_patches, "cost": round(cost, 1)}

@@ -28,11 +28,15 @@ def show(
         "0:3", "--samples", help="Samples of its manifest, from A up to, but not including, B.", metavar="A:B"
     ),
     epoch: int = typer.Option(0, "--epoch", min=0, help="Epoch that decides the sampled texts and augmentations."),
+    pictures: Path | None = typer.Option(
+        None, "--pictures", help="Folder for the images and videos as the model sees them, as PNG files."
+    ),
     json: bool = typer.Option(False, "--json", help="Print one JSON object instead of lines."),
 ) -> None:
     """Print the documents that training builds from samples.
 
-    Shows context text, learned text with its loss weight, and the positions of images, videos and sounds.
+    Shows context text, learned text with its loss weight, and the positions of images, videos and sounds. With
+    --pictures, each crop becomes a file SAMPLE-CROP.png, and the frames of a video are side by side.
     """
     from dataclasses import asdict
 
@@ -42,7 +46,7 @@ def show(
 
     run = load(config, overrides or [], RunConfig).value
     chosen = _chosen(run, dataset)
-    found = list(_documents(run, chosen, parse_range(samples, "--samples"), epoch))
+    found = list(_documents(run, chosen, parse_range(samples, "--samples"), epoch, pictures))
     if json:
         plain = [{**one, "text_spans": [asdict(part) for part in one["text_spans"]]} for one in found]
         emit({"dataset": chosen.name, "samples": plain}, json=True)
@@ -79,15 +83,17 @@ def _chosen(run: RunConfig, name: str | None) -> DatasetConfig:
     raise DataConfigError(f"--dataset {name}: the configuration has {names}")
 
 
-def _documents(run: RunConfig, dataset: DatasetConfig, samples: range, epoch: int) -> Any:
+def _documents(run: RunConfig, dataset: DatasetConfig, samples: range, epoch: int, pictures: Path | None) -> Any:
     from data_pipeline.errors import DataConfigError
     from data_pipeline.history.text_spans import text_spans
+    from data_pipeline.io.atomic import write_whole
     from data_pipeline.loader.sample_source import dataset_seed
     from data_pipeline.order.randomness import SampleRng
     from data_pipeline.packing.document_builder import DocumentBuilder
     from data_pipeline.shards.manifest import Manifest
     from data_pipeline.shards.sample_reader import SampleReader
     from data_pipeline.text.tokenizer import load_tokenizer
+    from mmscale.metrics.sample_images import encode_png, join_patches
 
     spec, tokenizer = run.media_spec, load_tokenizer(run.data.tokenizer)
     build = DocumentBuilder(dataset, tokenizer, spec)
@@ -100,6 +106,11 @@ def _documents(run: RunConfig, dataset: DatasetConfig, samples: range, epoch: in
     for number in samples:
         sample = reader.read(number, epoch)
         document = build(sample, SampleRng(seed, number, epoch))
+        crops = [item for item in document.items if item.modality == "image"]
+        for crop, item in enumerate(crops if pictures is not None else ()):
+            assert pictures is not None, "no crops otherwise"
+            picture = join_patches(item.values, item.grid, spec)
+            write_whole(pictures / f"{number}-{crop}.png", encode_png(picture), parents=True)
         yield {
             "sample": number,
             "shard": sample.provenance.shard,

@@ -138,7 +138,7 @@ def write_images(images: Sequence[Pixels], paths: Sequence[Path]) -> None:
     """
     from data_pipeline.io.atomic import write_whole
     from mmscale.errors import MMScaleError
-    from mmscale.report.captions import encode_png
+    from mmscale.metrics.sample_images import encode_png
 
     for path, pixels in zip(paths, images, strict=True):
         try:

@@ -27,7 +27,7 @@ from data_pipeline.packing.collate import collate
 from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Pack
 from data_pipeline.packing.synthetic_documents import dummy_document
-from data_pipeline.sample import ImagePart, MediaPart, Provenance, Sample, VideoPart
+from data_pipeline.sample import ImagePart, MediaPart, Provenance, Sample, TextPart, VideoPart
 from data_pipeline.text.templates import LITERAL, CaptionTemplate, DialogueTemplate
 from data_pipeline.text.templates.base import images_of
 from data_pipeline.text.templates.dialogue import USER
@@ -228,9 +228,15 @@ class Chat:
         self._prompts = prompts.model_copy(update={"template": self._template})
         self._builder = DocumentBuilder(self._prompts, self._tokenizer, spec)
         self._messages: list[dict[str, Any]] = []
-        self._images: tuple[ImagePart, ...] = ()
+        self._media: tuple[MediaPart, ...] = ()
 
-    def ask(self, words: str, images: Sequence[Path] = (), show: Callable[[str], None] | None = None) -> str:
+    def ask(
+        self,
+        words: str,
+        images: Sequence[Path] = (),
+        show: Callable[[str], None] | None = None,
+        videos: Sequence[Path] = (),
+    ) -> str:
         """Add a question and return the answer, which becomes part of the conversation.
 
         If this raises or is interrupted, the conversation is unchanged.
@@ -239,35 +245,38 @@ class Chat:
             words: The question.
             images: JPEG, PNG or WebP files, which precede the words.
             show: Called after each token with the answer so far.
+            videos: MP4, WebM, Matroska or GIF files, between the images and the words.
 
         Raises:
-            ConfigError: the model has no vision tower.
-            SampleError: a file is not such an image, or the conversation does not fit the template.
+            ConfigError: the model has no vision tower, or no configuration of videos.
+            SampleError: a file is not such an image or video, or the conversation does not fit the template.
             MMScaleError: a file cannot be read.
         """
         if images:
             _require_images(self._prompts, self._spec)
-        first = len(self._images)
+        if videos:
+            _require_videos(self._prompts, self._spec)
+        given = [part for part in _sample_from(images, videos).parts if not isinstance(part, TextPart)]
         shown = tuple(
             replace(part, name=f"{number}.{part.name.rpartition('.')[2]}")
-            for number, part in enumerate(_image_parts(images), start=first)
+            for number, part in enumerate(given, start=len(self._media))
         )
-        names = [{"type": "image", "image": part.name} for part in shown]
+        names = [{"type": part.kind, part.kind: part.name} for part in shown]
         question = {"role": USER, "content": [*names, *([{"type": "text", "text": words}] if words else [])]}
         fields = {"messages": [*self._messages, question]}
         origin = Provenance("chat", "the conversation", f"question {len(self._messages) // 2 + 1}", 0)
-        document = self._builder.build_prompt(Sample((*self._images, *shown), fields, origin))
+        document = self._builder.build_prompt(Sample((*self._media, *shown), fields, origin))
         prompt = _Prompt(self._tokenizer, self._spec, document, self._template.closing)
         (answer,) = prompt.answers(self._model, 1, self._max_new_tokens, self._sampling, (), show)
         answering = next(name for name, role in self._template.roles.items() if role.weight)
         if answer:  # A template has no empty turns. Without an answer, the question is forgotten.
             self._messages += [question, {"role": answering, "content": [{"type": "text", "text": answer}]}]
-            self._images += shown
+            self._media += shown
         return answer
 
     def reset(self) -> None:
         """Forget the conversation."""
-        self._messages, self._images = [], ()
+        self._messages, self._media = [], ()
 
 
 def _prompt_sample(
@@ -280,10 +289,8 @@ def _prompt_sample(
     """Return a sample with these images and videos, and the data set whose template turns it into the prompt."""
     if images:
         _require_images(dataset, spec, "; leave out --image")
-    if videos and spec.placement is Placement.NONE:
-        raise ConfigError("this model has no vision tower, so it cannot read videos; leave out --video")
-    if videos and dataset.video is None:
-        raise ConfigError("the first data set has no block video, which says how a video becomes frames (data.video)")
+    if videos:
+        _require_videos(dataset, spec, "; leave out --video")
     template = dataset.template.branch_template
     sample = _sample_from(images, videos)
     if prompt is None and sample.parts and not template.takes_images:
@@ -298,6 +305,13 @@ def _prompt_sample(
     if fields is not None:
         sample = replace(sample, fields=fields)
     return dataset.model_copy(update={"template": template}), sample
+
+
+def _require_videos(dataset: DatasetConfig, spec: MediaSpec, remedy: str = "") -> None:
+    if spec.placement is Placement.NONE:
+        raise ConfigError(f"this model has no vision tower, so it cannot read videos{remedy}")
+    if dataset.video is None:
+        raise ConfigError("the first data set has no block video, which says how a video becomes frames (data.video)")
 
 
 def _check_marks(prompt: str, given: Mapping[str, int]) -> None:

@@ -8,7 +8,6 @@ Each rank holds the whole model: a classifier is small. The ranks share the imag
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from mmscale.errors import CheckpointError, ConfigError
 from mmscale.evaluate.config import EvaluationConfig, HeldOutSet
 from mmscale.evaluate.heldout import EvaluationContext
 from mmscale.evaluate.similarity import Vectors, pair_vectors
+from mmscale.metrics.sample_images import encode_png
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.models.connectors.contrastive import ContrastiveConnectorConfig
@@ -185,16 +185,7 @@ def check_classifier(path: Path) -> Path:
 
 def as_sample(image: Pixels) -> Sample:
     """Return a sample with one image, PNG of uint8 ``(H, W, 3)``."""
-    return Sample((ImagePart(as_png(image), "png"),), {}, Provenance("drawings", "drawings", "?", 0))
-
-
-def as_png(image: Pixels) -> bytes:
-    """Return the PNG bytes of uint8 ``(H, W, 3)``."""
-    from PIL import Image
-
-    encoded = io.BytesIO()
-    Image.fromarray(image).save(encoded, "PNG")
-    return encoded.getvalue()
+    return Sample((ImagePart(encode_png(image), "png"),), {}, Provenance("drawings", "drawings", "?", 0))
 
 
 def _contrastive(path: Path) -> tuple[Path, ModelConfig]:

@@ -33,7 +33,7 @@ from data_pipeline.shards.sample_reader import SampleReader
 from data_pipeline.text.templates.base import fill
 from mmscale.dist import World, all_reduce_sum_list, broadcast_bytes, gather_bytes
 from mmscale.errors import ConfigError
-from mmscale.evaluate.classifier import Classifier, as_png, as_sample, check_classifier
+from mmscale.evaluate.classifier import Classifier, as_sample, check_classifier
 from mmscale.evaluate.config import DrawingSet
 from mmscale.evaluate.drawings import (
     MOST_TOGETHER,
@@ -50,6 +50,7 @@ from mmscale.evaluate.pairs import chunks_of_rank
 from mmscale.evaluate.questions import QuestionBlock, Table, accuracies, make_blocks
 from mmscale.evaluate.result import DrawingsResult, binomial_error
 from mmscale.evaluate.similarity import Vectors
+from mmscale.metrics.sample_images import encode_png
 
 _COMPARED_SIDE = 32
 """Side of the images whose pixels are compared. Larger ones cost time and show no further copies."""
@@ -408,7 +409,7 @@ def _write(
     try:
         for number, drawing in enumerate(drawings):
             image = f"{held.name}/{number:04d}.png"
-            write_whole(folder / image, as_png(drawing), parents=True)
+            write_whole(folder / image, encode_png(drawing), parents=True)
             sample, expected = questions.samples[number], questions.answers[number]
             text, origin = _text(held, sample), sample.provenance
             line: dict[str, Any] = {"shard": origin.shard, "key": origin.key}
@@ -433,6 +434,6 @@ def _write_nearest(folder: Path, held: DrawingSet, near: Nearest, lines: Sequenc
             shown = Image.fromarray(first_image(sample))
             shown.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
             image = f"{held.name}/{number:04d}-nearest.png"
-            write_whole(folder / image, as_png(np.asarray(shown)), parents=True)
+            write_whole(folder / image, encode_png(np.asarray(shown)), parents=True)
             distance = float(near.distances[number])
             line.update(nearest=image, nearest_key=sample.provenance.key, distance=distance)

@@ -27,8 +27,9 @@ from data_pipeline.shards.sample_reader import assemble, read_samples
 from data_pipeline.shards.token_grid import encode_grid, grid_extension
 from data_pipeline.text.templates.base import look_up
 from mmscale.errors import ConfigError
-from mmscale.evaluate.classifier import Classifier, as_png
+from mmscale.evaluate.classifier import Classifier
 from mmscale.evaluate.drawings import FREE, Drawing, Size, draw_images, drawing_dataset
+from mmscale.metrics.sample_images import encode_png
 from mmscale.models.image_tokenizer import ImageTokenizer, image_tokenizer_digest
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.models.sampling import SamplingConfig
@@ -162,7 +163,7 @@ class DrawnPairs:
         }
         members = {"json": json.dumps(fields | pair, ensure_ascii=False).encode()}
         for name, drawing in ((_CHOSEN, chosen), (_REJECTED, rejected)):
-            members[name] = as_png(drawing.pixels)
+            members[name] = encode_png(drawing.pixels)
             members[grid_extension(name)] = encode_grid(
                 drawing.codes, self.tokenizer.codebook_size, self.image_tokenizer
             )

@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from data_pipeline.errors import SampleError
-from data_pipeline.sample import AudioPart, ImagePart, Provenance, Sample
+from data_pipeline.sample import AudioPart, ImagePart, MediaPart, Provenance, Sample, VideoPart
 from data_pipeline.text.templates import DialogueTemplate, EndPiece, TextPiece, TokenPiece
 from data_pipeline.text.templates.chat_formats import CHAT_FORMATS
 
@@ -64,15 +64,22 @@ class _Probe:
     text: str | None = None
     error: str = ""
 
-    def number_of(self, kind: str) -> int:
-        """Return the number of images (``image``) or sounds (``audio``)."""
+    @property
+    def media(self) -> tuple[MediaPart, ...]:
+        """The images, videos and sounds of the conversation."""
         contents = [item for turn in self.messages for item in turn["content"] if isinstance(turn["content"], list)]
-        return sum(item["type"] == kind for item in contents)
+        parts: dict[str, type[ImagePart | VideoPart | AudioPart]] = {
+            "image": ImagePart,
+            "video": VideoPart,
+            "audio": AudioPart,
+        }
+        kinds = [item["type"] for item in contents if item["type"] in parts]
+        return tuple(parts[kind](b"", f"{number}.{kind}") for number, kind in enumerate(kinds))
 
 
 @dataclass(frozen=True)
 class _Names:
-    """Names of the tokenizer: begin, end and all added tokens; the texts of an image and of a sound in a rendered
+    """Names of the tokenizer: begin, end and all added tokens; the texts of an image, video and sound in a rendered
     conversation."""
 
     begin: str
@@ -80,6 +87,7 @@ class _Names:
     added: tuple[str, ...]
     image: str | None
     special: Mapping[str, str] = field(default_factory=dict)
+    video: str | None = None
     sound: str | None = None
 
 
@@ -92,6 +100,7 @@ def derive_format(
     names: Mapping[str, str],
     added_tokens: Sequence[str],
     image: str | None = None,
+    video: str | None = None,
     sound: str | None = None,
 ) -> ChatFormat:
     """Return the dialogue template that writes conversations as a chat template does.
@@ -101,15 +110,17 @@ def derive_format(
         names: Special tokens of the tokenizer: ``bos_token``, ``eos_token`` and others.
         added_tokens: Names that the tokenizer finds in any text and encodes as one token.
         image: Text that the chat template writes for an image; None for a model without images.
+        video: Text that it writes for a video; None for a model without videos.
         sound: The tokens that it writes for a sound; None for a model that takes no sound.
     """
-    known = _Names(names.get("bos_token", ""), names.get("eos_token", ""), tuple(added_tokens), image, names, sound)
+    known = _Names(names.get("bos_token", ""), names.get("eos_token", ""), tuple(added_tokens), image, names)
+    known = replace(known, video=video, sound=sound)
     now = datetime.now()
     reasons: list[str] = []
     kinds = [kind for kind, written in (("image", image), ("audio", sound)) if written]
     for listed in (True, False) if kinds else (False, True):
         try:
-            probes = _rendered(source, known, _probes(listed, kinds), now)
+            probes = _rendered(source, known, _probes(listed, kinds, with_videos=video is not None), now)
             found = _derive(probes, known)
         except _CannotExpressError as error:
             reasons.append(str(error))
@@ -125,12 +136,13 @@ def derive_format(
     return ChatFormat(None, notes=(f"the chat template cannot be expressed as a dialogue template: {reasons[0]}",))
 
 
-def _probes(listed: bool, kinds: Sequence[str]) -> list[_Probe]:
+def _probes(listed: bool, kinds: Sequence[str], with_videos: bool) -> list[_Probe]:
     """Return the conversations.
 
     Args:
         listed: Whether contents are lists of texts, images and sounds; else they are strings.
         kinds: Types of the items besides text: ``image``, ``audio``.
+        with_videos: Whether there are videos, too.
     """
 
     def content(words: str, count: int = 0, last: bool = False, kind: str = "image") -> Any:
@@ -165,6 +177,13 @@ def _probes(listed: bool, kinds: Sequence[str]) -> list[_Probe]:
             _Probe(turns(content(_USER, 2, kind=kind), a, later), True, kind),
             _Probe(turns(s, shown, system=True), True, "system"),
             _Probe(turns(content(_USER, 1, last=True, kind=kind)), True, "order" if kind == "image" else kind),
+        ]
+    if with_videos and listed:
+        video, picture, words = {"type": "video"}, {"type": "image"}, {"type": "text", "text": _USER}
+        found += [
+            _Probe(turns([video, words]), True, "video"),
+            _Probe(turns([video, words], a, b), True, "video"),
+            _Probe(turns([picture, video, words], a, [video, *content(_SECOND)]), True, "video"),
         ]
     return found
 
@@ -291,7 +310,7 @@ def _around_sounds(probes: list[_Probe], names: _Names) -> dict[str, Any]:
 
     Empty if the chat template writes no such text, or no sound.
     """
-    heard = next((probe.text for probe in probes if probe.number_of("audio") > 1), None)
+    heard = next((probe.text for probe in probes if sum(isinstance(part, AudioPart) for part in probe.media) > 1), None)
     parts = [] if heard is None or not names.sound else heard.partition(_USER)[0].split(names.sound)
     if len(parts) != 3:  # Before, between and after the two.
         return {}
@@ -359,6 +378,7 @@ _NOTES = {
     "system": "the chat template writes a system turn in a way that the template here cannot; do not use system turns",
     "space": "the chat template treats white space around the text of a turn in another way than the template here",
     "image": "the chat template places images in another way than the template here",
+    "video": "the chat template places videos in another way than the template here",
     "audio": "the chat template places sounds in another way than the template here",
     "order": "the chat template moves an image that follows the text of its turn",
 }
@@ -394,9 +414,7 @@ def _tokens_in(text: str, names: Iterable[str]) -> list[str]:
 
 def _passes(template: DialogueTemplate, probe: _Probe, names: _Names, begins: bool) -> bool:
     """Return whether the template writes the conversation as the chat template does, or both reject it."""
-    images = [ImagePart(b"", f"{number}.png") for number in range(probe.number_of("image"))]
-    sounds = [AudioPart(b"", f"{number}.wav") for number in range(probe.number_of("audio"))]
-    sample = Sample((*images, *sounds), {"messages": probe.messages}, Provenance("chat template", "", "", 0))
+    sample = Sample(probe.media, {"messages": probe.messages}, Provenance("chat template", "", "", 0))
     try:
         pieces = template.prompt(sample) if probe.prompt else template.pieces(sample, None)
     except SampleError:
@@ -411,6 +429,8 @@ def _passes(template: DialogueTemplate, probe: _Probe, names: _Names, begins: bo
             text += names.end
         elif isinstance(piece, ImagePart):
             text += names.image or ""
+        elif isinstance(piece, VideoPart):
+            text += names.video or ""
         elif isinstance(piece, AudioPart):
             text += names.sound or ""
     return text == probe.text

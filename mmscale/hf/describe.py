@@ -126,22 +126,24 @@ def _with_text(
     missing = [name for name in (found.audio or {}).values() if files.id_of(name) is None]
     if missing:
         raise CheckpointError(f"{files.path} has no token {missing[0]!r} for sounds; add it to the tokenizer")
-    image_token = None
+    image_token, video = None, None if images is None else images.video
+    if video is not None and any(files.id_of(video[key]) is None for key in ("start", "end", "placeholder")):
+        video = None
     if images is not None and config.predicts_tokens:
         image_token = files.image_token(ids, images.tokens)
     if files.chat_template is not None and config.predicts_tokens:
         marker = None if image_token is None or images is None else f"{images.before}{image_token}{images.after}"
-        sound = None if found.audio is None else "".join(found.audio[key] for key in ("start", "placeholder", "end"))
-        chat = derive_format(files.chat_template, files.names, files.added_tokens, marker, sound)
+        shown, heard = (
+            None if each is None else f"{each['start']}{each['placeholder']}{each['end']}"
+            for each in (video, found.audio)
+        )
+        chat = derive_format(files.chat_template, files.names, files.added_tokens, marker, shown, heard)
         notes += chat.notes
         if chat.template is not None:
             # The processors of ``transformers`` let the tokenizer add its begin token; chats of text do not.
             template, begin = chat.template, chat.begins or (images is not None and files.adds_begin)
     if images is not None and images.begin is not None:
         begin = images.begin
-    video = None if images is None else images.video
-    if video is not None and any(files.id_of(video[key]) is None for key in ("start", "end", "placeholder")):
-        video = None
     return replace(
         found,
         video=video,

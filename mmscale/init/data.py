@@ -119,6 +119,11 @@ def prepare_data(
         raise ConfigError(
             f"{source}: the samples have images, and the model has no vision tower: choose a model with one"
         )
+    if "audio" in examples.clips:
+        raise ConfigError(
+            f"{source}: the samples have sounds, for which init writes no file: ingest them with `mmscale data ingest` "
+            "and begin with a recipe in configs/recipes whose data have a block audio"
+        )
     _make_folder(request.folder, request.force)
     try:
         if is_manifest and not converts:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.images.transforms import TransformConfig
+from data_pipeline.images.video import VideoConfig
 from data_pipeline.text.templates import TemplateConfig
 from data_pipeline.text.tokenizer import TokenizerConfig
 from mmscale.checkpoint import find_latest
@@ -32,6 +33,7 @@ class Trained:
         tokenizer: The run's tokenizer.
         template: Template of its prompts.
         transforms: Its transforms.
+        video: Its configuration of videos; None without one.
         defaults: Keys of ``data`` that a file with ``base: FOLDER`` inherits for data sets that do not set them.
         has_stages: Whether the folder holds a training run, and not only an imported model.
     """
@@ -40,6 +42,7 @@ class Trained:
     tokenizer: TokenizerConfig
     template: TemplateConfig
     transforms: TransformConfig
+    video: VideoConfig | None
     defaults: frozenset[str]
     has_stages: bool
 
@@ -124,7 +127,8 @@ def _of_run(folder: Path) -> StartingModel:
             "and start from the exported folder, or resume the run itself"
         )
     prompts = run.data.prompts
-    defaults = frozenset(name for name in ("template", "transforms") if getattr(run.data, name) is not None)
+    defaults = frozenset(name for name in ("template", "transforms", "video") if getattr(run.data, name) is not None)
     name = folder.resolve().name
-    trained = Trained(folder, run.data.tokenizer, prompts.template, prompts.transforms, defaults, bool(run.stages))
+    settings = (run.data.tokenizer, prompts.template, prompts.transforms, prompts.video)
+    trained = Trained(folder, *settings, defaults, bool(run.stages))
     return StartingModel(run.decoder_model(0), name, trained=trained)

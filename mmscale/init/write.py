@@ -11,6 +11,7 @@ from typing import Any
 
 from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.errors import DataConfigError, DataPipelineError
+from data_pipeline.images.video import VideoConfig, VideoTransform
 from data_pipeline.io.atomic import write_whole
 from data_pipeline.packing.config import PackingConfig
 from data_pipeline.packing.document_builder import DocumentBuilder
@@ -53,6 +54,7 @@ _MOST_PIECES = 32_000
 _LARGE = 100_000_000
 _NATIVE_PIXELS = 448 * 448
 _MOST_CHOICES = 20
+_FRAMES = 8
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class _Plan:
     template: dict[str, Any] | None
     """Template of the data set; None: inherited from the base."""
     transforms: dict[str, Any] | None
+    video: dict[str, Any] | None
+    """Block ``video`` of the data set; None: inherited from the base, or there are no videos."""
     machine: Machine
     precision: Precision
     memory: MemoryModel
@@ -173,7 +177,8 @@ def _plan(
         assert start.trained is not None
         template = compact(start.trained.template)
     transforms = _transforms(data, start, model, template, tokenizer)
-    dataset = _dataset(data, template, transforms)
+    video = _video(data, start, model)
+    dataset = _dataset(data, template, transforms, video)
     documents = measure_documents(dataset, tokenizer, media_spec(model))
     train = _trained_components(request, start, model, data)
     precision = choose_precision(EngineConfig(), machine.torch_device)
@@ -191,6 +196,7 @@ def _plan(
         tokenizer=tokenizer_config,
         template=None if chat and data.is_dialogue and "template" in inherited else template,
         transforms=None if "transforms" in inherited else transforms,
+        video=None if "video" in inherited else video,
         machine=machine,
         precision=precision,
         memory=memory,
@@ -229,9 +235,35 @@ def _choice(
     return found
 
 
-def _dataset(data: PreparedData, template: dict[str, Any], transforms: dict[str, Any] | None) -> DatasetConfig:
+def _dataset(
+    data: PreparedData,
+    template: dict[str, Any],
+    transforms: dict[str, Any] | None,
+    video: dict[str, Any] | None,
+) -> DatasetConfig:
     values = {"name": data.name, "manifest": data.manifest, "template": template}
-    return DatasetConfig.model_validate(values if transforms is None else {**values, "transforms": transforms})
+    given = {"transforms": transforms, "video": video}
+    return DatasetConfig.model_validate(values | {name: block for name, block in given.items() if block is not None})
+
+
+def _video(data: PreparedData, start: StartingModel, model: ModelConfig) -> dict[str, Any] | None:
+    """Return the videos of the base, else eight frames of each video; None without videos.
+
+    Raises:
+        ConfigError: the model takes no videos.
+    """
+    if "video" not in data.examples.clips:
+        return None
+    if start.trained is not None and start.trained.video is not None:
+        return compact(start.trained.video)
+    frames = {"kind": "uniform", "num_frames": _FRAMES}
+    spec = media_spec(model)
+    pixels = {} if spec.fixed_grid is not None else {"min_pixels": spec.size_multiple**2, "max_pixels": _NATIVE_PIXELS}
+    try:
+        VideoTransform(VideoConfig.model_validate({"frames": frames, **pixels}), spec)
+    except DataConfigError as error:
+        raise ConfigError(f"{start.name}: the samples have videos, but {error}") from error
+    return {"frames": frames, **pixels}
 
 
 def _transforms(
@@ -258,7 +290,7 @@ def _transforms(
     )
     for candidate in candidates:
         try:
-            DocumentBuilder(_dataset(data, template, candidate), tokenizer, spec)
+            DocumentBuilder(_dataset(data, template, candidate, None), tokenizer, spec)
             return candidate
         except DataConfigError as error:
             reasons.append(str(error))
@@ -342,6 +374,8 @@ def _write_data(out: CommentedYaml, plan: _Plan) -> None:
         out.value(3, "template", plan.template, "what is read and what is learned: `mmscale data show`")
     if plan.transforms is not None:
         out.value(3, "transforms", plan.transforms, "how an image becomes patches")
+    if plan.video is not None:
+        out.value(3, "video", plan.video, "how a video becomes frames: docs/video.md")
     out.value(
         1,
         "faults",

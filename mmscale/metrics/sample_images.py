@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 Pixels = npt.NDArray[np.uint8]
 """uint8 ``(height, width, 3)``."""
+_MOST_FRAMES = 8
 
 
 @dataclass(frozen=True)
@@ -31,24 +33,26 @@ class CaptionedImage:
 
 
 def join_patches(values: npt.NDArray[np.uint8], grid: tuple[int, int, int], spec: MediaSpec) -> Pixels:
-    """Return the image that consists of these patches; for several frames the first frame.
+    """Return the image that consists of these patches, or the frames of a video side by side.
 
     Args:
         values: ``(P, patch_dim)``, patches row-major, each in order (channel, row, column).
-        grid: Patches along (time, height, width).
+        grid: Patches along (time, height, width). At most eight frames are shown, evenly spread.
         spec: Patch size and channels. A single channel is repeated three times.
     """
-    _, height, width = grid
+    time, height, width = grid
     side = spec.patch_size
-    patches = values[: height * width].reshape(height, width, spec.channels, side, side)
-    picture = patches.transpose(0, 3, 1, 4, 2).reshape(height * side, width * side, spec.channels)
+    shown = sorted({round(i) for i in np.linspace(0, time - 1, min(time, _MOST_FRAMES))})
+    patches = values.reshape(time, height, width, spec.channels, side, side)[shown]
+    # The axes become (row of patches, row, frame, column of patches, column, channel).
+    picture = patches.transpose(1, 4, 0, 2, 5, 3).reshape(height * side, len(shown) * width * side, spec.channels)
     if spec.channels == 1:
         picture = np.repeat(picture, 3, axis=2)
     return np.ascontiguousarray(picture[:, :, :3])
 
 
 def pictures(batch: MultimodalBatch, spec: MediaSpec) -> list[Image.Image]:
-    """Return every crop of a batch as a picture, in order, without those of dummy documents.
+    """Return every crop of a batch as a picture, in order, without those of dummy documents. A video is one picture.
 
     Args:
         batch: A batch on any device.
@@ -88,6 +92,15 @@ def batch_images(
         pixels = join_patches(block.values[start:end].cpu().numpy(), block.grids[item], spec)
         images.append(CaptionedImage(pixels, decode(_answer_ids(batch, segment))))
     return images
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """Return the PNG bytes of an image."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def _answer_ids(batch: MultimodalBatch, segment: int) -> list[int]:

@@ -17,7 +17,7 @@ from data_pipeline.io.atomic import as_utf8, write_whole
 from data_pipeline.io.strict import first_fault
 from data_pipeline.io.untrusted import read_bytes, read_json
 from mmscale.errors import MMScaleError
-from mmscale.metrics.sample_images import Pixels
+from mmscale.metrics.sample_images import Pixels, encode_png
 
 CAPTIONS_FILE = "captions.json"
 IMAGES_FOLDER = "report/images"
@@ -119,14 +119,3 @@ def data_url(run_dir: Path, image: str) -> str:
         return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     except (OSError, ValueError):  # Absent or too large, or the name holds a null byte.
         return ""
-
-
-def encode_png(pixels: Pixels) -> bytes:
-    """Return the PNG bytes of uint8 ``(height, width, 3)``."""
-    import io
-
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()

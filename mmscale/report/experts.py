@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmscale.metrics.router_log import Column, RouterWindow, max_over_mean
-from mmscale.report.captions import encode_png
+from mmscale.metrics.sample_images import encode_png
 from mmscale.report.charts import Chart, Line
 from mmscale.report.curves import Point, Record, column, series, thin
 

@@ -12,8 +12,8 @@
 
 A smoke-test run shows that the stages, components, optimizers, data overrides and model changes of a recipe work
 together and resume. It does not show whether learning rates and mixtures are good. It omits distillation, because a
-smoke-test teacher would have learned nothing. It needs the shards and the tokenizer of examples/emoji and, for
-dialogues of a text model, the shards of examples/text, for videos and sound those of examples/omni, relative to the working
+smoke-test teacher would have learned nothing. It needs the shards and the tokenizer of examples/emoji, for dialogues of
+a text model the shards of examples/text, and for videos and sound those of examples/omni, relative to the working
 directory.
 """
 
@@ -189,9 +189,7 @@ def _shrink_dataset(dataset: DatasetConfig, old: MediaSpec, new: MediaSpec) -> D
     audio = None
     if dataset.audio is not None:
         audio = dataset.audio.model_copy(update={"start": None, "end": None, "placeholder": None})
-        manifest, template = _SPEECH, CaptionTemplate(
-            answers=("{transcript}",), loss_weight=dataset.template.loss_weight
-        )
+        manifest, template = _SPEECH, _speech(dataset.template)
     if video is not None:
         manifest, template = _CLIPS, CaptionTemplate(answers=("{motion}",), loss_weight=dataset.template.loss_weight)
     weight = dataset.weight
@@ -249,6 +247,15 @@ def _preference(template: PreferenceTemplate, placement: Placement) -> tuple[Pat
         return _PAIRS, PreferenceTemplate(each=each, learn_special=template.learn_special)
     fields = {"prompt_field": "style", "chosen": "name", "rejected": "group"}
     return _emoji("quick"), PreferenceTemplate(**fields, each=each, learn_special=template.learn_special)
+
+
+def _speech(template: TemplateConfig) -> TemplateConfig:
+    """Return the template of bundled speech: its transcript, or the transcript against the name of the voice."""
+    if not isinstance(template, PreferenceTemplate):
+        return CaptionTemplate(answers=("{transcript}",), loss_weight=template.loss_weight)
+    each = CaptionTemplate(prompts=("Say: ",), answers=("{answer}",), images="optional")
+    fields = {"chosen": "transcript", "rejected": "voice"}
+    return PreferenceTemplate(**fields, each=each, learn_special=template.learn_special)
 
 
 def _emoji(name: str) -> Path:

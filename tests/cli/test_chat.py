@@ -16,6 +16,7 @@ from mmscale.cli.main import main
 from mmscale.run.imported import import_run
 from tests.hf.pages import picture
 from tests.hf.published_folders import save
+from tests.videos import decoded, encoded
 
 TOKENS = 5
 
@@ -78,6 +79,29 @@ def test_a_conversation_keeps_its_images_and_answers(
     last = [turn("user", "More?"), turn("assistant", alone), turn("user", "What is in it?", image)]
     expected = [first, second, alone, theirs(model, processor, last)]
     assert out.splitlines() == [answer.rstrip("\ufffd") for answer in expected]  # An incomplete letter is not printed.
+
+
+def test_a_question_about_a_video(
+    imported: tuple[Path, Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, model, processor = imported
+    file = run.parent / "a clip.mp4"
+    clip = encoded(4, height=64, width=96, per_second=2)  # All of its frames are used, as by their processor.
+    file.write_bytes(clip)
+    asked = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What moves?"}]}]
+    inputs = processor(
+        text=[processor.apply_chat_template(asked, add_generation_prompt=True)],
+        videos=[decoded(clip).transpose(0, 3, 1, 2)],
+        video_metadata=[{"total_num_frames": 4, "fps": 2, "frames_indices": [0, 1, 2, 3]}],
+        cap_pixels_per_frame=False,
+        return_tensors="pt",
+    )
+    new = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    expected = processor.decode(new, skip_special_tokens=True).strip().rstrip("\ufffd")
+    out, _ = piped([f'"{file}" What moves?', "/reset", f"/video {file}", "What moves?"], run, monkeypatch, capsys)
+    assert out.splitlines() == [expected, expected]
+    _, err = piped([f"/image {file}"], run, monkeypatch, capsys, code=1)
+    assert "its name is not that of an image" in err
 
 
 def test_a_line_that_fails_leaves_the_conversation_as_it_was(

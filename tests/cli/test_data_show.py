@@ -12,7 +12,7 @@ from mmscale.cli.main import main
 QUICKSTART = str(Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml")
 
 
-def test_samples_of_a_run_are_shown_as_they_train(capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_of_a_run_are_shown_as_they_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "show", QUICKSTART, "--samples", "0:2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["dataset"] == "emoji"
@@ -22,7 +22,8 @@ def test_samples_of_a_run_are_shown_as_they_train(capsys: pytest.CaptureFixture[
         assert sum(part["num_tokens"] for part in parts) == sample["tokens"]
         assert [part["kind"] for part in parts][-1] == "learned"
         assert parts[-1]["text"].endswith("</s>")
-    assert main(["data", "show", QUICKSTART, "--samples", "0:1"]) == 0
+    assert main(["data", "show", QUICKSTART, "--samples", "0:1", "--pictures", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["0-0.png"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("sample 0 ")
     assert lines[-1].split()[0] == "learned"

@@ -87,6 +87,7 @@ CrossAttentionConnectorConfig.gate_init DataConfig.workers DecoderConfig.attenti
 DrawingTemplate.text_weight
 DrawingTemplate.image_weight DrawingTemplate.mark_weight DrawingTemplate.caption_last DrawingTemplate.text_dropout
 EngineConfig.zero_stage
+AudioConfig.min_seconds AudioConfig.silence_peak AudioConfig.max_clipped ConvGmlpProjectorConfig.norm_eps
 EngineConfig.gather_bucket_elements EngineConfig.persistent_parameter_elements EngineConfig.live_parameter_elements
 DrawingSet.seed GenerationSet.seed HeldOutSet.seed HybridConnectorConfig.gate_init ImageTokensConfig.first_id
 InterleavedTemplate.text_dropout
@@ -123,7 +124,7 @@ ReconstructionConfig.l2 ReconstructionConfig.commitment ReconstructionConfig.cod
 Rotary2dConfig.theta SamplingConfig.temperature PreferenceConfig.beta PreferenceConfig.next_token
 SamplingConfig.repetition_penalty StageConfig.learning_rate StageConfig.z_loss StageConfig.clip TilesConfig.gate_init
 TilesConfig.global_gate_init VideoConfig.max_aspect VisionConfig.mean VisionConfig.std VisionConfig.layer_scale
-VisionConfig.init_std
+VisionConfig.init_std WhisperConfig.init_std
 WeightFrom.weight YarnScaling.factor YarnScaling.beta_fast YarnScaling.attention_factor
 """
 _LEGAL = {0: set(_ZERO.split()), -1: set(_NEGATIVE.split()), 10**18: set(_LARGE.split())}
@@ -142,6 +143,9 @@ _MORE: dict[str, dict[str, Any]] = {
     "AdaptersConfig": {"dropout": 0.1},
     "AdversarialConfig": {},
     "AnnotationsTemplate": {"max_annotations": 2},
+    "AudioConfig": {},
+    "ConvGmlpProjectorConfig": {"kind": "conv_gmlp"},
+    "FramesConfig": {"kind": "frames"},
     "BestConfig": {"metric": "a/score", "stop_after": 2},
     "ConvPoolConfig": {"kind": "conv_pool", "conv_dim": 8, "hidden_dim": 8},
     "CompareConfig": {"seeds": [1], "variants": [{"name": "a"}, {"name": "b"}]},
@@ -198,6 +202,13 @@ _MORE: dict[str, dict[str, Any]] = {
     "TimesChoice": {"kind": "times", "seconds": [1.0]},
     "UniformChoice": {"kind": "uniform"},
     "VideoConfig": {"max_tokens": 100},
+    "WhisperConfig": {
+        "kind": "whisper",
+        "hidden_dim": 8,
+        "num_layers": 1,
+        "attention": {"num_heads": 1},
+        "mlp": {"kind": "dense", "hidden_dim": 8},
+    },
     "YarnScaling": {"kind": "yarn", "factor": 2.0, "original_context": 64},
     "WeightFrom": {"from_step": 1, "weight": 1.0},
 }
@@ -219,6 +230,12 @@ _WITHOUT_NUMBERS |= {
     "RouterConfig",
     "ObjectiveBase",
     "ContainerConfig",
+    "ModalityConfig",
+    "ModalityBase",
+    "ModalityTowerBase",
+    "AudioTowerBase",
+    "AudioTowerConfig",
+    "AudioTowerBlock",
 }
 """Base classes, and classes without numbers of their own."""
 _RECORDS = {"Best", "Holder", "Manifest", "RankMetadata", "RollBack", "RunOutcome", "SavedState", "StartRecord"}

@@ -139,6 +139,10 @@ def test_what_cannot_be_expressed_is_said() -> None:
     assert "what it writes before an answer differs from the prompt" in thinking.notes[0]
     llava = derive_format(chat_templates.LLAVA, NAMES, ADDED, "<image>")
     assert llava.notes == (chat_template._NOTES["order"],)
+    around = ("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
+    assert not derive_format(chat_templates.QWEN2_VL, CHATML, ADDED, *around).notes
+    counted = chat_templates.QWEN2_VL.replace("+ 1 %}<|vision_start|>", "+ 1 %}{{ video_count.value }}<|vision_start|>")
+    assert derive_format(counted, CHATML, ADDED, *around).notes == (chat_template._NOTES["video"],)
     below = chat_templates.INTERNVL.replace("'<IMG_CONTEXT>", "'Picture ' ~ loop.index ~ ': <IMG_CONTEXT>")
     numbered = derive_format(below, CHATML, ADDED, "<IMG_CONTEXT>")
     assert chat_template._NOTES["image"] in numbered.notes

@@ -24,6 +24,7 @@ from tests.hf.pages import picture, stored
 from tests.hf.published_folders import FAMILIES, save
 from tests.models.reference_models import distance
 from tests.parity_table import Recorder
+from tests.videos import decoded, encoded
 
 pytestmark = pytest.mark.parity
 BOUND = 3e-6
@@ -165,6 +166,34 @@ def test_the_greedy_answer_is_theirs(count: int, both: Both, tmp_path: Path) -> 
         max_new_tokens=NEW_TOKENS,
     )
     assert found == [expected]
+
+
+@pytest.mark.parametrize("both", ["qwen2_vl", "qwen2_5_vl"], indirect=True, scope="module")
+def test_the_greedy_answer_about_a_video_is_theirs(both: Both, tmp_path: Path) -> None:
+    """Four frames in two seconds, so that the imported run takes all of them, as their processor does."""
+    clip = encoded(4, height=64, width=96, per_second=2)
+    (tmp_path / "clip.mp4").write_bytes(clip)
+    content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
+    text = both.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = both.processor(
+        text=[text],
+        videos=[decoded(clip).transpose(0, 3, 1, 2)],
+        video_metadata=[{"total_num_frames": 4, "fps": 2, "frames_indices": [0, 1, 2, 3]}],
+        cap_pixels_per_frame=False,
+        return_tensors="pt",
+    )
+    answer = both.theirs.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    trained = both.trained
+    found = respond(
+        trained.model,
+        trained.config.data,
+        trained.config.media_spec,
+        images=[],
+        videos=[tmp_path / "clip.mp4"],
+        prompt=QUESTION,
+        max_new_tokens=NEW_TOKENS,
+    )
+    assert found == [both.processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()]
 
 
 @pytest.mark.parametrize("both", FAMILIES, indirect=True, scope="module")

@@ -18,6 +18,7 @@ from mmscale.cli.main import main
 from mmscale.config import load
 from mmscale.run.config import RunConfig
 from tests.init.conftest import NAMES, picture, pictures
+from tests.videos import encoded, stored_frames
 
 SMALL = """
 decoder:
@@ -102,6 +103,24 @@ def parquet(folder: Path) -> Path:
     return folder / "x.parquet"
 
 
+def videos(folder: Path) -> Path:
+    """Every fourth sample is a picture, the others are clips; every eighth is a folder of frames."""
+    (folder / "clips").mkdir()
+    for number in range(24):
+        words = {"caption": f"{NAMES[number % 4]} bewegt sich, Nummer {number}"}
+        if number % 8 == 0:
+            (folder / f"clips/{number}").mkdir()
+            for name, data in stored_frames(3, seed=number).items():
+                (folder / f"clips/{number}/{name}").write_bytes(data)
+            words["fps"] = 4
+        elif number % 4 == 0:
+            picture(number).save(folder / f"clips/{number}.png")
+        else:
+            (folder / f"clips/{number}.mp4").write_bytes(encoded(3, seed=number))
+        (folder / f"clips/{number}.json").write_text(json.dumps(words))
+    return folder / "clips"
+
+
 def manifest(folder: Path) -> Path:
     assert main(["data", "ingest", str(lines(folder)), "--output", str(folder / "shards"), "--name", "zeilen"]) == 0
     return folder / "shards/zeilen.manifest"
@@ -117,6 +136,7 @@ SOURCES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "saved": (saved, "caption"),
     "parquet": (parquet, "caption"),
     "manifest": (manifest, "caption"),
+    "videos": (videos, "caption"),
 }
 
 
@@ -136,6 +156,7 @@ def test_any_source_becomes_a_valid_run(home: Path, source: str, capsys: pytest.
     run = run_of("lauf eins.yaml")
     (dataset,) = run.data.datasets
     assert dataset.template.kind == kind
+    assert (dataset.video is not None) == (source == "videos")
     held = [json.loads(line) for line in run.data.faults.exclude[0].read_text().splitlines()]
     assert len(held) == 4  # A fifth of 24 samples.
     everything = list(read_samples(dataset.indexed))

@@ -123,6 +123,9 @@ def test_patches_join_to_the_picture_they_were_cut_from() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
     spec = MediaSpec(Placement.EMBEDDING, patch_size=4)
     assert np.array_equal(join_patches(_cut(picture, 4), (1, 2, 3), spec), picture)
+    frames = np.random.default_rng(1).integers(0, 256, (15, 8, 12, 3), dtype=np.uint8)
+    strip = join_patches(np.concatenate([_cut(frame, 4) for frame in frames]), (15, 2, 3), spec)
+    assert np.array_equal(strip, np.concatenate(list(frames[::2]), axis=1))  # Eight of the fifteen.
 
 
 def test_images_of_a_batch_come_with_the_text_that_carries_loss() -> None:

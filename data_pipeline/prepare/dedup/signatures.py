@@ -26,12 +26,13 @@ from data_pipeline.errors import ManifestError, SampleError
 from data_pipeline.images.decode import DecodeMode, decode_image
 from data_pipeline.io.columns import Column, read_columns, write_columns
 from data_pipeline.prepare.dedup.phash import perceptual_hash
-from data_pipeline.sample import ImagePart, Sample
+from data_pipeline.sample import ImagePart, Sample, StoredFrames
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader
 from data_pipeline.storage.config import CacheConfig, Keep
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.storage import Storage
+from data_pipeline.text.templates.base import media_of
 
 SIGNATURE_FORMAT = "mmscale-signatures-1"
 _COLUMNS = {"key": ("<u8", 2), "state": ("u1", 1), "pixels": ("<i8", 1)}
@@ -44,11 +45,11 @@ class Criterion(str, Enum):
     """When two samples are duplicates."""
 
     EXACT = "exact"
-    """The bytes of all their images are equal."""
+    """The bytes of all their images, videos and sounds are equal."""
     TEXT = "text"
     """All their texts are equal."""
     PAIR = "pair"
-    """The bytes of all their images and all their texts are equal."""
+    """The bytes of all their images, videos and sounds, and all their texts, are equal."""
     PERCEPTUAL = "perceptual"
     """Each has exactly one image, and the perceptual hashes of the two differ in few bits."""
 
@@ -158,11 +159,14 @@ class SignatureWork:
 def signature(sample: Sample, criterion: Criterion, max_pixels: int) -> tuple[State, tuple[int, ...]]:
     """Return state and key of one sample. An image with more than ``max_pixels`` is not decoded: state ``DAMAGED``."""
     images = [part.data for part in sample.parts if isinstance(part, ImagePart)]
+    media = list[bytes]()
+    for part in media_of(sample):
+        media += part.data.images if isinstance(part.data, StoredFrames) else [part.data]
     if criterion is Criterion.PERCEPTUAL:
         state, value = _perceptual(images, max_pixels)
         return state, (value,)
     texts = [text.encode(errors="surrogatepass") for text in sample.texts]
-    compared = {Criterion.EXACT: (images,), Criterion.TEXT: (texts,), Criterion.PAIR: (images, texts)}[criterion]
+    compared = {Criterion.EXACT: (media,), Criterion.TEXT: (texts,), Criterion.PAIR: (media, texts)}[criterion]
     if not all(any(pieces) for pieces in compared):
         return State.ABSENT, (0, 0)
     digest = hashlib.blake2b(digest_size=16)

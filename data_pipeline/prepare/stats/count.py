@@ -32,7 +32,7 @@ from data_pipeline.prepare.stats.copies import CopyCount, image_keys
 from data_pipeline.prepare.stats.histogram import Histogram
 from data_pipeline.prepare.stats.languages import detect, has_identifier
 from data_pipeline.prepare.stats.tally import MAX_EXAMPLES, PER_RATIO, Tally, count_names
-from data_pipeline.sample import Sample, TextPart
+from data_pipeline.sample import Sample, StoredFrames, TextPart, VideoPart
 from data_pipeline.shards.audio_file import MAX_CHANNELS, MAX_RATE
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.index import ShardIndex
@@ -229,6 +229,7 @@ class CountWork:
             except SampleError as error:
                 _record_unreadable(tally, error)
                 continue
+            _count_stored_frames(sample, tally)
             tally.odd["no_text"] += not any(texts)
             tally.odd["no_image"] += all(isinstance(part, TextPart) for part in sample.parts)
             characters += map(len, texts)
@@ -320,6 +321,19 @@ def _count_videos(index: ShardIndex, members: Indices, tally: Tally) -> None:
     tally.videos["seconds"].add(found["microseconds"][good] * PER_RATIO // 1_000_000)
     for name, side in sides.items():
         tally.videos[name].add(np.minimum(side[good], _MAX_SIDE))
+
+
+def _count_stored_frames(sample: Sample, tally: Tally) -> None:
+    """Count the videos of a sample that are stored as images, which the index does not list as videos."""
+    for part in sample.parts:
+        if isinstance(part, VideoPart) and isinstance(part.data, StoredFrames):
+            if part.size is None or not part.size.num_frames:
+                tally.odd["damaged_video"] += 1
+                continue
+            size = part.size
+            values = [size.num_frames, size.microseconds * PER_RATIO // 1_000_000, size.width, size.height]
+            for name, value in zip(("frames", "seconds", "width", "height"), values, strict=True):
+                tally.videos[name].add([value])
 
 
 def _count_sounds(index: ShardIndex, members: Indices, tally: Tally) -> None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import SampleError
-from data_pipeline.images.thumbnail import thumbnail
+from data_pipeline.images.thumbnail import thumbnails
 from data_pipeline.prepare.stats.count import spread
 from data_pipeline.prepare.stats.languages import detect
-from data_pipeline.sample import ImagePart
+from data_pipeline.sample import ImagePart, VideoPart
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader
+from data_pipeline.text.templates.base import media_of
 
 _SIDE = 208
 _MAX_THUMBNAILS = 4
@@ -28,8 +29,8 @@ class GallerySample:
         index: Number of the sample in the manifest.
         shard: File name of its shard.
         key: Key of the sample.
-        thumbnails: JPEG bytes of its first images, at most four.
-        num_images: Number of images in the sample.
+        thumbnails: JPEG bytes of its first images, at most four; of a video, of four frames.
+        num_images: Number of images and videos in the sample.
         size: Width and height of the first image, pixels; None without one.
         texts: The sample's texts, each cut after 400 characters.
         languages: Languages of the texts, without repetition.
@@ -64,19 +65,19 @@ def _gallery_sample(reader: SampleReader, index: int, shard: str, key: str) -> G
         sample = reader.read(index)
     except SampleError as error:
         return GallerySample(index, shard, key, problem=error.reason)
-    images = [part for part in sample.parts if isinstance(part, ImagePart)]
-    thumbnails, problem = list[bytes](), ""
+    images = [part for part in media_of(sample) if isinstance(part, ImagePart | VideoPart)]
+    shown, problem = list[bytes](), ""
     for image in images[:_MAX_THUMBNAILS]:
         try:
-            thumbnails.append(thumbnail(image.data, _SIDE))
+            shown += thumbnails(image, _SIDE, _MAX_THUMBNAILS)
         except SampleError as error:
             problem = problem or f"{image.name}: {error.reason}"
-    size = images[0].size if images else None
+    size = images[0].size[-2:] if images and images[0].size is not None else None
     return GallerySample(
         index,
         shard,
         key,
-        tuple(thumbnails),
+        tuple(shown[:_MAX_THUMBNAILS]),
         len(images),
         None if size is None else (size[1], size[0]),
         tuple(text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]}…" for text in sample.texts),

@@ -35,7 +35,8 @@ class Tally:
         members: Members by extension.
         kinds: Samples by the kinds of their members, such as ``jpg+json``.
         images: Histograms over images: ``width height pixels aspect_ratio bytes``.
-        videos: Histograms over videos: ``frames seconds width height bytes``.
+        videos: Histograms over videos: ``frames seconds width height``, and ``bytes`` of those that are files. Frames
+            that are stored as images are also counted as images.
         sounds: Histograms over sounds, without sound tracks of videos: ``seconds rate channels bytes``.
         samples: Histograms over samples: ``images text_bytes``.
         texts: Histograms over texts: ``characters``, and ``tokens`` with a tokenizer.
@@ -107,9 +108,13 @@ class Tally:
         }
         if images:
             found["images"] |= {name: histogram.summary() for name, histogram in self.images.items()}
-        for kind, histograms in (("videos", self.videos), ("sounds", self.sounds)):
-            if histograms["bytes"].count:
-                found[kind] = {"count": histograms["bytes"].count}
+        videos = self.videos["frames"].count + self.odd["damaged_video"]  # Not ``bytes``: those of frames are unknown.
+        for kind, num, histograms in (
+            ("videos", videos, self.videos),
+            ("sounds", self.sounds["bytes"].count, self.sounds),
+        ):
+            if num:
+                found[kind] = {"count": num}
                 found[kind] |= {name: histogram.summary() for name, histogram in histograms.items()}
         for name, histogram in self.texts.items():
             if histogram.count:

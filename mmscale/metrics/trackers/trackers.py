@@ -22,7 +22,7 @@ from typing import Any
 
 from data_pipeline.io.atomic import as_utf8, write_whole
 from mmscale.io.software import ROOT
-from mmscale.metrics.sample_images import CaptionedImage, with_caption
+from mmscale.metrics.sample_images import CaptionedImage, encode_png, with_caption
 from mmscale.metrics.trackers.config import TrackerConfig
 from mmscale.metrics.trackers.follow import FINISHED, FOLDER, OUTBOX, START_FILE, STATE_FILE, STOPPED, State
 from mmscale.metrics.trackers.messages import Image, Record, Table, write_message
@@ -101,7 +101,10 @@ class Trackers:
 
     def images(self, step: int, images: Sequence[CaptionedImage], name: str = "samples") -> None:
         """Send images with their captions as ``name/0`` and so on."""
-        named = {f"{name}/{number}": Image(_png(image), image.caption) for number, image in enumerate(images)}
+        named = {
+            f"{name}/{number}": Image(encode_png(with_caption(image)), image.caption)
+            for number, image in enumerate(images)
+        }
         self._write(name, Record(step, images=named))
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -228,14 +231,3 @@ class _Link:
             )
         if self._num_dropped > 1:
             self._notes.append(f"{self._num_dropped} messages with images or tables were dropped")
-
-
-def _png(image: CaptionedImage) -> bytes:
-    """Return the picture that TensorBoard shows, with the caption below, as a PNG file."""
-    import io
-
-    from PIL import Image as Pillow
-
-    buffer = io.BytesIO()
-    Pillow.fromarray(with_caption(image)).save(buffer, "PNG")
-    return buffer.getvalue()

@@ -89,7 +89,8 @@ def test_frames_by_rate_are_those_of_the_references(
         processor = Qwen2VLVideoProcessor(min_frames=limits[0], max_frames=limits[1])
         metadata = VideoMetadata(total_num_frames=total, fps=rate, duration=total / rate)
         theirs = processor.sample_frames(metadata, fps=wanted, temporal_patch_size=2).tolist()
-        assert ours.numbers(times, ours.count(size, 2)) == theirs
+        # Rounding makes their last step end at frame ``total``, which does not exist, for 17 frames at 7 of 8 a second.
+        assert ours.numbers(times, ours.count(size, 2)) == [number for number in theirs if number < total]
     least, most = math.ceil(limits[0] / 2) * 2, math.floor(min(limits[1], total) / 2) * 2
     count = math.floor(min(min(max(total / rate * wanted, least), most), total) / 2) * 2
     ends = RateChoice(**keys)

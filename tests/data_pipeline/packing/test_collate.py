@@ -127,7 +127,7 @@ def test_every_view_says_where_it_belongs(packs: list[Pack], spec: MediaSpec) ->
             grid = (max(row for row, _ in tiles) + 1, max(column for _, column in tiles) + 1) if tiles else (1, 1)
             assert len(set(tiles)) == len(tiles) == (grid[0] * grid[1] if tiles else 0)
             for crop in crops:
-                assert places[item] == (segment, image, grid, crop.cell)
+                assert places[item] == (segment, image, grid, crop.cell, False)
                 item += 1
             image += 1
     assert item == len(places)
@@ -337,7 +337,7 @@ def _check_media(batch: MultimodalBatch, documents: list[Document], spec: MediaS
             attended.append([name for number in numbers for name in rows.tags[number] + rows.kept[number]])
         for number, item in enumerate(document.items):
             image += number == 0 or item.image != document.items[number - 1].image
-            places.append((segment, image, item.tiles, item.cell))
+            places.append((segment, image, item.tiles, item.cell, item.is_video))
         first_token, first_item = first_token + document.num_tokens, first_item + len(document.items)
     assert block.scatter_index.tolist() == dest
     assert list(block.locations) == places

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import SampleError
-from data_pipeline.prepare.records import FileLoader, members_from_record
+from data_pipeline.prepare.media_files import FileLoader
+from data_pipeline.prepare.records import members_from_record
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.text.templates import DialogueTemplate
 from tests.data_pipeline.conftest import picture

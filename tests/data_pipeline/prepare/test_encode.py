@@ -25,8 +25,10 @@ from data_pipeline.sample import ImagePart
 from data_pipeline.shards.manifest import Manifest, write_manifest
 from data_pipeline.shards.sample_reader import SampleReader, read_samples
 from data_pipeline.shards.token_grid import decode_grid, encode_grid
+from tests import videos
 from tests.data_pipeline.conftest import Members, WriteSet, captioned, page, picture, plain_text
 from tests.data_pipeline.prepare.encoders import DIGEST, BatchEncoder, encoded
+from tests.videos import stored_frames
 
 
 class MeanEncoder(BatchEncoder):
@@ -76,6 +78,14 @@ def test_grids_are_those_of_the_encoder_and_all_else_is_kept(write_set: WriteSet
                 means = np.asarray(pixels, np.int64).reshape(codes.shape[0], 8, codes.shape[1], 8, 3).sum((1, 3, 4))
                 assert np.abs(codes - means // 192).max() <= 1  # Two resizers may round a pixel differently.
     assert seen == sum(name.endswith(("png", "jpg")) for members in stored for name in members)
+
+
+def test_a_sample_with_a_video_is_a_bad_sample(write_set: WriteSet, tmp_path: Path) -> None:
+    frames = stored_frames(2)
+    listed = json.dumps({"caption": "x", "videos": [{"video": list(frames), "fps": 2}]}).encode()
+    stored = [captioned(0), {"mp4": videos.encoded(2), "txt": b"x"}, {**frames, "json": listed}]
+    report = ingest(encoded(write_set("a", stored), MeanEncoder()), tmp_path / "out", "b", on_error=OnError.SKIP)
+    assert (report.num_samples, report.num_skipped) == (1, 2)
 
 
 def test_without_pixels_a_sample_is_read_like_any_other(write_set: WriteSet, tmp_path: Path) -> None:
