@@ -192,6 +192,9 @@ def _shrink_dataset(dataset: DatasetConfig, old: MediaSpec, new: MediaSpec) -> D
         manifest, template = _SPEECH, _speech(dataset.template)
     if video is not None:
         manifest, template = _CLIPS, CaptionTemplate(answers=("{motion}",), loss_weight=dataset.template.loss_weight)
+    if (video or audio) and Path(str(dataset.manifest)).is_relative_to("examples"):
+        # Every data set of such a recipe may have both blocks, and its own bundled shards have pictures or one of both.
+        manifest, template = Path(str(dataset.manifest)), dataset.template
     weight = dataset.weight
     if isinstance(weight, tuple):
         weight = tuple(WeightFrom(from_step=n, weight=each.weight) for n, each in enumerate(weight))

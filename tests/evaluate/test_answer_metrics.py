@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from collections.abc import Sequence
 
 import pytest
 
@@ -120,6 +121,32 @@ def test_vqa_answers_are_normalised_as_in_lmms_eval(text: str, expected: str) ->
 )
 def test_anls_is_that_of_lmms_eval(answer: str, references: list[str], expected: float) -> None:
     assert anls(answer, references) == pytest.approx(expected)
+
+
+def _fewest_edits(said: Sequence[str], right: Sequence[str]) -> int:
+    """Return the edit distance by its definition: the best of all alignments."""
+    if not said or not right:
+        return len(said) + len(right)
+    changed = _fewest_edits(said[1:], right[1:]) + (said[0] != right[0])
+    return min(changed, 1 + _fewest_edits(said[1:], right), 1 + _fewest_edits(said, right[1:]))
+
+
+def test_word_accuracy_counts_edits_of_the_whole_set() -> None:
+    answers = ["Two red ants.", "", "nine nine", "one fly the of", "a b c"]
+    references = [["two ants"], ["seven whale"], ["nine"], ["one two fly of"], ["x", "a b d"]]
+    chosen = [texts[-1] for texts in references]
+    edits = [
+        _fewest_edits(said.lower().replace(".", "").split(), right.split())
+        for said, right in zip(answers, chosen, strict=True)
+    ]
+    words = [len(text.split()) for text in chosen]
+    assert edits == [1, 2, 1, 2, 1]
+    found = score_answers("wer", answers, references, ())
+    assert found.score == pytest.approx(1 - sum(edits) / sum(words))
+    assert found.each == pytest.approx([1 - edit / count for edit, count in zip(edits, words, strict=True)])
+    residuals = [edit - sum(edits) / sum(words) * count for edit, count in zip(edits, words, strict=True)]
+    assert found.error == pytest.approx((5 / 4 * sum(one**2 for one in residuals)) ** 0.5 / sum(words))
+    assert score_answers("wer", ["a b c d"], [["x"]], ()).score == 0
 
 
 def test_anls_of_a_hostile_length_takes_no_time() -> None:

@@ -69,8 +69,27 @@ def test_answers_are_those_of_one_prompt_at_a_time(held: dict[str, Any], tmp_pat
     assert {line["key"]: line["score"] for line in read_answers(tmp_path / "answers")} == scores
     assert result == {
         "score": pytest.approx(4 / 7), "n": 7, "metric": "exact match", "error": pytest.approx((12 / 49 / 6) ** 0.5),
-        "control": None, "chance": None, "kind": "generation",
+        "control": None, "chance": None, "kind": "generation", "control_error": None,
     }  # fmt: skip
+
+
+def test_the_control_permutes_the_answers(tmp_path: Path) -> None:
+    model, data = text_model(), text_data()
+    held = {**PLAIN, "manifest": write_set(tmp_path, rows()), "metric": "wer", "control": True}
+    config = evaluation(held)
+    evaluate(model, config, data, media_spec(model.config), ALONE, answers_folder=tmp_path / "answers")
+    said = {line["key"]: line["answer"] for line in read_answers(tmp_path / "answers")}
+    keys = [sample.provenance.key for sample in read_samples(held["manifest"])]
+    fields = [{**row, "answer": said[key]} for row, key in zip(rows(), keys, strict=True)]
+    config = evaluation({**held, "manifest": write_set(tmp_path / "right", fields)})
+    result = evaluate(model, config, data, media_spec(model.config), ALONE)["held"]
+    assert len(set(said.values())) > 2
+    assert result.score == 1  # type: ignore[union-attr]
+    assert result.control == result.chance < 1  # type: ignore[operator, union-attr]
+    assert "answers permuted" in result.summary
+    one = {**held, "manifest": write_set(tmp_path / "one", rows(1))}
+    with pytest.raises(ConfigError, match="control=true permutes answers, so it needs at least 2"):
+        evaluate(model, evaluation(one), data, media_spec(model.config), ALONE)
 
 
 @pytest.mark.parametrize("kind", ["cross_attention", "embedding"])
