@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from fractions import Fraction
 from types import TracebackType
 from typing import Any
@@ -126,6 +126,7 @@ class VideoFile:
             self._context = self._stream.codec_context
             self._context.options = options
             self._context.thread_count = 1  # Each worker process has one core, and threads delay frames.
+            self._reformatter = av.video.reformatter.VideoReformatter()
             self._packets, last = self._read_packets()
             self._pts = sorted(packet.pts for packet in self._packets if self._is_shown(packet))
             unit = Fraction(self._stream.time_base)
@@ -254,10 +255,10 @@ class VideoFile:
             for i, (start, stop) in enumerate(ranges):
                 following = min(ranges[i + 1][0] if i + 1 < len(ranges) else len(self._packets), stop + _MOST_DELAY)
                 inside = {packet.pts for packet in self._packets[start:stop]} & wanted.keys()
-                for frame in self._frames(start, following):
+                for frame in self._frames(start, following, wanted.keys()):
                     if frame.pts in inside:
                         inside.remove(frame.pts)
-                        yield wanted.pop(frame.pts), _pixels(frame)
+                        yield wanted.pop(frame.pts), self._pixels(frame)
                     if not inside:
                         break
                 self._context.flush_buffers()
@@ -266,34 +267,39 @@ class VideoFile:
         if wanted:
             raise _fault(f"the decoder returns no frame {min(wanted.values())}")
 
-    def _frames(self, start: int, stop: int) -> Iterator[Any]:
-        """Yield the frames of a range of packets; the decoder may need packets after the one of a frame."""
+    def _frames(self, start: int, stop: int, wanted: Container[int]) -> Iterator[Any]:
+        """Yield frames of a range of packets; the decoder may need packets after the one of a frame.
+
+        Frames that are not wanted are left out if no other frame refers to them, which saves their decoding.
+        """
         for packet in self._packets[start:stop]:
+            self._context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             yield from self._context.decode(packet)
         yield from self._context.decode(None)
+
+    def _pixels(self, frame: Any) -> npt.NDArray[np.uint8]:
+        """Return RGB pixels of a frame as it is displayed."""
+        if frame.is_corrupt:
+            raise _fault(f"the frame at {float(frame.time or 0):.2f} s is corrupt")
+        turns, rest = divmod(frame.rotation, 90)
+        if rest:
+            raise SampleError(
+                f"a video rotated by {frame.rotation} degrees; expected a multiple of 90", kind=FaultKind.DECODE
+            )
+        has_alpha = any(component.is_alpha for component in frame.format.components)
+        # One reformatter for all frames, in this thread: another for each frame would take longer than the conversion.
+        converted = self._reformatter.reformat(frame, format="rgba" if has_alpha else "rgb24", threads=1)
+        pixels: npt.NDArray[np.uint8] = converted.to_ndarray()
+        if has_alpha:
+            colors = pixels.astype(np.uint16)
+            alpha = colors[..., 3:]
+            # (x + 127) // 255 rounds to nearest. The sum does not overflow 16 bits: 255 * 255 + 127 < 65536.
+            pixels = ((colors[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+        # ffmpeg's angle is counterclockwise, as that of numpy.
+        return np.ascontiguousarray(np.rot90(pixels, int(turns)))
 
 
 def message_of(error: Exception) -> str:
     """Return ffmpeg's own message, which is more precise than that of its error code."""
     last = getattr(error, "log", None)
     return str(last[2]).strip() if last else str(error).partition("\n")[0]
-
-
-def _pixels(frame: Any) -> npt.NDArray[np.uint8]:
-    """Return RGB pixels of a frame as it is displayed."""
-    if frame.is_corrupt:
-        raise _fault(f"the frame at {float(frame.time or 0):.2f} s is corrupt")
-    turns, rest = divmod(frame.rotation, 90)
-    if rest:
-        raise SampleError(
-            f"a video rotated by {frame.rotation} degrees; expected a multiple of 90", kind=FaultKind.DECODE
-        )
-    if any(component.is_alpha for component in frame.format.components):
-        colors = frame.to_ndarray(format="rgba").astype(np.uint16)
-        alpha = colors[..., 3:]
-        # (x + 127) // 255 rounds to nearest. The sum does not overflow 16 bits: 255 * 255 + 127 < 65536.
-        pixels = ((colors[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-    else:
-        pixels = frame.to_ndarray(format="rgb24")
-    # ffmpeg's angle is counterclockwise, as that of numpy.
-    return np.ascontiguousarray(np.rot90(pixels, int(turns)))

@@ -1,4 +1,4 @@
-"""``mmscale generate``: answer a prompt with a trained model, with or without images, or draw what it says."""
+"""``mmscale generate``: answer a prompt about images, videos and sounds with a trained model, or draw what it says."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ app = typer.Typer()
 _RUN = typer.Argument(help="A run folder, or one checkpoint of it (RUN/checkpoints/step-N).", metavar="RUN")
 _IMAGES = typer.Option(None, "--image", help="A JPEG, PNG or WebP file; repeatable.")
 _VIDEOS = typer.Option(None, "--video", help="An MP4, WebM, Matroska or GIF file; repeatable. <video> inserts it.")
+_SOUNDS = typer.Option(None, "--audio", help="A WAV, FLAC, MP3, Ogg, Opus or M4A file; repeatable. <audio> inserts it.")
 _PROMPT = typer.Option(
     None,
     "--prompt",
     help="The prompt; by default the first prompt of training. <image> inserts the next image, <image-2> the second "
-    "one; images without a mark precede the prompt. With --images, the text to draw.",
+    "one; files without a mark precede the prompt. With --images, the text to draw.",
 )
 _TEMPERATURE = typer.Option(
     None, min=0.0, help="Sampling temperature; 0 always takes the most likely token. Default: 0; for drawings 1."
@@ -79,6 +80,7 @@ def generate(
     run: Path = _RUN,
     image: list[Path] = _IMAGES,
     video: list[Path] = _VIDEOS,
+    audio: list[Path] = _SOUNDS,
     prompt: str = _PROMPT,
     num: int = _NUM,
     max_new_tokens: int = _LENGTH,
@@ -97,7 +99,7 @@ def generate(
     output: Path = _OUTPUT,
     json: bool = _JSON,
 ) -> None:
-    """Answer a prompt with a trained model, with or without images; or draw images of it."""
+    """Answer a prompt about images, videos and sounds with a trained model; or draw images of it."""
     from mmscale.cli.drawing_files import DrawingRequest
     from mmscale.errors import ConfigError
     from mmscale.models.sampling import SamplingConfig
@@ -122,6 +124,7 @@ def generate(
         answers = {
             "image": image,
             "video": video,
+            "audio": audio,
             "num": num,
             "max-new-tokens": max_new_tokens,
             "stop": stop,
@@ -134,6 +137,7 @@ def generate(
         answers = {
             "image": image,
             "video": video,
+            "audio": audio,
             "num": num,
             "stop": stop,
             "stream": stream,
@@ -146,7 +150,7 @@ def generate(
     _leave_out(drawing, "belongs to drawings; give --output DIR too")
     _answer(
         run,
-        (image or (), video or ()),
+        (image or (), video or (), audio or ()),
         prompt,
         num or 1,
         max_new_tokens or 32,
@@ -168,7 +172,7 @@ def _leave_out(options: dict[str, object], why: str, other: str = "") -> None:
 
 def _answer(
     run: Path,
-    media: tuple[Sequence[Path], Sequence[Path]],
+    media: tuple[Sequence[Path], Sequence[Path], Sequence[Path]],
     prompt: str | None,
     num: int,
     max_new_tokens: int,
@@ -178,7 +182,7 @@ def _answer(
     stream: bool,
     json: bool,
 ) -> None:
-    """Print answers in words. ``media``: files of images, and of videos."""
+    """Print answers in words. ``media``: files of images, of videos, and of sounds."""
     from mmscale.cli.trained import open_trained
     from mmscale.errors import ConfigError
     from mmscale.evaluate.answers import respond
@@ -188,13 +192,14 @@ def _answer(
     if stream and (num > 1 or json):
         raise ConfigError("--stream prints one answer as it grows: leave out --num and --json")
     trained = open_trained(run)
-    printer, (images, videos) = Printer(), media
+    printer, (images, videos, sounds) = Printer(), media
     texts = respond(
         trained.model,
         trained.config.evaluation_data(trained.stage),
         trained.config.stage_media(trained.stage),
         images=images,
         videos=videos,
+        sounds=sounds,
         prompt=prompt,
         num=num,
         max_new_tokens=max_new_tokens,

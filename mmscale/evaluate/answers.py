@@ -27,7 +27,7 @@ from data_pipeline.packing.collate import collate
 from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Pack
 from data_pipeline.packing.synthetic_documents import dummy_document
-from data_pipeline.sample import ImagePart, MediaPart, Provenance, Sample, TextPart, VideoPart
+from data_pipeline.sample import AudioPart, ImagePart, MediaPart, Provenance, Sample, TextPart, VideoPart
 from data_pipeline.text.templates import LITERAL, CaptionTemplate, DialogueTemplate
 from data_pipeline.text.templates.base import images_of
 from data_pipeline.text.templates.dialogue import USER
@@ -44,9 +44,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _MOST_IMAGE_BYTES = 1 << 28
-_MOST_VIDEO_BYTES = 1 << 31
-_MARK = re.compile(r"<(image|video)(?:-(\d+))?>")
-"""Marks a position in a prompt: of the next image or video, or of the one with this number (from 1)."""
+_MOST_CLIP_BYTES = 1 << 31
+"""Largest size of a video or sound file."""
+_MARK = re.compile(r"<(image|video|audio)(?:-(\d+))?>")
+"""Marks a position in a prompt: of the next image, video or sound, or of the one with this number (from 1)."""
 _THUMBNAIL_PIXELS = 256
 """Longest side of an image in the report, pixels."""
 
@@ -67,6 +68,7 @@ def respond(
     *,
     images: Sequence[Path | Image.Image] = (),
     videos: Sequence[Path] = (),
+    sounds: Sequence[Path] = (),
     prompt: str | None = None,
     num: int = 1,
     max_new_tokens: int = 32,
@@ -82,9 +84,11 @@ def respond(
         spec: Media that the model accepts.
         images: JPEG, PNG or WebP files, or pictures of Pillow.
         videos: MP4, WebM, Matroska or GIF files.
+        sounds: WAV, FLAC, MP3, Ogg, Opus or M4A files.
         prompt: Text before the answer; in a dialogue the user's turn. ``<image>`` in it marks the position of the next
-            image and ``<image-2>`` that of the second; ``<video>`` is the same for videos. Without marks the images
-            come first, then the videos. None for the first prompt of the template.
+            image and ``<image-2>`` that of the second; ``<video>`` and ``<audio>`` are the same for videos and sounds.
+            Without marks the images come first, then the videos, then the sounds. None for the first prompt of the
+            template.
         num: Number of answers, sampled independently.
         max_new_tokens: Longest answer, tokens.
         sampling: How tokens are sampled.
@@ -95,14 +99,14 @@ def respond(
         The answers without surrounding white space.
 
     Raises:
-        ConfigError: the model has no vision tower or cannot generate text, the template needs an image or a prompt
-            that is missing, or the prompt marks more images or videos than given.
+        ConfigError: the model has no tower for these media or cannot generate text, the template needs an image or a
+            prompt that is missing, or the prompt marks more media than given.
         SampleError: a file is not such an image, or an image has no position in the prompt.
         MMScaleError: a file cannot be read.
     """
     tokenizer = load_tokenizer(data.tokenizer)
     prompts, spec = _encoding(data.prompts, spec, model)
-    document, closing = prompt_document(prompts, tokenizer, spec, images, prompt, videos)
+    document, closing = prompt_document(prompts, tokenizer, spec, images, prompt, videos, sounds)
     prompt_of = _Prompt(tokenizer, spec, document, closing)
     return prompt_of.answers(model, num, max_new_tokens, sampling, stop, show)
 
@@ -114,6 +118,7 @@ def prompt_document(
     images: Sequence[Path | Image.Image],
     prompt: str | None,
     videos: Sequence[Path] = (),
+    sounds: Sequence[Path] = (),
 ) -> tuple[Document, Sequence[str]]:
     """Return the document of a prompt, and the names of the tokens that end an answer besides the end token.
 
@@ -124,7 +129,7 @@ def prompt_document(
     The other arguments and the errors are those of ``respond``.
     """
     _require_text(spec)
-    dataset, sample = _prompt_sample(prompts, images, videos, prompt, spec)
+    dataset, sample = _prompt_sample(prompts, images, videos, sounds, prompt, spec)
     document = DocumentBuilder(dataset, tokenizer, spec).build_prompt(sample)
     return document, dataset.template.closing
 
@@ -283,22 +288,27 @@ def _prompt_sample(
     dataset: DatasetConfig,
     images: Sequence[Path | Image.Image],
     videos: Sequence[Path],
+    sounds: Sequence[Path],
     prompt: str | None,
     spec: MediaSpec,
 ) -> tuple[DatasetConfig, Sample]:
-    """Return a sample with these images and videos, and the data set whose template turns it into the prompt."""
+    """Return a sample with these media, and the data set whose template turns it into the prompt."""
     if images:
         _require_images(dataset, spec, "; leave out --image")
     if videos:
         _require_videos(dataset, spec, "; leave out --video")
+    if sounds and spec.audio is None:
+        raise ConfigError("this model has no audio tower (model.audio), so it cannot hear; leave out --audio")
+    if sounds and dataset.audio is None:
+        raise ConfigError("the first data set has no block audio, which says how sound is read (data.audio)")
     template = dataset.template.branch_template
-    sample = _sample_from(images, videos)
+    sample = _sample_from(images, videos, sounds)
     if prompt is None and sample.parts and not template.takes_images:
         prompt = ""  # The template's own prompt would drop the images.
     if prompt is None:
         _check_prompt(dataset, sample)
         return dataset, sample
-    _check_marks(prompt, {"image": len(images), "video": len(videos)})
+    _check_marks(prompt, {"image": len(images), "video": len(videos), "audio": len(sounds)})
     if (fields := template.question(prompt)) is None:
         template = LITERAL if prompt else CaptionTemplate()
         fields = template.question(prompt)
@@ -315,7 +325,7 @@ def _require_videos(dataset: DatasetConfig, spec: MediaSpec, remedy: str = "") -
 
 
 def _check_marks(prompt: str, given: Mapping[str, int]) -> None:
-    """Require an image or video for each mark in a prompt. ``given``: number of images and of videos."""
+    """Require a file for each mark in a prompt. ``given``: number of files of each kind."""
     for kind, count in given.items():
         marks = [mark for mark in _MARK.finditer(prompt) if mark[1] == kind]
         if marks and not count:
@@ -347,13 +357,15 @@ def _check_prompt(dataset: DatasetConfig, sample: Sample) -> None:
         ) from error
 
 
-def _sample_from(images: Sequence[Path | Image.Image], videos: Sequence[Path]) -> Sample:
-    """Return a sample without fields with these images and videos, named by number and extension as in a tar."""
-    paths = [one for one in (*images, *videos) if isinstance(one, Path)] or [Path("picture" if images else "prompt")]
+def _sample_from(images: Sequence[Path | Image.Image], videos: Sequence[Path], sounds: Sequence[Path] = ()) -> Sample:
+    """Return a sample without fields with these media, named by number and extension as in a tar."""
+    files = [one for one in (*images, *videos, *sounds) if isinstance(one, Path)]
+    paths = files or [Path("picture" if images else "prompt")]
     origin = Provenance("file", str(paths[0].parent), ", ".join(path.name for path in paths), 0)
     parts: list[MediaPart] = [*_image_parts(images)]
-    for number, path in enumerate(videos, start=len(images)):
-        parts.append(VideoPart(_read(path, _MOST_VIDEO_BYTES), f"{number}{path.suffix.lower()}"))
+    clips = [*((VideoPart, path) for path in videos), *((AudioPart, path) for path in sounds)]
+    for number, (kind, path) in enumerate(clips, start=len(images)):
+        parts.append(kind(_read(path, _MOST_CLIP_BYTES), f"{number}{path.suffix.lower()}"))
     return Sample(tuple(parts), {}, origin)
 
 

@@ -27,6 +27,7 @@ from data_pipeline.text.templates.base import fill, look_up
 from data_pipeline.text.tokenizer import Tokenizer
 from mmscale.dist import World, any_rank, broadcast_bytes, gather_bytes
 from mmscale.errors import ConfigError
+from mmscale.evaluate.answer_media import MOST_SHOWN, copy_media
 from mmscale.evaluate.answer_metrics import LEAST_REFERENCES, TITLES, MetricValues, caption_words, score_answers
 from mmscale.evaluate.config import GenerationSet
 from mmscale.evaluate.heldout import (
@@ -254,18 +255,20 @@ def _write_answers(
     answers: Sequence[str],
     values: MetricValues,
 ) -> None:
-    """Write one JSON object per sample, on rank 0."""
+    """Write one JSON object per sample, and the media of the first ones, on rank 0."""
     assert context.answers_folder is not None
     if not context.world.is_main:
         return
-    lines = []
-    for question, answer, value in zip(questions, answers, values.each, strict=True):
-        origin = question.sample.provenance
-        line: dict[str, Any] = {"shard": origin.shard, "key": origin.key, "prompt": question.prompt}
-        line |= {"answer": answer, "references": question.references, "score": value}
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    path = context.answers_folder / f"{held.name}.jsonl"
+    lines, path = list[str](), context.answers_folder / f"{held.name}.jsonl"
     try:
+        for number, (question, answer, value) in enumerate(zip(questions, answers, values.each, strict=True)):
+            origin = question.sample.provenance
+            line: dict[str, Any] = {"shard": origin.shard, "key": origin.key, "prompt": question.prompt}
+            line |= {"answer": answer, "references": question.references, "score": value}
+            shown = number < MOST_SHOWN
+            if shown and (media := copy_media(context.answers_folder, held.name, number, question.sample)):
+                line["media"] = media
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         write_whole(path, as_utf8("".join(lines)), parents=True)
     except OSError as error:
         raise DataPipelineError(f"{path}: {error.strerror}") from error

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from data_pipeline.io.untrusted import parse_json, read_lines
+from mmscale.evaluate.answer_media import ShownMedia
 from mmscale.evaluate.result import ANSWERS_FOLDER
 from mmscale.report.captions import data_url
 
@@ -24,6 +25,21 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 @dataclass(frozen=True)
+class PlayedMedia:
+    """An image, video or sound of a question.
+
+    Attributes:
+        kind: ``image``, ``video`` or ``audio``.
+        url: Data URL; empty if there is no file that can be read. A GIF is an image.
+        frames: Data URL of frames of a video in a row; empty without.
+    """
+
+    kind: str
+    url: str
+    frames: str
+
+
+@dataclass(frozen=True)
 class AnswerRow:
     """One question; long texts are cut."""
 
@@ -31,6 +47,7 @@ class AnswerRow:
     answer: str
     references: str
     score: str
+    media: list[PlayedMedia]
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,7 @@ class _Line(TypedDict):
     answer: str
     references: list[str]
     score: float
+    media: NotRequired[list[ShownMedia]]
 
 
 class _DrawingLine(TypedDict):
@@ -93,7 +111,7 @@ def read_answer_tables(run_dir: Path, heldout: Mapping[str, Mapping[str, Any]]) 
     tables = []
     for name, held in heldout.items():
         if held.get("kind") == "generation" and _NAME.fullmatch(name):
-            rows = _rows(run_dir / ANSWERS_FOLDER / f"{name}.jsonl")
+            rows = _rows(run_dir, run_dir / ANSWERS_FOLDER / f"{name}.jsonl")
             tables += [AnswerTable(name, held["metric"], rows)] if rows else []
     return tables
 
@@ -127,17 +145,30 @@ def _tile(run_dir: Path, line: _DrawingLine) -> DrawingTile:
     )
 
 
-def _rows(path: Path) -> list[AnswerRow]:
+def _rows(run_dir: Path, path: Path) -> list[AnswerRow]:
     try:
         lines = list(islice(read_lines(path, most_bytes=_MOST_LINE_BYTES), _MOST_ROWS))
-        return [_row(_LINE.validate_python(parse_json(line))) for line in lines]
+        return [_row(run_dir, _LINE.validate_python(parse_json(line))) for line in lines]
     except (OSError, ValueError):  # Absent or damaged.
         return []
 
 
-def _row(line: _Line) -> AnswerRow:
-    references = " | ".join(dict.fromkeys(line["references"]))
-    return AnswerRow(_cut(line["prompt"] or ""), _cut(line["answer"]), _cut(references), f"{100 * line['score']:.0f}")
+def _row(run_dir: Path, line: _Line) -> AnswerRow:
+    return AnswerRow(
+        prompt=_cut(line["prompt"] or ""),
+        answer=_cut(line["answer"]),
+        references=_cut(" | ".join(dict.fromkeys(line["references"]))),
+        score=f"{100 * line['score']:.0f}",
+        media=[_played(run_dir, shown) for shown in line.get("media", ())],
+    )
+
+
+def _played(run_dir: Path, shown: ShownMedia) -> PlayedMedia:
+    url, frames = (
+        data_url(run_dir, f"{ANSWERS_FOLDER}/{name}") if name else ""
+        for name in (shown.get("file", ""), shown.get("frames", ""))
+    )
+    return PlayedMedia(url[len("data:") :].partition("/")[0] if url else shown["kind"], url, frames)
 
 
 def _cut(text: str) -> str:

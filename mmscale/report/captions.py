@@ -22,6 +22,23 @@ from mmscale.metrics.sample_images import Pixels, encode_png
 CAPTIONS_FILE = "captions.json"
 IMAGES_FOLDER = "report/images"
 _MOST_IMAGE_BYTES = 16 << 20
+_MEDIA_TYPES = {
+    ".png": "image/png",
+    ".webp": "image/webp",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".gif": "image/gif",
+    ".mp4": "video/mp4",
+    ".webm": "video/webm",
+    ".mkv": "video/x-matroska",
+    ".wav": "audio/wav",
+    ".flac": "audio/flac",
+    ".mp3": "audio/mpeg",
+    ".ogg": "audio/ogg",
+    ".opus": "audio/ogg",
+    ".m4a": "audio/mp4",
+}
+"""Media types that browsers know, by extension."""
 
 
 @dataclass(frozen=True)
@@ -103,19 +120,21 @@ def read_captions(run_dir: Path) -> list[CaptionRecord]:
         raise MMScaleError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
 
-def data_url(run_dir: Path, image: str) -> str:
-    """Return a PNG or WebP file of the run folder as a data URL; an empty text if it is absent, outside or too large.
+def data_url(run_dir: Path, file: str) -> str:
+    """Return an image, video or sound of the run folder as a data URL.
+
+    Returns an empty text if the file is absent, outside of the folder, too large or of an unknown kind.
 
     Args:
         run_dir: The run folder.
-        image: Path relative to it, from a file of the run; not trusted.
+        file: Path relative to it, from a file of the run; not trusted.
     """
     try:
-        path = (run_dir / image).resolve()
-        if not path.is_relative_to(run_dir.resolve()):
+        path = (run_dir / file).resolve()
+        kind = _MEDIA_TYPES.get(path.suffix.lower())
+        if kind is None or not path.is_relative_to(run_dir.resolve()):
             return ""
-        kind = "webp" if path.suffix == ".webp" else "png"
         content = read_bytes(path, most_bytes=_MOST_IMAGE_BYTES)
-        return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+        return f"data:{kind};base64,{base64.b64encode(content).decode()}"
     except (OSError, ValueError):  # Absent or too large, or the name holds a null byte.
         return ""

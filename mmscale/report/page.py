@@ -37,7 +37,8 @@ def render_page(template: Path, **values: Any) -> str:
     environment.filters["jpeg_url"] = _jpeg_url
     script = "".join((_FOLDER / name).read_text(encoding="utf-8") for name in ("uplot/uPlot.iife.min.js", "charts.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    media = "img-src data:; media-src data:"
+    policy = f"default-src 'none'; {media}; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     style = (_FOLDER / "uplot/uPlot.min.css").read_text(encoding="utf-8")
     return environment.get_template(template.name).render(
         script=Markup(script), policy=policy, chart_style=Markup(style), **values

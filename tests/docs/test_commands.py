@@ -24,11 +24,11 @@ def blocks() -> list[object]:
         text = page.read_text() if page.exists() else ""
         for match in _BLOCK.finditer(text):
             line = text.count("\n", 0, match.start()) + 2
-            marks = [pytest.mark.slow] if page.parent.name == "docs" else []  # All pages together take ten minutes.
-            found.append(pytest.param(match[1], id=f"{page.relative_to(REPO)}:{line}", marks=marks))
+            found.append(pytest.param(match[1], id=f"{page.relative_to(REPO)}:{line}"))
     return found
 
 
+@pytest.mark.slow  # All pages together take ten minutes.
 @pytest.mark.parametrize("block", blocks())
 def test_block(block: str, request: pytest.FixtureRequest) -> None:
     paste(block, request.getfixturevalue("checkout" if ACTIVATE in block else "quick_checkout"))

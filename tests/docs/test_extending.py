@@ -137,6 +137,7 @@ def test_the_parameter_count_is_that_of_the_page_and_of_the_reference(copy: Path
 
 
 @pytest.mark.parity
+@pytest.mark.slow
 def test_the_weights_are_imported_and_exported(copy: Path, tmp_path: Path) -> None:
     """The proof prints the page's lines, except for the rounding error; then the page's two commands work."""
     output = run(copy, "prove.py", str(tmp_path))

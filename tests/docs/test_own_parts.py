@@ -128,6 +128,7 @@ print(json.dumps(codes))
 
 
 @pytest.mark.long
+@pytest.mark.slow
 def test_a_run_trains_resumes_and_answers(folder: Path) -> None:
     from PIL import Image
 

@@ -63,6 +63,5 @@ class Page(HTMLParser):
         """Whether the page has one script and its policy allows only that script, by hash."""
         (program,) = self.programs
         digest = base64.b64encode(hashlib.sha256(program.encode()).digest()).decode()
-        return self.policy == (
-            f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-        )
+        media = "img-src data:; media-src data:"
+        return self.policy == f"default-src 'none'; {media}; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"

@@ -11,6 +11,7 @@ from tests.system.conftest import MakeRun, kill_group
 
 
 @pytest.mark.resume
+@pytest.mark.slow
 def test_of_two_starts_at_once_one_trains_and_its_files_stay_whole(make_run: MakeRun) -> None:
     run = make_run("shared", 1, "checkpoint.every_steps=1000")
     both = [run.start() for _ in range(2)]

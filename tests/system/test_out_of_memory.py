@@ -32,6 +32,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.fault
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("patch", "sentence"),
     [

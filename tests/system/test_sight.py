@@ -16,6 +16,7 @@ from tests.system.conftest import MakeRun, kill_group
 
 
 @pytest.mark.resume
+@pytest.mark.slow
 def test_a_killed_run_accounts_for_its_wall_time(make_run: MakeRun) -> None:
     run = make_run("killed", 1, "max_steps=9", "metrics.grad_norms_every=4", "metrics.memory_every=3")
     began = time.time()
@@ -59,6 +60,7 @@ def ranges(path: Path, name: str) -> int:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_profile_of_two_ranks_shows_the_phases(make_run: MakeRun) -> None:
     small = ("metrics.profile_after_steps=1", "metrics.profile_steps=1", "data.lanes=4")
     run = make_run("traced", 2, "--profile", "max_steps=3", *small)

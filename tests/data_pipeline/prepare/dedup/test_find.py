@@ -132,6 +132,7 @@ def test_no_duplicates_make_an_empty_list_that_a_run_can_read(tmp_path: Path) ->
 
 
 @pytest.mark.long
+@pytest.mark.slow
 def test_processes_and_earlier_signatures_change_nothing(tmp_path: Path) -> None:
     sets = [NamedSet("emoji", Manifest.open(EMOJI.with_name("train-quick.manifest")))]
     alone = find_duplicates(sets, tmp_path / "alone.jsonl", BOTH, signatures=tmp_path / "s")
@@ -176,6 +177,7 @@ def test_invalid_options_are_rejected(tmp_path: Path, options: DedupOptions, pro
 
 
 @pytest.mark.fault
+@pytest.mark.slow
 def test_a_killed_search_can_be_resumed(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "mmscale.cli.main", "data", "dedup", str(EMOJI), "--out", str(out)]

@@ -76,6 +76,7 @@ def test_statistics_agree_with_counting(small: Manifest) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.slow
 def test_documents_cost_what_the_run_makes_of_them() -> None:
     """Compare the counts with those of fully built documents with decoded images."""
     run = load(REPO / "configs" / "quickstart.yaml", [], RunConfig).value
