@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart docs quick test-near test test-slow test-slurm test-apart test-all test-floors lint format golden bench clean
+.PHONY: help setup quickstart docs quick test-near test test-slow test-slurm test-apart gpu-check test-all test-floors lint format golden bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | column -t -s '#' 2>/dev/null || true
@@ -62,6 +62,9 @@ test-slow: $(STAMP) ## Run the tests that take minutes each: long runs, every pa
 # On a cluster of virtual nodes that the tests start. Debian and Ubuntu: apt-get install slurmctld slurmd munge.
 test-slurm: $(STAMP) ## Run the tests on a real SLURM of this machine: preemption, lost nodes and ranks, the time limit
 	$(BIN)/python -m pytest -q -m slurm
+
+gpu-check: $(STAMP) ## Examine a GPU machine: doctor, every GPU test, speed and memory of three models; writes runs/gpu-check
+	$(BIN)/python -m tests.gpu.check
 
 # lmms-eval and Trackio need older versions of some packages than the other tests, so they get an environment on top of .venv.
 test-apart: $(STAMP) ## Run the tests with lmms-eval and Trackio, in .venv-apart

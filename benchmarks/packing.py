@@ -152,7 +152,8 @@ def pack(load: Workload, steps: int, with_cost: bool, **packing: object) -> Pack
     budget = Budget(config, load.spec, dummy_document(load.spec, 0))
     packers = [Packer(_Source(load.draw, lane), budget, lane) for lane in range(LANES)]
     found = np.array(list(_steps(packers, config, load.spec, steps)))
-    return PackingStats(*found[:, :2].mean(0).tolist(), float(found[:, 2].max()))
+    unused, imbalance = found[:, :2].mean(0).tolist()
+    return PackingStats(unused, imbalance, float(found[:, 2].max()))
 
 
 def _steps(

@@ -68,7 +68,8 @@ class ModalitySpec(ABC):
     """Base class of the inputs of a modality besides images.
 
     To add a modality, derive a frozen dataclass from this class and give ``MediaSpec`` a field for it, with the name of
-    the modality. Every feature of such a modality is written into a token slot. Its tokens take one position each.
+    the modality. Every feature of such a modality is written into a token slot. Its tokens take one position each. The
+    names of fields with a cost begin with ``cost``.
     """
 
     dtype: ClassVar[npt.DTypeLike]

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-pytest_plugins = ["tests.parity_table", "tests.slurm.fixture"]
+pytest_plugins = ["tests.parity_table", "tests.slurm.fixture", "tests.gpu.fixture"]
 
 # Signatures such as ``Float[Tensor, "T D"]`` are checked at every call in tests, and cost nothing in production.
 install_import_hook(["mmscale.nn", "mmscale.models", "mmscale.objectives"], "beartype.beartype")

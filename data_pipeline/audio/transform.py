@@ -22,7 +22,7 @@ from data_pipeline.document import MediaItem
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.media_spec import AudioSpec, MediaSpec, reduced
 from data_pipeline.modality import ModalityConfig, ModalityInputs
-from data_pipeline.sample import AudioPart, AudioSize, MediaPart, VideoPart
+from data_pipeline.sample import AudioPart, AudioSize, MediaPart, StoredFrames, VideoPart
 from data_pipeline.shards.audio_file import MAX_CHANNELS, MAX_RATE, AudioFile, audio_size, track_size
 from data_pipeline.shards.video_file import load_av
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 _CLIPPED = 0.999
 """Magnitude from which a sample counts as clipped; the largest of 16 bits is 0.99997."""
-_BLOCK = 1 << 16
-"""Samples that are resampled together."""
 _TAIL_SECONDS = 0.05
 """Silence after a sound, so that the resampler returns every sample of it; its filter is shorter."""
 
@@ -230,7 +228,7 @@ class AudioTask:
             frame.sample_rate = self.size.rate
             return frame
 
-        for block in _chunks(self._mixed(file), _BLOCK):
+        for block in self._mixed(file):
             yield from (each.to_ndarray()[0] for each in resampler.resample(frame_of(block)))
         for last in (frame_of(tail), None):
             yield from (each.to_ndarray()[0] for each in resampler.resample(last))
@@ -245,8 +243,9 @@ class AudioTask:
                 break
             if config.max_clipped < 1:
                 num_clipped += int(np.count_nonzero(np.abs(block) >= _CLIPPED))
-            mixed = block[0] if len(block) == 1 else block.mean(axis=0, dtype=np.float32)
-            peak = max(peak, float(np.abs(mixed).max()))
+            mixed = np.full(len(block), 1 / len(block), np.float32) @ block
+            if config.silence == "reject":
+                peak = max(peak, float(np.abs(mixed).max()))
             yield mixed
         self._check(AudioSize(total, file.rate, file.channels))
         if config.silence == "reject" and peak <= config.silence_peak:
@@ -314,11 +313,11 @@ class Audios(ModalityInputs):
         self.reads_tracks = config.from_video
 
     def track_of(self, video: VideoPart) -> AudioPart | None:
-        """Return the sound track of a video if ``from_video`` is set; None if it has none.
+        """Return the sound track of a video if ``from_video`` is set; None if it has none, as one stored as images.
 
         Without a size from the index, the track is decoded once to count its samples.
         """
-        if not self.reads_tracks:
+        if not self.reads_tracks or isinstance(video.data, StoredFrames):
             return None
         size = track_size(video.data) if video.sound is None else video.sound
         return None if size.rate == 0 else AudioPart(video.data, video.name, size)

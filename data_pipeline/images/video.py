@@ -50,9 +50,10 @@ _FLOOR = 1.05
 class _Spread(StrictConfig):
     """Base class of choices of evenly spread frames."""
 
-    spread: Literal["ends", "starts"] = "ends"
+    spread: Literal["ends", "starts", "middles"] = "ends"
     """``ends``: from the first to the last frame (the code of Qwen2-VL's authors). ``starts``: the first frame of each
-    of as many equal parts (transformers). In a video with a variable frame rate, frames are spread evenly in time."""
+    of as many equal parts (transformers). ``middles``: the middle frame of each (InternVL). In a video with a variable
+    frame rate, frames are spread evenly in time."""
 
     def numbers(self, times: npt.NDArray[np.float64], count: int) -> list[int]:
         """Return the numbers of ``count`` frames, ascending. ``times``: start of each frame, seconds."""
@@ -61,8 +62,8 @@ class _Spread(StrictConfig):
         is_regular = bool((np.abs(times - mean * np.arange(total)) <= _IRREGULAR * mean).all())
         if is_regular:
             return self._regular_numbers(total, count)
-        if self.spread == "starts":
-            targets = np.arange(count) * (total * mean / count)
+        if self.spread != "ends":
+            targets = (np.arange(count) + (0.5 if self.spread == "middles" else 0)) * (total * mean / count)
             return [int(i) for i in np.searchsorted(times, targets + _MICROSECOND, side="right") - 1]
         # The nearest frame, or the earlier one of two; by bisection, because a file may have a million frames.
         targets = mean * _places(total, count).numpy().astype(np.float64)
@@ -71,8 +72,9 @@ class _Spread(StrictConfig):
         return [int(i) for i in later - 1 + is_later]
 
     def _regular_numbers(self, total: int, count: int) -> list[int]:
-        if self.spread == "starts":
-            return [i * total // count for i in range(count)]
+        if self.spread != "ends":
+            half = int(self.spread == "middles")
+            return [(2 * i + half) * total // (2 * count) for i in range(count)]
         return [int(i) for i in _places(total, count).round()]
 
     def planned_times(self, size: VideoSize, count: int) -> list[float]:
@@ -206,6 +208,8 @@ class VideoConfig(StrictConfig):
     def _ordered(self) -> VideoConfig:
         if self.max_pixels < self.min_pixels:
             raise ValueError(f"max_pixels={self.max_pixels} is below min_pixels={self.min_pixels}")
+        if self.tiling is not None and self.timestamps is not None:
+            raise ValueError("timestamps: are texts before single crops, and tiling makes several of a frame; set one")
         check_pattern(self.timestamps or "")
         if self.frame_break is not None and self.timestamps is None:
             raise ValueError("frame_break needs timestamps; for a break without a text before each frame, set it to ''")
@@ -429,13 +433,15 @@ class VideoTask:
 def frame_rate(size: VideoSize) -> float:
     """Return the mean number of frames for each second.
 
-    The index holds the duration in whole microseconds. Rates of films are fractions with a small denominator, such as
-    30000/1001, so the nearest such fraction is the result if it gives the same duration.
+    The index holds the duration in whole microseconds, so several rates are possible. Rates of films are whole numbers,
+    these times 1000/1001, or fractions with a small denominator; the first of these with the same duration is returned.
     """
     exact = Fraction(10**6 * size.num_frames, max(1, size.microseconds))
-    simple = exact.limit_denominator(1001)
-    is_same = simple > 0 and round(10**6 * size.num_frames / simple) == size.microseconds
-    return float(simple if is_same else exact)
+    whole, ntsc = Fraction(round(exact)), Fraction(1000 * round(exact * 1001 / 1000), 1001)
+    for rate in (whole, ntsc, exact.limit_denominator(1001)):
+        if rate > 0 and round(10**6 * size.num_frames / rate) == size.microseconds:
+            return float(rate)
+    return float(exact)
 
 
 def _words(size: VideoSize) -> str:

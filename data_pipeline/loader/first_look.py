@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipeline.config import DatasetConfig
 from data_pipeline.errors import DataConfigError, ManifestError, SampleError, ShardError
-from data_pipeline.media_spec import IMAGE
+from data_pipeline.media_spec import IMAGE, VIDEO
 from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Budget
 from data_pipeline.shards.image_header import is_image
@@ -32,7 +32,8 @@ class FirstLook:
         reason: The error of the first unusable sample, with its shard and key; empty if there is none.
         holds_images: Whether the template uses images, and a checked sample has one or its shard contains image files.
         highest_label: The highest token id that a checked sample teaches to predict; -1 for none.
-        modalities: Names of the modalities besides images that documents of checked samples have.
+        modalities: Names of the modalities besides images that documents of checked samples have, and ``VIDEO`` if one
+            has a video.
     """
 
     looked_at: int
@@ -63,7 +64,7 @@ def look_at(dataset: DatasetConfig, builder: DocumentBuilder, budget: Budget) ->
                 sample = reader.read_without_images(number)
                 holds_images |= takes_images and any(map(is_image, reader.extensions(number)))
                 document = builder.dry_run(sample)
-                found |= {item.modality for item in document.items}
+                found |= {VIDEO if item.is_video else item.modality for item in document.items}
                 budget.admit(document)
                 highest = max(highest, int(document.labels.max(initial=-1)))
             except (SampleError, ShardError, ManifestError) as error:
@@ -72,5 +73,10 @@ def look_at(dataset: DatasetConfig, builder: DocumentBuilder, budget: Budget) ->
         reader.close()
     reason = reasons[0] if reasons else ""
     return FirstLook(
-        len(numbers), len(reasons), reason, holds_images or IMAGE in found, highest, frozenset(found - {IMAGE})
+        len(numbers),
+        len(reasons),
+        reason,
+        holds_images or not found.isdisjoint({IMAGE, VIDEO}),
+        highest,
+        frozenset(found - {IMAGE}),
     )

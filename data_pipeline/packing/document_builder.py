@@ -319,6 +319,7 @@ class DocumentBuilder:
             elif isinstance(piece, TokenPiece):
                 draft.add_tokens((self._special[piece.name],), piece.weight)
             else:
+                assert isinstance(piece, TextPiece), "media that nothing reads are left out before"
                 ids = self._encode(piece.text)
                 draft.add_tokens([tokenizer.pad_id] * len(ids) if piece.is_padding else ids, piece.weight)
         self._check(draft)

@@ -60,14 +60,17 @@ def store_medium(
         members |= stored
         return {"video": list(stored), "fps": rate}
     content = load(reference)
-    ext = extension_of(content)
-    kind = "image" if ext is None or is_image(ext) else media_kind(ext)
+    found = extension_of(content) or "jpg"  # An unknown format is refused as an image.
+    kind = media_kind(found) or "image"
     try:
-        {"image": image_size, "video": video_size, "audio": audio_size}[str(kind)](content)
+        if kind == "image":
+            image_size(content)
+        else:
+            _ = video_size(content) if kind == "video" else audio_size(content)
     except SampleError as error:
         raise SampleError(f"{_location(reference)}{error.reason}") from error
-    members[f"{prefix}{ext}"] = content
-    return {str(kind): f"{prefix}{ext}"}
+    members[f"{prefix}{found}"] = content
+    return {kind: f"{prefix}{found}"}
 
 
 def _frames_of(reference: Any, load: Callable[[Any], bytes]) -> list[Any] | None:

@@ -168,7 +168,7 @@ def _pop_media(fields: dict[str, Any]) -> tuple[list[_Reference], bool]:
             raise SampleError(f"the row has both {PATH} and {IMAGE_BASE64}: drop one of them")
         paths = from_base64(fields.pop(IMAGE_BASE64))
     is_list = isinstance(paths, list | tuple)
-    found = {
+    found: dict[str, list[_Reference]] = {
         "image": [
             ("image", path, None) for path in (paths if isinstance(paths, list | tuple) else [paths] if paths else [])
         ]
@@ -176,7 +176,8 @@ def _pop_media(fields: dict[str, Any]) -> tuple[list[_Reference], bool]:
     for kind in ("video", "audio"):
         # Beside an image, or on a page, a field of this name is an ordinary one unless there is a dialogue.
         takes = is_spoken or (not found["image"] and PARTS not in fields)
-        one, several = (fields.pop(name, None) if takes else None for name in (kind, f"{kind}s"))
+        one: Any = fields.pop(kind, None) if takes else None
+        several: Any = fields.pop(f"{kind}s", None) if takes else None
         if isinstance(one, list | tuple) and (kind == "audio" or all(_names_video(each) for each in one)):
             one, several = None, [*one, *(several or ())]  # Else it lists the frames of one video.
         is_list = is_list or several is not None
@@ -238,19 +239,15 @@ def _pop_media_of_turns(fields: dict[str, Any], kinds: Collection[str]) -> dict[
 def _mark_videos(fields: dict[str, Any]) -> None:
     """Write ``<video>`` for ``<image>`` in turns of a record without images, as LLaVA-Video marks its videos."""
     for name in ("messages", "conversations"):
-        turns = fields.get(name) if isinstance(fields.get(name), list) else []
-        texts = [(turn, key) for turn in turns if isinstance(turn, dict) for key in ("content", "value")]
-        texts = [(turn, key) for turn, key in texts if isinstance(turn.get(key), str)]
-        if texts and not any("<video" in turn[key] for turn, key in texts):
-            fields[name] = [
-                {
-                    key: value.replace("<image>", "<video>") if isinstance(value, str) else value
-                    for key, value in turn.items()
-                }
-                if isinstance(turn, dict)
-                else turn
-                for turn in turns
-            ]
+        turns: Any = fields.get(name)
+        if not isinstance(turns, list) or any("<video" in str(turn) for turn in turns):
+            continue
+        fields[name] = [
+            {key: text.replace("<image>", "<video>") if isinstance(text, str) else text for key, text in turn.items()}
+            if isinstance(turn, dict)
+            else turn
+            for turn in turns
+        ]
 
 
 def _parts(listed: list[dict[str, Any]], members: Members, load: Callable[[Any], bytes]) -> list[dict[str, str]]:

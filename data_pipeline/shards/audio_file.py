@@ -21,15 +21,17 @@ from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.sample import AudioSize
 from data_pipeline.shards.video_file import load_av, message_of
 
-_EXTENSIONS = frozenset({"wav", "flac", "mp3", "ogg", "opus", "m4a"})
+_EXTENSIONS = frozenset({"wav", "flac", "mp3", "ogg", "oga", "opus", "m4a"})
 MAX_RATE = 768_000
 """Largest accepted rate, Hz: the largest of studio formats."""
 MAX_CHANNELS = 64
 _MOST_VALUES = 1 << 31
 """Largest number of decoded samples, all channels together: 12 hours of stereo at 48 kHz. A small file can claim more,
 and FLAC stores hours of silence in kilobytes."""
+BLOCK_SAMPLES = 1 << 16
+"""Samples that are converted together, of each channel."""
 _MOST_BLOCK = 1 << 17
-"""Largest number of samples of a decoded block, of each channel. FLAC has the largest: 65535."""
+"""Largest number of samples of a block of a codec, of each channel. FLAC has the largest: 65535."""
 _LOUDEST = float(1 << 16)
 """Largest magnitude of a sample of a floating-point file. Full scale is 1; some tools write 32768."""
 # As for videos, decoders and demuxers other than these are not reachable.
@@ -46,6 +48,7 @@ _LEAST_SHARE, _MOST_PADDING = 0.9, 4096
 """An M4A or MP3 is truncated if it has less than this share of the samples in its header, and this many fewer."""
 _WAV_HEADER, _MOST_CHUNKS, _UNKNOWN_LENGTH = 12, 1 << 12, 0xFFFFFFFF
 """Bytes before the chunks of a WAV; chunks to look at; the length in the header of a WAV that was written to a pipe."""
+_WAV_PROBE_BYTES = 1 << 14
 _OGG_PAGE, _OGG_END = b"OggS", 0x04
 _FULL_SCALE = {"u1": 128.0, "i2": float(1 << 15), "i4": float(1 << 31), "f4": 1.0, "f8": 1.0}
 
@@ -130,7 +133,11 @@ class AudioFile:
         self._first_byte = 0
         self._demuxer = _demuxer(bytes(data[:12]))
         try:
-            self._container = av.open(io.BytesIO(data), format=self._demuxer, metadata_errors="replace")
+            # ffmpeg reads 5 MB of a WAV by default, in search of another codec inside.
+            options = {"probesize": str(_WAV_PROBE_BYTES)} if self._demuxer == _WAV else {}
+            self._container = av.open(
+                io.BytesIO(data), format=self._demuxer, container_options=options, metadata_errors="replace"
+            )
         except self._errors as error:
             raise _fault(message_of(error)) from error
         try:
@@ -177,14 +184,16 @@ class AudioFile:
     def blocks(self) -> Iterator[npt.NDArray[np.float32]]:
         """Yield the decoded sound from its start to its end, once.
 
+        Codecs decode to as few as 480 samples at a time. ffmpeg's queue joins them, so that numpy is called less often.
+
         Yields:
-            float32 ``(channels, samples)``; full scale is 1.
+            float32 ``(channels, samples)``; full scale is 1. All but the last have ``BLOCK_SAMPLES`` samples.
 
         Raises:
             SampleError: the data are damaged, truncated, empty or not finite, change their rate or channels, or decode
                 to too many samples.
         """
-        total = 0
+        total, queue = 0, load_av().AudioFifo()
         try:
             for frame in self._frames():
                 if (frame.sample_rate, frame.layout.nb_channels) != (self.rate, self.channels):
@@ -197,10 +206,11 @@ class AudioFile:
                     raise SampleError(
                         f"a sound of more than {_MOST_VALUES // self.channels} samples", kind=FaultKind.DECODE
                     )
-                block = _values(frame)
-                if block.size and not np.abs(block).max() <= _LOUDEST:  # Also false for NaN.
-                    raise _fault(f"a sample is no number, or above {_LOUDEST:g} times full scale")
-                yield block
+                frame.pts = None  # The queue would require times without gaps.
+                queue.write(frame)
+                if queue.samples >= BLOCK_SAMPLES:
+                    yield from map(_values, queue.read_many(BLOCK_SAMPLES))
+            yield from map(_values, queue.read_many(BLOCK_SAMPLES, partial=True))
         except self._errors as error:
             raise _fault(message_of(error)) from error
         if not total:
@@ -256,10 +266,10 @@ def _values(frame: Any) -> npt.NDArray[np.float32]:
     scale = _FULL_SCALE.get(values.dtype.str[1:])
     if scale is None:
         raise SampleError(f"a sound with samples of the type {frame.format.name}", kind=FaultKind.DECODE)
-    if scale == 1.0:
-        return np.ascontiguousarray(values, np.float32)
-    floats = values.astype(np.float32)
-    if values.dtype == np.uint8:  # The only unsigned type.
-        floats -= scale
-    floats /= scale
-    return floats
+    if values.dtype.kind == "f":
+        if not -_LOUDEST <= values.min() <= values.max() <= _LOUDEST:  # Also false for NaN.
+            raise _fault(f"a sample is no number, or above {_LOUDEST:g} times full scale")
+        return values.astype(np.float32, copy=False)
+    if values.dtype.kind == "u":  # 8 bits, of which 128 is silence.
+        values = values.astype(np.int16) - 128
+    return np.multiply(values, np.float32(1 / scale), dtype=np.float32, casting="same_kind")

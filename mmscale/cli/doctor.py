@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ def doctor(
     ),
     device: str = typer.Option("auto", "--device", help="auto, cpu or cuda, as engine.device."),
     timeout: float = typer.Option(120.0, "--timeout", min=1.0, help="Seconds until a missing rank counts as lost."),
+    output: Path = typer.Option(None, "--output", help="Write the JSON object to this file too."),
     json: bool = typer.Option(False, "--json", help="Print one JSON object: status, lines."),
 ) -> None:
     """Check packages, devices, kernels, ranks, storage, limits and clocks.
@@ -37,19 +39,24 @@ def doctor(
     starts its ranks here. Each line is ok, a warning or a failure, the last two with a remedy. Exit code 0: no failure.
     1: a failure.
     """
+    from data_pipeline.io.atomic import write_whole
     from mmscale.doctor.lines import worst
     from mmscale.doctor.ranks import Settings, examine
     from mmscale.io.rank_variables import NO_LAUNCHER, launched_rank
 
     if launched_rank(os.environ).launcher == NO_LAUNCHER and (count := ranks or _own_ranks(device)) > 1:
         words = ["doctor", "--folder", str(folder), "--device", device, "--timeout", str(timeout)]
+        words += [] if output is None else ["--output", str(output)]
         raise typer.Exit(_launch([*words, "--json"] if json else words, count))
     lines = examine(Settings(device, timeout), folder)
     if lines is None:
         return
     status = worst(lines)
+    found = {"status": status, "lines": [asdict(line) for line in lines]}
+    if output is not None:
+        write_whole(output, dumps(found).encode(), parents=True)
     if json:
-        emit({"status": status, "lines": [asdict(line) for line in lines]}, json=True)
+        emit(found, json=True)
     else:
         _print(lines)
     if status == "failure":

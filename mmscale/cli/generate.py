@@ -120,29 +120,20 @@ def generate(
         seed=seed,
     )
     request = DrawingRequest(size, guidance or 1.0, tokenizer, output)
+    answers: dict[str, object] = {
+        "image": image,
+        "video": video,
+        "audio": audio,
+        "num": num,
+        "stop": stop,
+        "stream": stream,
+        "repetition-penalty": repetition_penalty,
+    }
     if images is not None:
-        answers = {
-            "image": image,
-            "video": video,
-            "audio": audio,
-            "num": num,
-            "max-new-tokens": max_new_tokens,
-            "stop": stop,
-            "stream": stream,
-        }
-        _leave_out({**answers, "repetition-penalty": repetition_penalty}, "belongs to answers in words", "--images")
+        _leave_out({**answers, "max-new-tokens": max_new_tokens}, "belongs to answers in words", "--images")
         request.draw(run, prompt, images, sampling, json=json)
         return
     if output is not None:
-        answers = {
-            "image": image,
-            "video": video,
-            "audio": audio,
-            "num": num,
-            "stop": stop,
-            "stream": stream,
-            "repetition-penalty": repetition_penalty,
-        }
         _leave_out(answers, "belongs to answers without drawings", "--output")
         request.answer(run, prompt, max_new_tokens or 512, sampling, json=json)
         return

@@ -13,9 +13,13 @@ from mmscale.cli.launch_words import CONFIG, OVERRIDES, checked, train_words
 
 if TYPE_CHECKING:
     from launchers.slurm import Job, Problem
+    from mmscale.run.config import RunConfig
     from mmscale.run.site import Site
 
 app = typer.Typer()
+
+_DOCTOR = "doctor"
+"""Folder in the run folder for the job that examines its machines: another name, so both jobs can wait in the queue."""
 
 
 @app.command(epilog="Example: mmscale launch slurm configs/quickstart.yaml --nodes 2 --gpus-per-node 2 --dry-run")
@@ -51,6 +55,7 @@ def slurm(
     setup: list[str] = typer.Option(
         [], help="A shell line to run before the ranks, for example 'ulimit -n 65536'; repeatable."
     ),
+    doctor: bool = typer.Option(False, "--doctor", help="Examine the machines instead of training; see RUN/doctor."),
     site: Path = typer.Option(None, help="Site file. [default: $MMSCALE_SITE, else ~/.config/mmscale/site.yaml]"),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the script and submit nothing."),
     json: bool = typer.Option(False, "--json", help="Print job number, script and log as JSON."),
@@ -79,13 +84,13 @@ def slurm(
         "restart_delay_seconds": restart_delay_seconds,
         "save_seconds": save_seconds,
     }
-    values = _values(options, found, nodes)
+    values = _values(options, found, nodes) | (_examining(chain, spares) if doctor else {})
     run = checked(config, overrides or [], nodes * (values["gpus_per_node"] or values["ranks_per_node"] or 1)).value
     job = _checked_job(
         found,
         {key for key, value in options.items() if value is not None},
-        arguments=tuple(train_words(config, overrides or [])),
-        run_dir=run.run_dir,
+        arguments=tuple(_doctor_words(run) if doctor else train_words(config, overrides or [])),
+        run_dir=run.run_dir / _DOCTOR if doctor else run.run_dir,
         nodes=nodes,
         spares=spares,
         extra=(*found.value.sbatch, *sbatch),
@@ -98,6 +103,24 @@ def slurm(
         print(render(job), end="")
         return
     emit(_submitted(*submit(job, chain)), json=json)
+
+
+def _doctor_words(run: RunConfig) -> list[str]:
+    """Return the command line of each rank that examines the machines of a run."""
+    from launchers import RESULT_FILE
+
+    engine, result = run.engine, run.run_dir.resolve() / _DOCTOR / RESULT_FILE
+    settings = ["--device", engine.device, "--timeout", str(engine.timeout_seconds)]
+    return ["doctor", "--folder", str(run.run_dir), *settings, "--output", str(result)]
+
+
+def _examining(chain: int, spares: int) -> dict[str, Any]:
+    """Return the values of a job that examines its machines once."""
+    from mmscale.errors import RequestError
+
+    if chain > 1 or spares:
+        raise RequestError("--doctor examines the machines once, all of them: leave out --chain and --spares")
+    return {"requeue": False, "health_check": False}
 
 
 def _values(options: dict[str, Any], site: Site, nodes: int) -> dict[str, Any]:

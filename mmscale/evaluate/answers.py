@@ -404,7 +404,7 @@ def caption_images(
 
     Returns:
         The same list on every rank. Empty if ``config.captions`` is null, if the model reads no images, or if it is
-        contrastive. Samples with token grids alone are left out, because their images cannot be shown.
+        contrastive. Samples without an encoded image are left out: those with token grids, videos or sounds alone.
     """
     captions = config.captions
     if captions is None or spec.placement is Placement.PAIR or not reads_images(data, spec):
@@ -418,12 +418,19 @@ def _caption_set(
 ) -> list[CaptionedImage]:
     tokenizer = load_tokenizer(data.tokenizer)
     questions = ImageQuestions.read(held, limit=captions.num_images)
-    prompts = PromptBuilder.of_images(held, data, tokenizer, spec, captions.prompt)(questions.samples).to(world.device)
+    shown = [
+        (sample, expected)
+        for sample, expected in zip(questions.samples, questions.answers, strict=True)
+        if any(part.data for part in images_of(sample)[:1])
+    ]
+    if not shown:
+        return []
+    samples = [sample for sample, _ in shown]
+    prompts = PromptBuilder.of_images(held, data, tokenizer, spec, captions.prompt)(samples).to(world.device)
     texts = AnswerWriter(model, tokenizer, world=world)(prompts, captions.max_new_tokens, captions.sampling)
     return [
         CaptionedImage(held.name, _thumbnail(sample), expected, text.strip())
-        for sample, expected, text in zip(questions.samples, questions.answers, texts, strict=True)
-        if images_of(sample)[0].data
+        for (sample, expected), text in zip(shown, texts, strict=True)
     ]
 
 

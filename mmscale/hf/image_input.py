@@ -43,7 +43,9 @@ class ImageInput:
         after: Text that a chat template writes after it.
         template: Template of a folder without a chat template; None for ``interleaved``.
         begin: Whether documents begin with the begin token; None if the tokenizer decides.
-        video: Values of ``data.video``, with its placeholder; None for a model whose videos are not known here. Used if
+        video_mark: Text that a chat template writes for a video; empty for ``start``, ``placeholder`` and ``end`` of
+            ``video``.
+        video: Values of ``data.video``; None for a model whose videos are not known here. Used if
             the vocabulary has its tokens.
         notes: A sentence for each difference from the folder's processor.
     """
@@ -55,4 +57,5 @@ class ImageInput:
     template: dict[str, Any] | None = None
     begin: bool | None = None
     video: dict[str, Any] | None = None
+    video_mark: str = ""
     notes: tuple[str, ...] = ()

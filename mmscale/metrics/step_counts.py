@@ -113,8 +113,8 @@ def step_metrics(report: StepReport, sums: Mapping[str, float], datasets: Sequen
         sums: ``count_step`` and ``step_flops``, summed over all ranks.
         datasets: Names of the data sets.
     """
-    names = ("cut_documents", "learned_tokens", "images", "model_flops", "hardware_flops")
-    names += tuple(name for name in sums if name.startswith("clips/"))
+    names = ["cut_documents", "learned_tokens", "images", "model_flops", "hardware_flops"]
+    names += [name for name in sums if name.startswith("clips/")]
     metrics: dict[str, float | int] = {name: int(sums[name]) for name in names}
     metrics |= {f"{name}_seconds": value for name, value in report.spans.seconds.items()}
     metrics |= {f"{name}_peak_bytes": value for name, value in report.spans.peak_bytes.items()}

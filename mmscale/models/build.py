@@ -38,9 +38,9 @@ class ParameterCount:
     Attributes:
         total: All parameters; tied ones count once.
         active: Parameters that one token uses: A of the E routed experts count.
-        components: Number per component of the model: "vision", "connector", "audio", "audio_connector", "decoder",
-            "extra_tokens", "image_tokens", "image_tokenizer", "adapters"; of an image tokenizer alone "encoder",
-            "codebook", "decoder", "discriminator".
+        components: Number per component of the model: "vision", "connector", "video_connector", "audio",
+            "audio_connector", "decoder", "extra_tokens", "image_tokens", "image_tokenizer", "adapters"; of an image
+            tokenizer alone "encoder", "codebook", "decoder", "discriminator".
     """
 
     total: int
@@ -177,7 +177,9 @@ def media_spec(config: ModelConfig | TokenizerConfig, *, encodes: bool = False) 
         return MediaSpec(**config.media_needs())
     tokenizer = config.image_tokenizer if encodes else None
     code_size = None if tokenizer is None else tokenizer.stride
-    modalities = {name: each.spec(modality_cost(config, name)) for name, each in config.modalities.items()}
+    modalities: dict[str, Any] = {
+        name: each.spec(modality_cost(config, name)) for name, each in config.modalities.items()
+    }
     if config.vision is None or config.connector is None:
         return MediaSpec(**config.decoder.media_needs(), code_size=code_size, **modalities)
     spec = MediaSpec(
@@ -189,7 +191,10 @@ def media_spec(config: ModelConfig | TokenizerConfig, *, encodes: bool = False) 
         **modalities,
     )
     videos = config.connector.video_needs()
-    return spec if videos is None else replace(spec, videos=replace(spec, **videos, **dict.fromkeys(modalities)))
+    if videos is None:
+        return spec
+    without_others: dict[str, Any] = dict.fromkeys(modalities)
+    return replace(spec, videos=replace(spec, **videos, **without_others))
 
 
 def count_parameters(config: AnyModelConfig) -> ParameterCount:

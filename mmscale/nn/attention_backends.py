@@ -188,12 +188,18 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, c
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool) -> Tensor:
     kernel: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     repeats, options = q.shape[1] // k.shape[1], {}
-    if repeats > 1 and "enable_gqa" in inspect.signature(kernel).parameters:  # From torch 2.13 on.
+    if repeats > 1 and _takes_fewer_key_heads(kernel):
         options = {"enable_gqa": True}
     elif repeats > 1:
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     window = (-1, 0) if causal else (-1, -1)
     return kernel(q, k, v, queries.cu, keys.cu, queries.longest, keys.longest, window_size=window, **options)
+
+
+@lru_cache(maxsize=4)
+def _takes_fewer_key_heads(kernel: Any) -> bool:
+    # From torch 2.13 on. Otherwise the repeated keys and values take memory until the backward pass.
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 @dataclass(frozen=True)

@@ -191,15 +191,18 @@ class Experts(nn.Module):
         return self._compute(rows, weights, counts, dropout)
 
     def _compute(self, rows: Tensor, weights: Tensor, counts: Tensor, dropout: Dropout | None) -> Tensor:
-        kernel = _GroupedExperts if rows.is_cuda and _has_grouped_kernel(rows) else _ExpertLoop
+        kernel = _GroupedExperts if _has_grouped_kernel(rows, self.gate_up_proj) else _ExpertLoop
         gate = _Gate(self.activate, dropout)
         outputs: Tensor = kernel.apply(rows, weights, self.gate_up_proj, self.down_proj, counts, gate)
         return outputs
 
 
-def _has_grouped_kernel(rows: Tensor) -> bool:
+def _has_grouped_kernel(rows: Tensor, gate_up_proj: Tensor) -> bool:
     # In float32, grouped_mm reads the counts on the host in each of its six calls; the loop reads them once.
-    return rows.dtype is torch.bfloat16 and rows.shape[0] > 0 and hasattr(F, "grouped_mm")
+    if not rows.is_cuda or rows.dtype is not torch.bfloat16 or not hasattr(F, "grouped_mm"):
+        return False
+    # The kernel refuses rows whose length is not a multiple of 16 bytes.
+    return rows.shape[0] > 0 and rows.shape[1] % 8 == 0 and gate_up_proj.shape[1] % 16 == 0
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,7 @@ class RoutedRows:
         valid: bool ``(T,)``, rows that use experts and count; False in dummy documents and padding.
         kind: int64 ``(T,)``, ``TEXT``, ``IMAGE``, or from 2 on the number of a further modality, of each row.
         offsets: int64 ``(S + 1,)``, bounds of the documents among the rows.
-        num_valid: Number of valid rows if the host knows it. If all rows are valid, the host need not wait for the
-            device to find them.
+        num_valid: Number of valid rows if the host knows it, so that it need not wait for the device to find them.
         num_kinds: Number of kinds of rows that the model can have, at least 2.
     """
 
@@ -144,7 +143,9 @@ class RoutedRows:
     @cached_property
     def index(self) -> Int[Tensor, " V"] | None:
         """int64 ``(V,)``, indices of the valid rows; None if the host knows that all rows are valid."""
-        return None if self.num_valid == len(self.valid) else self.valid.nonzero().flatten()
+        if self.num_valid is None:
+            return self.valid.nonzero().flatten()
+        return None if self.num_valid == len(self.valid) else self.valid.nonzero_static(size=self.num_valid).flatten()
 
 
 class RouterTensors(NamedTuple):

@@ -128,9 +128,10 @@ class StageConfig(StrictConfig):
     steps: int = Field(ge=1)
     """Number of optimizer steps; the learning rate schedule ends with the last one."""
     train: tuple[str, ...] = Field(default=(ALL,), min_length=1)
-    """Components to train: any of ``vision``, ``connector``, ``decoder``, ``extra_tokens``, ``image_tokens``,
-    ``adapters``, or ``[all]``; of an image tokenizer ``encoder``, ``codebook``, ``decoder``. The others are frozen, and
-    ``[all]`` leaves out the image tokenizer of a model that draws."""
+    """Components to train: any of ``vision``, ``connector``, ``video_connector``, ``audio``, ``audio_connector``,
+    ``decoder``, ``extra_tokens``, ``image_tokens``, ``adapters``, or ``[all]``; of an image tokenizer ``encoder``,
+    ``codebook``, ``decoder``. The others are frozen, and ``[all]`` leaves out the image tokenizer of a model that
+    draws."""
     learning_rate: Rates = Field(default={DEFAULT: 1e-3})
     """Peak learning rate: one number, or a number per trained component with ``default`` for components without a
     key."""

@@ -14,7 +14,7 @@ from data_pipeline.io.missing import no_such_file
 from data_pipeline.loader.first_look import FirstLook, look_at
 from data_pipeline.loader.front_to_back import expand_shards
 from data_pipeline.loader.sample_source import with_image_tokenizer
-from data_pipeline.media_spec import MediaSpec
+from data_pipeline.media_spec import VIDEO, MediaSpec
 from data_pipeline.packing.config import PackingConfig
 from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Budget
@@ -85,6 +85,8 @@ def check_files(config: RunConfig) -> list[str]:
         looks = [_look_at(dataset, data.packing, tokenizer, model, spec, stage) for dataset in data.datasets]
         if model.vision is not None and not any(look is None or look.holds_images for look in looks):
             notes.append(_without(config, number, "image", "a vision tower", ("vision", "connector")))
+        if spec.videos is not None and not any(look is None or VIDEO in look.modalities for look in looks):
+            notes.append(_without(config, number, VIDEO, "a projector for videos", ("video_connector",)))
         for name in spec.modalities:
             if not any(look is None or name in look.modalities for look in looks):
                 notes.append(_without(config, number, name, f"the block {name}", (name, f"{name}_connector")))
@@ -192,7 +194,7 @@ def _loads_tokenizer(stage: StageConfig) -> bool:
     return any(name in (ALL, TOKENIZER) for source in stage.weights for name in source.components)
 
 
-def _without(config: RunConfig, number: int, noun: str, part: str, components: tuple[str, str]) -> str:
+def _without(config: RunConfig, number: int, noun: str, part: str, components: tuple[str, ...]) -> str:
     """Return a note that the data lack inputs of which the model has a part.
 
     Raises:
@@ -204,9 +206,11 @@ def _without(config: RunConfig, number: int, noun: str, part: str, components: t
     known = config.stage_model(number).components
     trained = [name for name in components if name in known and (name in stage.train or ALL in stage.train)]
     if trained:
-        nulls = "model.vision and model.connector" if noun == "image" else f"model.{noun}"
+        inputs = "images" if noun == "image" else f"{noun} and the block data.{noun}"
+        parts = {"image": "model.vision and model.connector", VIDEO: "model.connector.video_projector"}
+        nulls = parts.get(noun, f"model.{noun}")
         raise ConfigError(
-            f"{what}, so {' and '.join(trained)} would learn nothing; add data with {noun}s, "
-            f"or remove both from stages.*.train, or set {nulls} to null"
+            f"{what}, so {' and '.join(trained)} would learn nothing; add data with {inputs}, "
+            f"or remove {'both' if len(components) > 1 else 'it'} from stages.*.train, or set {nulls} to null"
         )
     return what

@@ -24,9 +24,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from data_pipeline.media_spec import MediaSpec
+from data_pipeline.media_spec import MediaSpec, ModalitySpec
 from mmscale.checkpoint import TrainState
 from mmscale.checkpoint.load import fill_frozen
 from mmscale.checkpoint.manifest import (
@@ -355,8 +355,16 @@ def unfit(manifest: Manifest, path: Path, student: ModelConfig, source: DistillC
     return None
 
 
+def _without_cost(value: Any) -> Any:
+    """Return the inputs of videos or of a further modality without their cost; other values as they are."""
+    if not isinstance(value, ModalitySpec | MediaSpec):
+        return value
+    inputs: Any = value
+    return replace(inputs, **{each.name: 0.0 for each in fields(inputs) if each.name.startswith("cost")})
+
+
 def _differences(theirs: MediaSpec, mine: MediaSpec) -> Iterator[str]:
     for field in fields(MediaSpec):
-        there, here = getattr(theirs, field.name), getattr(mine, field.name)
+        there, here = (_without_cost(getattr(spec, field.name)) for spec in (theirs, mine))
         if there != here and field.name != "cost_per_patch":  # Only packing uses it, with the student's value.
             yield f"{field.name} is {there} of the teacher, {here} of the student"

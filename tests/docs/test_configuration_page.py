@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from mmscale.run.config import RunConfig
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
-_ELSEWHERE = {"model", "evaluation", "transforms", "checkpoint"}
+_ELSEWHERE = {"model", "evaluation", "transforms", "tiling", "checkpoint"}
 """Blocks whose keys docs/models.md, docs/evaluation.md and docs/checkpoints.md describe."""
 
 

@@ -8,16 +8,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mmscale.dist import init_distributed, shutdown
 from mmscale.engine.config import EngineConfig
-from mmscale.engine.construct import construct
-from mmscale.engine.engine import Engine
 from mmscale.engine.precision import choose_precision
 from mmscale.errors import UnsupportedError
 from tests.engine.fp16 import TOO_LARGE
-from tests.engine.programs import lanes_of, stage
 from tests.engine.ranks import run_ranks
-from tests.engine.toy import ToyModel, ToyObjective, initialise_, toy_batch, toy_model
+from tests.engine.toy import ToyObjective, toy_batch, toy_model
 
 
 def test_a_cpu_refuses_it_at_once() -> None:
@@ -46,19 +42,3 @@ def test_the_scale_falls_and_resumes(tmp_path: Path) -> None:
         assert answer["scaler"] == expected, zero
         assert (answer["restored"], answer["restored_scaler"]) == (answer["saved"], answer["scaler"])
         assert answer["resumed"] == answer["after"]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("offload", ["none", "optimizer_and_weights"])
-def test_a_gpu_trains_in_it(offload: str) -> None:
-    config = EngineConfig.model_validate({"precision": "fp16", "device": "cuda", "offload": offload})
-    world = init_distributed(config)
-    try:
-        engine = Engine(construct(ToyModel, config, world, initialise_), ToyObjective(), stage(), config, world)
-        reports = [engine.train_step(lanes_of(world, step)) for step in range(4)]
-        assert any(report.applied for report in reports)
-        assert (engine.loss_scaler_state() or {})["cur_iter"] == 4
-        engine.close()
-    finally:
-        shutdown(world)

@@ -22,7 +22,7 @@ from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.models.sampling import SamplingConfig
-from tests.evaluate.emoji_models import ALONE, continued, data_config, evaluation, tiny_model
+from tests.evaluate.emoji_models import ALONE, EMOJI, continued, data_config, evaluation, tiny_model
 from tests.videos import encoded
 
 
@@ -114,6 +114,15 @@ def test_no_captions_where_none_are_wanted() -> None:
     model = tiny_model()
     config = evaluation().model_copy(update={"captions": None})
     assert caption_images(model, config, data_config(), media_spec(model.config), ALONE) == []
+
+
+def test_clips_have_no_captions() -> None:
+    model, images = tiny_model("embedding"), data_config({"kind": "native"}).model_dump()
+    data = type(data_config()).model_validate({**images, "datasets": [{**images["datasets"][0], "video": {}}]})
+    clips = EMOJI.parent / "omni/shards/clips-heldout-both.manifest"
+    config = evaluation(manifest=clips, field="motion", choices=None, limit=None)
+    assert config.captions is not None
+    assert caption_images(model, config, data, media_spec(model.config), ALONE) == []
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:

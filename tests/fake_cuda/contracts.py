@@ -1,7 +1,9 @@
 """Stand-ins for CUDA kernels that check every documented precondition and compute by reference.
 
 They accept fake tensors too, whose values cannot be checked. Source: ``flash_attn_varlen_func`` of flash-attn 2.8,
-``torch.nn.attention.varlen.varlen_attn`` of torch 2.11 and ``torch.nn.functional.grouped_mm``.
+``torch.nn.attention.varlen.varlen_attn`` of torch 2.11, ``torch.nn.functional.grouped_mm`` with the checks of
+``torch._meta_registrations._meta_grouped_mm_common``, and ``torch._fused_adamw_`` with those of
+``aten/src/ATen/native/ForeachUtils.h``.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -113,21 +116,101 @@ def varlen_attn(
     return flash_attn_varlen_func(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=causal)
 
 
+def check_strides(rows: Tensor, name: str) -> None:
+    """One of the last two dimensions is contiguous, and the other has strides of whole 16 bytes."""
+    first, last = rows.stride()[-2:]
+    if first == 1 and last >= max(1, rows.shape[-2]):
+        pitch = last
+    else:
+        require(last == 1 and first >= max(1, rows.shape[-1]), f"{name} has strides {rows.stride()}: no matrix")
+        pitch = first
+    require(pitch * rows.element_size() % 16 == 0, f"{name} has stride {pitch}: no multiple of 16 bytes")
+
+
+def grouped_mm(mat_a: Tensor, mat_b: Tensor, *, offs: Tensor) -> Tensor:
+    """Rows by group times a stack of matrices; for two matrices, one product for each group of the shared dimension."""
+    for name, each in (("mat_a", mat_a), ("mat_b", mat_b)):
+        require(each.dtype is torch.bfloat16, f"{name} is {each.dtype}, not bfloat16")
+        check_strides(each, name)
+    require(mat_a.dim() == 2 and mat_b.dim() in (2, 3), f"{mat_a.dim()} and {mat_b.dim()} dimensions")
+    require(offs.dtype is torch.int32 and offs.dim() == 1, f"offs is {offs.dtype} with {offs.dim()} dimensions")
+    require(offs.device == mat_a.device == mat_b.device, "operands and offs are on different devices")
+    inner = mat_b.shape[-2]
+    require(mat_a.shape[1] == inner, f"{mat_a.shape[1]} columns times {inner} rows")
+    if mat_b.dim() == 3:
+        require(len(offs) == len(mat_b), f"{len(offs)} ends for {len(mat_b)} groups")
+    if isinstance(mat_a, FakeTensor):
+        shape = (len(offs), len(mat_a)) if mat_b.dim() == 2 else (len(mat_a),)
+        return mat_a.new_empty(*shape, mat_b.shape[-1])
+    ends = offs.tolist()
+    shared = len(mat_a) if mat_b.dim() == 3 else inner
+    bounds = list(itertools.pairwise([0, *ends]))
+    require(all(a <= b for a, b in bounds) and ends[-1] == shared, f"groups end at {ends}, rows at {shared}")
+    if mat_b.dim() == 3:
+        parts = [mat_a[a:b].float() @ each.float() for (a, b), each in zip(bounds, mat_b, strict=True)]
+        return torch.cat(parts).to(mat_a.dtype)
+    return torch.stack([mat_a[:, a:b].float() @ mat_b[a:b].float() for a, b in bounds]).to(mat_a.dtype)
+
+
+def has_grouped_kernel(rows: Tensor, gate_up_proj: Tensor) -> bool:
+    """``mmscale.nn.experts._has_grouped_kernel`` on any device."""
+    return rows.dtype is torch.bfloat16 and len(rows) > 0
+
+
+def fused_adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    largest: list[Tensor],
+    steps: list[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    amsgrad: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One update in place by the formula (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2)."""
+    require(not (amsgrad or maximize or largest), "neither amsgrad nor maximize is used here")
+    require(grad_scale is None and found_inf is None, "DeepSpeed scales gradients itself")
+    lists = (params, grads, means, squares, steps)
+    require(len({len(each) for each in lists}) == 1, f"lists of {[len(each) for each in lists]} tensors")
+    for param, grad, mean, square, step in zip(*lists, strict=True):
+        for name, each in (("gradient", grad), ("mean", mean), ("square", square)):
+            require(each.dtype is param.dtype, f"{name} is {each.dtype}, the parameter {param.dtype}")
+            require(each.device == param.device, f"{name} is on {each.device}, the parameter on {param.device}")
+            require(each.shape == param.shape, f"{name} has shape {each.shape}, the parameter {param.shape}")
+            require(each.stride() == param.stride(), f"{name} has strides {each.stride()}, not {param.stride()}")
+        require(step.dtype is torch.float32 and step.numel() == 1, f"a step count is {step.dtype}, not float32")
+        require(step.device == param.device, f"a step count is on {step.device}, the parameter on {param.device}")
+        rate, count = float(lr), 1.0 if isinstance(step, FakeTensor) else float(step)
+        param.mul_(1 - rate * weight_decay)
+        mean.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        root = (square / (1 - beta2**count)).sqrt_().add_(eps)
+        param.addcdiv_(mean, root, value=-rate / (1 - beta1**count))
+
+
 @contextmanager
 def installed() -> Iterator[None]:
-    """Let ``flash_attn`` and ``torch.nn.attention.varlen`` be the stand-ins."""
+    """Let ``flash_attn``, ``torch.nn.attention.varlen``, ``grouped_mm`` and fused AdamW be the stand-ins."""
     from torch.nn.attention import varlen
+
+    from mmscale.nn import experts
 
     flash: Any = ModuleType("flash_attn")
     flash.flash_attn_varlen_func = flash_attn_varlen_func
     flash.__spec__ = object()  # ``importlib.util.find_spec`` reads it.
-    right, before = varlen.varlen_attn, sys.modules.get("flash_attn")
-    sys.modules["flash_attn"], varlen.varlen_attn = flash, varlen_attn  # type: ignore[assignment]
-    try:
+    with (
+        mock.patch.dict(sys.modules, {"flash_attn": flash}),
+        mock.patch.object(varlen, "varlen_attn", varlen_attn),
+        mock.patch.object(torch.nn.functional, "grouped_mm", grouped_mm, create=True),
+        mock.patch.object(experts, "_has_grouped_kernel", has_grouped_kernel),
+        mock.patch.object(torch, "_fused_adamw_", fused_adamw),
+    ):
         yield
-    finally:
-        varlen.varlen_attn = right
-        if before is None:
-            del sys.modules["flash_attn"]
-        else:
-            sys.modules["flash_attn"] = before

@@ -83,6 +83,8 @@ class Observer(TorchDispatchMode):
         """Return a result in place of one that depends on values."""
         source = args[0]
         if name.startswith("aten._local_scalar_dense"):
+            if source.dtype is torch.bool:
+                return False
             return 1.0 if source.is_floating_point() else 1
         if name.startswith("aten.nonzero"):
             return source.new_zeros((max(1, source.numel() // 2), source.dim()), dtype=torch.int64)

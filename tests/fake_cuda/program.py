@@ -50,7 +50,8 @@ def run(fake: Any, words: str, attention: str, plant: str) -> dict[str, Any]:
     from tests.fake_cuda.observer import Observer
 
     path, *overrides = words.split()
-    config = shrink_run(load_run(_ROOT / path, overrides).value)
+    whole = load_run(_ROOT / path, overrides).value
+    config, dtype = shrink_run(whole), torch.float16 if whole.engine.precision == "fp16" else torch.bfloat16
     observer = Observer(fake)
     real_buckets, patch_embed.buckets = patch_embed.buckets, outside_of_fake_mode(patch_embed.buckets)
     is_available = torch.cuda.is_available
@@ -58,7 +59,8 @@ def run(fake: Any, words: str, attention: str, plant: str) -> dict[str, Any]:
     try:
         with contracts.installed(), planted.active(plant), fake:
             for number in range(len(config.stages)):
-                train(config, number, attention, fake, observer)
+                shares = [teacher.weight for teacher in whole.stages[number].distill]
+                train(config, number, attention, fake, observer, dtype, shares)
         error = ""
     except Exception as raised:  # The test shows it.
         places = [
@@ -83,8 +85,8 @@ def outside_of_fake_mode(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def train(config: Any, number: int, attention: str, fake: Any, observer: Any) -> None:
-    """Make one step of a stage with two microbatches: forward, backward, fused AdamW."""
+def train(config: Any, number: int, attention: str, fake: Any, observer: Any, dtype: Any, shares: list[float]) -> None:
+    """Make one step of a stage with two microbatches: forward, backward, fused AdamW; a teacher for each share."""
     import torch
 
     from data_pipeline.batch import map_batch
@@ -104,7 +106,7 @@ def train(config: Any, number: int, attention: str, fake: Any, observer: Any) ->
     maker = BatchMaker(config.stage_media(number), vocabulary, 0, answers)
 
     def build() -> Any:
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(dtype)
         try:
             with device:
                 model = build_unset(model_config, attention=attention)
@@ -112,7 +114,8 @@ def train(config: Any, number: int, attention: str, fake: Any, observer: Any) ->
         finally:
             torch.set_default_dtype(torch.float32)
 
-    teachers = [Teacher(build().eval(), 1.0, 1.0)] if stage.preference is not None else []
+    shares = [1.0] if stage.preference is not None else shares
+    teachers = [Teacher(build().eval(), share, 1.0) for share in shares]
     model = build()
     objective = choose_objective(model_config, stage, world, teachers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)

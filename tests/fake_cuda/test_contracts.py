@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -73,3 +74,51 @@ def test_the_call_of_each_kernel_equals_sdpa(backend: Any, causal: bool) -> None
             results.append((out, *torch.autograd.grad(out, inputs, grad)))
     for through, expected in zip(*results, strict=True):
         torch.testing.assert_close(through, expected, atol=2e-2, rtol=2e-2)  # bfloat16 has 8 bits.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mat_a": torch.zeros(8, 16)}, "mat_a is torch.float32, not bfloat16"),
+        ({"mat_a": torch.zeros(8, 12).bfloat16()}, "mat_a has stride 12: no multiple of 16 bytes"),
+        ({"mat_a": torch.zeros(8, 1).bfloat16().expand(8, 16)}, "no matrix"),
+        ({"offs": torch.tensor([3, 8])}, "offs is torch.int64"),
+        ({"offs": torch.tensor([3, 9], dtype=torch.int32)}, "groups end at"),
+        ({"offs": torch.tensor([9, 8], dtype=torch.int32)}, "groups end at"),
+        ({"offs": torch.tensor([8], dtype=torch.int32)}, "1 ends for 2 groups"),
+        ({"mat_b": torch.zeros(2, 24, 8).bfloat16()}, "16 columns times 24 rows"),
+    ],
+)
+def test_grouped_mm_refuses(changes: dict[str, Any], message: str) -> None:
+    ends = torch.tensor([3, 8], dtype=torch.int32)
+    right = {"mat_a": torch.zeros(8, 16).bfloat16(), "mat_b": torch.zeros(2, 16, 8).bfloat16(), "offs": ends}
+    contracts.grouped_mm(**right)
+    with pytest.raises(ContractError, match=message):
+        contracts.grouped_mm(**{**right, **changes})
+
+
+def test_the_stand_in_of_fused_adamw_equals_torch_and_refuses_other_strides_and_dtypes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start, *grads = torch.randn(3, 6, 4, generator=generator)
+    found = []
+    for stands_in in (True, False):
+        weight = start.clone().requires_grad_()
+        optimizer = torch.optim.AdamW([weight], 0.1, (0.9, 0.95), 1e-8, 0.1, fused=True)
+        with contracts.installed() if stands_in else nullcontext():
+            for grad in grads:
+                weight.grad = grad.clone()
+                optimizer.step()
+        found.append(weight.detach())
+    torch.testing.assert_close(found[0], found[1])
+    state = optimizer.state[weight]
+    mean, square, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
+    numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.0, "eps": 1e-8}
+    strided = grads[0].T.contiguous().T
+    for grad, count, message in (
+        (strided, step, "gradient has strides"),
+        (grads[0].bfloat16(), step, "gradient is torch.bfloat16"),
+        (grads[0], step.long(), "a step count is torch.int64"),
+    ):
+        lists = ([start], [grad], [mean], [square], [], [count])
+        with pytest.raises(ContractError, match=message):
+            contracts.fused_adamw(*lists, **numbers, amsgrad=False, maximize=False)

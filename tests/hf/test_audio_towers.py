@@ -14,9 +14,13 @@ import torch
 
 from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.checkpoint.imports import import_folder
+from mmscale.checkpoint.manifest import newest_of, read_manifest
+from mmscale.checkpoint.warm_start import match
 from mmscale.errors import CheckpointError
+from mmscale.models.build import build_weights
+from mmscale.models.config import ModelConfig
 from tests.hf.reference_models import imported, tensors_of
-from tests.models.audio import SIZES, audio_block, clip, encode_masked, padded, with_silence
+from tests.models.audio import SIZES, audio_block, clip, encode_masked, padded, tower_config, with_silence
 from tests.models.reference_models import distance, randomise
 from tests.parity_table import Recorder
 
@@ -78,6 +82,24 @@ def test_the_encoder_of_qwen2_audio(tmp_path: Path, parity: Recorder) -> None:
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
         assert type(AutoModel.from_pretrained(tmp_path / name)) is Qwen2AudioEncoder
+
+
+def test_an_imported_tower_is_loaded_into_a_model(tmp_path: Path) -> None:
+    """As a stage does with ``weights: [{checkpoint: ..., components: [audio]}]``."""
+    whole_whisper().save_pretrained(tmp_path / "whisper")
+    import_folder(tmp_path / "whisper", tmp_path / "tower" / "checkpoints")
+    decoder = {
+        "vocab_size": 8,
+        "hidden_dim": 16,
+        "num_layers": 1,
+        "attention": {"num_heads": 1},
+        "mlp": {"kind": "dense", "hidden_dim": 8},
+    }
+    audio = {"tower": tower_config(padded=False, pool=2).model_dump(), "projector": {"kind": "conv_gmlp"}}
+    model = build_weights(ModelConfig.model_validate({"decoder": decoder, "audio": audio}))
+    report = match(model, read_manifest(newest_of(tmp_path / "tower")), ["audio"])
+    assert (report.unused, report.mismatched, report.resampled) == ((), (), ())
+    assert len(report.loaded) == len(list(model.audio.parameters()))
 
 
 @pytest.mark.parametrize(

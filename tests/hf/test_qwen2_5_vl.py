@@ -6,6 +6,7 @@ and frames have several, with smaller ones at their edges.
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_pipeline.images.video import frame_rate
+from data_pipeline.images.video import RateChoice, VideoConfig, VideoTransform
+from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import VideoSize
+from mmscale.hf.layout import forward_config
+from mmscale.hf.layouts import layout_of
 from mmscale.models.build import media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.models.generation import generate
@@ -33,6 +37,7 @@ from tests.hf.pages import (
     odd_pages,
 )
 from tests.hf.reference_models import imported, loaded
+from tests.hf.test_published import PUBLISHED, shipped
 from tests.hf.test_qwen2_vl import PIXELS, SPECIAL, seen
 from tests.hf.test_qwen2_vl_video import video_seen
 from tests.hf.train_and_export import VOCABULARY, captions, train_and_export
@@ -97,6 +102,35 @@ def processor(tokenizer: Path) -> Any:
         tokenizer_file=str(tokenizer), bos_token=BOS, eos_token=EOS, pad_token=PAD, additional_special_tokens=SPECIAL
     )
     return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(**PIXELS), words, Qwen2VLVideoProcessor())
+
+
+_PUBLISHED = {  # By memory, in the format of version 4 of transformers.
+    **PUBLISHED["qwen2-vl-7b"],
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "max_position_embeddings": 128000,
+    "model_type": "qwen2_5_vl",
+    "vision_config": {
+        "depth": 32,
+        "hidden_act": "silu",
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "in_chans": 3,
+        "out_hidden_size": 3584,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "tokens_per_second": 2,
+        "temporal_patch_size": 2,
+    },
+}
+
+
+def test_the_published_configuration_is_the_shipped_one() -> None:
+    found = layout_of("qwen2_5_vl").model_config(_PUBLISHED, "config.json")
+    assert forward_config(found) == forward_config(shipped("qwen2.5-vl-7b"))
 
 
 @pytest.fixture
@@ -223,18 +257,23 @@ def test_operations_equal_the_counter(models: tuple[Any, Any], tmp_path: Path) -
     assert flops.hardware == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("frames", "microseconds", "rate"),
-    [
-        (4, 166_667, 24),
-        (8, 333_333, 24),
-        (300, 10_010_000, 30000 / 1001),
-        (7, 1_400_000, 5),
-        (3, 1_234_567, 3e6 / 1_234_567),
-    ],
-)
-def test_a_rate_is_the_simple_fraction_of_its_duration(frames: int, microseconds: int, rate: float) -> None:
-    assert frame_rate(VideoSize(frames, microseconds, 2, 2)) == rate
+def test_seconds_between_frames_are_theirs_at_every_rate() -> None:
+    """The index rounds durations to microseconds, and a time just below a whole number would be one position less."""
+    from transformers.video_utils import VideoMetadata
+
+    spec = MediaSpec(Placement.EMBEDDING, 14, 2, frames_per_patch=2)
+    rates = [Fraction(24), Fraction(30000, 1001), Fraction(25), Fraction(25, 2), Fraction(7), Fraction(1, 3)]
+    for rate in rates:
+        for total in (8, 61, 300):
+            size = VideoSize(total, round(10**6 * total / rate), 56, 56)
+            for spread in ("ends", "starts"):
+                transform = VideoTransform(VideoConfig(frames=RateChoice(per_second=2, spread=spread)), spec)
+                (item,) = transform.dry_run(size)
+                chosen = transform.config.frames.count(size, 2)
+                metadata = VideoMetadata(total, float(rate), frames_indices=[0] * chosen)
+                assert item.seconds_per_step == 2 / metadata.sampled_fps
+    (item,) = transform.dry_run(VideoSize(3, 1_234_567, 56, 56))  # No simple rate has this duration.
+    assert item.seconds_per_step == pytest.approx(2 * 1.234567 / 2)
 
 
 @pytest.mark.dist

@@ -33,11 +33,14 @@ from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.cli.trained import open_trained
 from mmscale.engine.graph import recompute
 from mmscale.errors import CheckpointError
+from mmscale.hf.layout import forward_config
+from mmscale.hf.layouts import layout_of
 from mmscale.models.build import media_spec
 from mmscale.models.generation import generate
 from mmscale.optim.schedule import freeze, trained_components
 from mmscale.optim.stages import StageConfig
 from mmscale.run.imported import import_run
+from tests.configs.files import CONFIGS, model_of
 from tests.hf.pages import BOS, EOS, PAD, Seen, compare, load, save_tokenizer
 from tests.hf.published_folders import FAMILIES, Published, tokenizer
 from tests.hf.reference_models import imported, loaded, tensors_of
@@ -290,6 +293,44 @@ def test_an_imported_folder_hears_conversations(tmp_path: Path, parity: Recorder
         with torch.no_grad():
             logits = trained.model.head(trained.model(collate([Pack((document,), 0)], build.spec)).hidden)
             parity("qwen2_audio", "logits of an imported run", distance(logits, theirs(**given).logits[0]), 3e-6)
+
+
+PUBLISHED: dict[str, Any] = {  # The format of version 4 of transformers leaves out class defaults.
+    "model_type": "qwen2_audio",
+    "architectures": ["Qwen2AudioForConditionalGeneration"],
+    "audio_token_index": 151646,
+    "ignore_index": -100,
+    "vocab_size": 156032,
+    "torch_dtype": "bfloat16",
+    "audio_config": {
+        "model_type": "qwen2_audio_encoder",
+        "num_mel_bins": 128,
+        "encoder_layers": 32,
+        "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120,
+        "d_model": 1280,
+        "activation_function": "gelu",
+        "scale_embedding": False,
+        "max_source_positions": 1500,
+    },
+    "text_config": {
+        "model_type": "qwen2",
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 8192,
+        "rope_theta": 10000,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": 32768,
+        "use_mrope": False,
+        "vocab_size": 156032,
+    },
+}
+
+
+def test_the_published_configuration_is_the_shipped_one() -> None:
+    shipped = model_of(CONFIGS / "models/qwen2-audio-7b.yaml")
+    assert forward_config(layout_of("qwen2_audio").model_config(PUBLISHED, "config.json")) == forward_config(shipped)
 
 
 def test_a_folder_of_another_feature_extractor_is_rejected(tmp_path: Path) -> None:

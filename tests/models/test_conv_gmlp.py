@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmscale.models.connectors.conv_gmlp import ConvGmlp, ConvGmlpProjectorConfig
 from tests.models.reference_models import randomise
@@ -41,3 +42,12 @@ def test_parameters_are_those_of_baichuan_omni() -> None:
         ours = ConvGmlp(1280, 3584, ConvGmlpProjectorConfig(rate=4))
     linear = 5120 * 3584 + 3584
     assert sum(parameter.numel() for parameter in ours.parameters()) - linear == 78_653_440
+
+
+def test_operations_equal_the_counter() -> None:
+    config = ConvGmlpProjectorConfig(rate=4)
+    ours = ConvGmlp(WIDTH, DIM, config)
+    with FlopCounterMode(display=False) as counter:
+        ours(torch.randn(14, WIDTH), [(9, 1, 1), (5, 1, 1)])
+    features = 9 // 4 + 5 // 4
+    assert features * sum(each.flops for each in config.work(WIDTH, DIM)) == counter.get_total_flops()

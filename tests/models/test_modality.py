@@ -23,6 +23,7 @@ from data_pipeline.packing.draft import Draft
 from data_pipeline.packing.packer import Budget, Pack, PackUsage
 from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.sample import Provenance
+from mmscale.check.batches import BatchMaker
 from mmscale.models import build as build_module
 from mmscale.models.build import build_model, count_parameters, media_spec
 from mmscale.models.config import ModelConfig
@@ -140,6 +141,32 @@ def test_absent_modalities_run_and_get_exactly_no_gradient(kind: str | None, pie
 def _losses(net: MultimodalModel, spec: MediaSpec, pieces: str) -> Iterator[float]:
     for seed, each in ((1, pieces), (2, "t")):
         yield NextToken()(net, packed(spec, document(spec, seed, each))).loss_sum.item()
+
+
+def test_routers_count_the_tokens_of_each_modality() -> None:
+    net = build_model(settings("embedding", mlp=MOE), seed=5)
+    spec = media_spec(net.config)
+    batch = packed(spec, document(spec, 1, "tiat"), document(spec, 2, "t"))
+    load = net(batch).router.load
+    slots = [len(batch.media[name].scatter_index) for name in ("image", "audio")]
+    assert load.shape == (4, 3, MOE["num_experts"])
+    tokens = [batch.num_tokens - sum(slots), *slots]
+    assert load.sum(2).tolist() == [[count * MOE["experts_per_token"] for count in tokens]] * 4
+
+
+@pytest.mark.parametrize("kind", [None, "embedding", "cross_attention"])
+def test_every_adversarial_batch_runs_every_module(kind: str | None) -> None:
+    net = build_model(settings(kind), seed=5)
+    batches = BatchMaker(media_spec(net.config), VOCAB, seed=0)
+    assert {"audio only", "all modalities"} < set(batches.kinds)
+    for name in batches.kinds:
+        net.zero_grad()
+        batch = batches.make(name, 0, 0)
+        NextToken()(net, batch).loss_sum.backward()
+        assert all(parameter.grad is not None for parameter in net.parameters()), name
+        assert batch.num_inputs("audio") == {"audio only": 5, "all modalities": 3}.get(name, 0)
+    dummy = batches.make("dummy packs only", 0, 0)
+    assert [block.items.num for block in dummy.media.values()] == ([] if kind is None else [1]) + [1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,6 +27,7 @@ from mmscale.models.connectors.embedding import EmbeddingConnector
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.optim.schedule import freeze
 from mmscale.optim.stages import StageConfig
+from mmscale.run.stage_teachers import _differences
 from tests.models.packs import IMAGE_ID
 from tests.models.test_flops import counted_step
 from tests.models.test_multimodal import loss_and_grads
@@ -37,9 +38,9 @@ MEDIA = [((1, 4, 6), False), ((3, 2, 5), True), ((1, 2, 2), False), ((1, 4, 4), 
 """Grid of each item, and whether it is a video."""
 
 
-def config(vision: dict[str, Any] = VISION, **connector: Any) -> ModelConfig:
+def config(vision: dict[str, Any] = VISION, decoder: dict[str, Any] = DECODER, **connector: Any) -> ModelConfig:
     block = {**CONNECTORS["embedding"], "video_projector": CONV, **connector}
-    return ModelConfig.model_validate({"decoder": DECODER, "vision": vision, "connector": block})
+    return ModelConfig.model_validate({"decoder": decoder, "vision": vision, "connector": block})
 
 
 def build(settings: ModelConfig) -> MultimodalModel:
@@ -123,6 +124,16 @@ def test_the_video_projector_trains_alone() -> None:
     assert learned == {name for name, _ in net.named_parameters() if "video_projector" in name}
     assert "videos=MediaSpec(" in repr(spec)
     assert "videos" not in repr(media_spec(config(video_projector=None)))
+
+
+def test_a_wider_teacher_takes_the_same_videos() -> None:
+    """The cost of a patch differs, and no batch depends on it."""
+    wider = config(decoder={**DECODER, "hidden_dim": 64})
+    specs = media_spec(wider), media_spec(config())
+    assert specs[0].videos != specs[1].videos
+    assert list(_differences(*specs)) == []
+    (difference,) = _differences(specs[0], media_spec(config(video_projector={**CONV, "last_rows": "pad"})))
+    assert difference.startswith("videos is MediaSpec(")
 
 
 @pytest.mark.parametrize("video", [CONV, {"kind": "resampler", "queries": [[3, 2], [8, 5]], "num_heads": 2}])

@@ -111,14 +111,14 @@ def test_documents_without_branches_run_the_same_kernels_beside_others(lengths: 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_kernels_agree_on_branches() -> None:
+def test_cuda_kernels_agree_on_branches(gpu: torch.device) -> None:
+    """The kernel that ``auto`` chooses gives SDPA's attention over branches of a document."""
     from mmscale.nn.attention_backends import resolve_backend
 
     pieces = branched([(70, [20, 5, 130]), (64, [])])
-    queries, keys = (Segments(part.cu.cuda(), part.bounds) for part in (pieces.queries, pieces.keys))
-    q, k, v = (torch.randn(pieces.queries.total, h, 64, device="cuda", dtype=torch.bfloat16) for h in (4, 2, 2))
-    k, v = k[pieces.key_tokens.cuda()], v[pieces.key_tokens.cuda()]
+    queries, keys = (Segments(part.cu.to(gpu), part.bounds) for part in (pieces.queries, pieces.keys))
+    q, k, v = (torch.randn(pieces.queries.total, h, 64, device=gpu, dtype=torch.bfloat16) for h in (4, 2, 2))
+    k, v = k[pieces.key_tokens.to(gpu)], v[pieces.key_tokens.to(gpu)]
     reference = varlen_attention(q, k, v, queries, keys, True, "sdpa")
     fast = varlen_attention(q, k, v, queries, keys, True, resolve_backend("auto"))
     torch.testing.assert_close(fast, reference, atol=2e-2, rtol=2e-2)  # bfloat16 has 8 bits

@@ -105,10 +105,10 @@ def test_no_generator_is_drawn_from() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_masks_are_the_same_on_cuda() -> None:
+def test_masks_are_the_same_on_cuda(gpu: torch.device) -> None:
+    """Dropout masks are bitwise those of the CPU."""
     arguments = (0.3, (1, 2), (4, 0), (100, 37))
-    here, there = (Dropout.for_microbatch(*arguments, torch.device(kind)).for_block(3) for kind in ("cpu", "cuda"))
+    here, there = (Dropout.for_microbatch(*arguments, where).for_block(3) for where in (torch.device("cpu"), gpu))
     for branch in SubLayer:
         assert torch.equal(here.dropped(branch, 70), there.dropped(branch, 70).cpu())
 

@@ -16,6 +16,7 @@ from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.writer import ShardWriter
 from mmscale.cli.main import main
 from mmscale.config import load
+from mmscale.errors import ConfigError
 from mmscale.evaluate import check
 from mmscale.run.config import RunConfig
 from mmscale.run.file_checks import check_files
@@ -185,6 +186,19 @@ def test_a_tower_without_images_is_refused_or_named(tmp_path: Path, capsys: pyte
     assert check_files(load(TINY, [], RunConfig).value) == []
     blind = ["model.vision=null", "model.connector=null", override("stages", stages)]
     assert check_files(load(TINY, [words, *blind], RunConfig).value) == []
+
+
+def test_a_projector_of_videos_without_videos_is_refused_or_named() -> None:
+    connector = {"kind": "embedding", "projector": {"kind": "mlp"}, "video_projector": {"kind": "mean_pool"}}
+    words = [override("model.connector", connector), "data.packing.max_tokens=4096"]
+    stages = [{"name": "pictures", "steps": 1, "train": ["connector"]}]
+    (note,) = check_files(load(TINY, [*words, override("stages", stages)], RunConfig).value)
+    assert note.startswith(
+        "stages.0 (pictures): the model has a projector for videos, and no video was found in its data"
+    )
+    stages[0]["train"] = ["connector", "video_connector"]
+    with pytest.raises(ConfigError, match="so video_connector would learn nothing"):
+        check_files(load(TINY, [*words, override("stages", stages)], RunConfig).value)
 
 
 def test_a_warning_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,7 +108,11 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def _images(source: ImageSource) -> ImageInput:
-    """Return the images. The processor of transformers cuts tiles whatever ``crop_to_patches`` is."""
+    """Return the images and videos.
+
+    The processor of transformers cuts tiles whatever ``crop_to_patches`` is. Eight frames are those of the authors'
+    example; the processor takes all frames by default.
+    """
     processor = source.values.get(PREPROCESSOR) or {}
     found = {"interpolation": "bicubic", **pixels.transforms(source.values, source.where)}
     tiling = {
@@ -120,6 +124,13 @@ def _images(source: ImageSource) -> ImageInput:
     return ImageInput(
         {"kind": "tiles", "interpolation": found["interpolation"], "tiling": tiling, "layout": layout},
         tokens=("<IMG_CONTEXT>",),
+        video={
+            **layout,
+            "frames": {"kind": "uniform", "num_frames": 8, "spread": "middles"},
+            "timestamps": "Frame{n}: ",
+            "frame_break": "\n",
+        },
+        video_mark="<video>",
         notes=pixels.size_notes(source),
     )
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import ValidationError
 from transformers import Qwen2VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
@@ -182,6 +183,8 @@ def test_tiles_of_a_frame_are_those_of_the_same_image() -> None:
         VideoTransform(config, MediaSpec(Placement.EMBEDDING, 2, fixed_grid=(28, 28), frames_per_patch=2))
     with pytest.raises(DataConfigError, match="no fixed square size"):
         VideoTransform(config, MediaSpec(Placement.EMBEDDING, 2))
+    with pytest.raises(ValidationError, match="set one"):
+        VideoConfig.model_validate({"tiling": tiling, "timestamps": "{clock}"})
 
 
 HOSTILE = {

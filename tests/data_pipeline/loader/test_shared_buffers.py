@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,17 @@ def _send(sender: BatchSender, rows: int, mark: int, pieces: int = 3) -> BatchMe
 def _holds(batch: MultimodalBatch, mark: int) -> bool:
     values = batch.media["image"].values
     return bool((values == mark % 251).all()) and batch.token_ids.tolist() == [mark] * 7
+
+
+def test_floats_of_another_modality_travel_beside_pixels() -> None:
+    sender, receiver = BatchSender(), BatchReceiver()
+    frames = [np.linspace(-1, 1, rows * 5, dtype=np.float32).reshape(rows, 5) for rows in (3, 0, 7)]
+    batch = _batch(sender.join([np.full((4, COLUMNS), 9, np.uint8)]), 9)
+    audio = _batch(sender.join(frames), 9).media["image"]
+    (found,) = receiver.decode(sender.encode((replace(batch, media={**batch.media, "audio": audio}),)))
+    assert _holds(found, 9)
+    assert found.media["audio"].values.dtype == torch.float32
+    assert torch.equal(found.media["audio"].values, torch.from_numpy(np.concatenate(frames)))
 
 
 @settings(max_examples=60, deadline=None)

@@ -92,22 +92,14 @@ def test_the_index_gives_the_document_that_decoding_gives(sounds: DataConfig) ->
     reader.close()
 
 
-@pytest.mark.long
-def test_batches_depend_on_no_rank_and_no_worker(sounds: DataConfig) -> None:
-    plain = list(digest(sounds, SPEC, 1, range(4)))
-    assert len({checksum for _, checksum in plain}) == 4
-    for world_size in (2, 3):
-        assert list(digest(sounds, SPEC, 1, range(4), world_size=world_size)) == plain
-    assert list(digest(sounds, SPEC, 1, range(2, 4), world_size=2, workers=2, resume_at=2)) == plain[2:]
-
-
 @pytest.mark.slow
-def test_batches_are_equal_at_all_ranks_and_workers(sounds: DataConfig) -> None:
-    four = sounds.model_copy(update={"lanes": 4})
-    plain = list(digest(four, SPEC, 1, range(4)))
-    for world_size in (1, 2, 4):
-        for workers in range(4):
-            assert list(digest(four, SPEC, 1, range(4), world_size=world_size, workers=workers)) == plain
+def test_batches_depend_on_no_rank_and_no_worker(sounds: DataConfig) -> None:
+    config = sounds.model_copy(update={"lanes": 12})
+    plain = list(digest(config, SPEC, 1, range(2)))
+    assert len({checksum for _, checksum in plain}) == 2
+    for world_size, workers in ((2, 1), (3, 2), (4, 3)):
+        assert list(digest(config, SPEC, 1, range(2), world_size=world_size, workers=workers)) == plain
+    assert list(digest(config, SPEC, 1, range(1, 2), world_size=2, resume_at=1)) == plain[1:]
 
 
 @pytest.mark.fault

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import FaultKind, SampleError
+from data_pipeline.history.digest import digest
 from data_pipeline.images.video import VideoConfig, VideoTransform
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.prepare.stats.count import count
@@ -19,6 +20,7 @@ from data_pipeline.sample import ImagePart, Provenance, Sample, StoredFrames, Te
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader, assemble
 from tests.data_pipeline.conftest import Members, WriteSet, picture
+from tests.data_pipeline.loader.test_videos import data_config
 from tests.videos import encoded, pictured, stored_frames
 
 SPEC = MediaSpec(Placement.EMBEDDING, patch_size=8, merge=2, frames_per_patch=2)
@@ -61,6 +63,19 @@ def test_frames_give_the_plan_of_a_file_and_the_pixels_of_the_images(write_set: 
             np.testing.assert_array_equal(task.item.values.reshape(2, 24, -1), patches[::2])
             np.testing.assert_array_equal(task.item.later_values.reshape(2, 24, -1), patches[1::2])
     reader.close()
+
+
+@pytest.mark.long
+def test_batches_depend_on_no_rank_and_no_worker(write_set: WriteSet, tokenizer_path: Path) -> None:
+    samples = list[Members]()
+    for number in range(8):
+        frames = stored_frames(3 + number % 3, seed=number, encoding=("PNG", "JPEG")[number % 2])
+        turns = [{"role": "user", "content": f"<video> {number}"}, {"role": "assistant", "content": "x"}]
+        samples.append(_members({"messages": turns, "videos": [{"video": list(frames), "fps": 8}]}, frames))
+    config = data_config(write_set("clips", samples), tokenizer_path)
+    plain = list(digest(config, SPEC, 1, range(3)))
+    assert len({checksum for _, checksum in plain}) == 3
+    assert list(digest(config, SPEC, 1, range(1, 3), world_size=3, workers=1, resume_at=1)) == plain[1:]
 
 
 @pytest.mark.parametrize(

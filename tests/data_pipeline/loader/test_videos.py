@@ -42,7 +42,7 @@ def _sample(number: int) -> Members:
     return {**members, "json": json.dumps({"messages": turns}).encode()}
 
 
-def _config(manifest: Path, tokenizer: Path) -> DataConfig:
+def data_config(manifest: Path, tokenizer: Path) -> DataConfig:
     return DataConfig.model_validate(
         {
             "tokenizer": {"kind": "tokenizers", "path": tokenizer},
@@ -59,7 +59,7 @@ def _config(manifest: Path, tokenizer: Path) -> DataConfig:
 
 @pytest.fixture
 def clips(write_set: WriteSet, tokenizer_path: Path) -> DataConfig:
-    return _config(write_set("clips", [_sample(number) for number in range(12)]), tokenizer_path)
+    return data_config(write_set("clips", [_sample(number) for number in range(12)]), tokenizer_path)
 
 
 def test_the_index_gives_the_document_that_decoding_gives(clips: DataConfig) -> None:
@@ -97,8 +97,8 @@ def test_batches_depend_on_no_rank_and_no_worker(clips: DataConfig) -> None:
 def test_a_damaged_video_moves_no_other_lane(write_set: WriteSet, tokenizer_path: Path) -> None:
     samples = [_sample(number) for number in range(12)]
     broken = samples[4] | {"1.webm": samples[4]["1.webm"][:700]}
-    sound = _config(write_set("sound", samples), tokenizer_path)
-    damaged = _config(write_set("damaged", [*samples[:4], broken, *samples[5:]]), tokenizer_path)
+    sound = data_config(write_set("sound", samples), tokenizer_path)
+    damaged = data_config(write_set("damaged", [*samples[:4], broken, *samples[5:]]), tokenizer_path)
 
     def keys_by_lane(config: DataConfig) -> tuple[dict[int, list[str]], set[int]]:
         keys, skipped = dict[int, list[str]](), set[int]()

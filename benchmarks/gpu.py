@@ -1,0 +1,287 @@
+"""Train models of published shapes on one GPU and read what their runs measured: ``python -m benchmarks.gpu [--json]``.
+
+    dense 1B     Llama 3.2 1B
+    OLMoE        OLMoE-1B-7B: 64 experts in each block
+    vision 11B   Llama 3.2 11B Vision with its tiles; the decoder is frozen, as published
+
+Each model has the largest depth whose predicted memory fits the device without recomputation. A case is a run of
+``mmscale train`` in a process of its own, with one attention kernel, with or without recomputation. Its figures come
+from ``metrics.jsonl`` and ``result.json`` of the run, so they include the loader, the logs and a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.report import Case, show
+from mmscale.config import load
+from mmscale.errors import UnsupportedError
+from mmscale.nn.attention_backends import AttentionChoice, resolve_backend
+from mmscale.plan.memory import memory_of_rank
+from mmscale.run.config import RunConfig
+from mmscale.shrink.model import shrink
+
+KERNELS: tuple[AttentionChoice, ...] = ("flash", "torch_varlen", "sdpa")
+_ROOT = Path(__file__).resolve().parents[1]
+_WARM_UP = 4
+"""Steps that are not counted: allocation, and DeepSpeed's record of the order of modules."""
+_USABLE = 0.85
+"""Share of the device's memory that a prediction may fill; the rest is for fragments and the context of CUDA."""
+_SECONDS = 1500
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A published model, cut to one device.
+
+    Attributes:
+        model: File in ``configs/models``.
+        depths: Numbers of decoder blocks to try, in descending order.
+        max_tokens: Tokens of a pack.
+        max_documents: Documents of a pack; None for any number.
+        train: Components that are trained.
+        images: Whether the data are captioned images rather than text.
+    """
+
+    model: str
+    depths: tuple[int, ...]
+    max_tokens: int
+    max_documents: int | None = None
+    train: tuple[str, ...] = ("all",)
+    images: bool = False
+
+
+SHAPES = {
+    "dense 1B": Shape("llama3.2-1b.yaml", (16, 8, 4, 2), 8192),
+    "OLMoE": Shape("olmoe-1b-7b.yaml", (16, 8, 4, 2), 8192),
+    "vision 11B": Shape(
+        "llama3.2-11b-vision.yaml", (32, 16, 8, 4), 2048, 2, ("vision", "connector", "extra_tokens"), images=True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class GpuRow:
+    """The figures of one case.
+
+    Attributes:
+        name: The model with its depth, the kernel, and whether activations are recomputed.
+        figures: Value and unit by name; empty if the run failed.
+        error: Why the run has no figures; empty if it has.
+    """
+
+    name: str
+    figures: dict[str, tuple[float, str]]
+    error: str = ""
+
+    def line(self) -> str:
+        """Return the row for people."""
+        if self.error:
+            return f"{self.name}: FAILED: {self.error}"
+        return f"{self.name}: " + ", ".join(
+            f"{name} {value:.4g} {unit}" for name, (value, unit) in self.figures.items()
+        )
+
+    def cases(self) -> list[Case]:
+        """Return the values for programs."""
+        return [Case(f"{self.name}: {name}", value, {}, unit) for name, (value, unit) in self.figures.items()]
+
+
+def run_config(shape: Shape, depth: int, args: argparse.Namespace, *, folder: Path) -> RunConfig:
+    """Return the run of a shape with ``depth`` decoder blocks, in ``folder``, on bundled data.
+
+    With ``args.rehearse`` the model is the smoke-test model of the same kind, in fp32 on the CPU.
+    """
+    shards = _ROOT / "examples/emoji/shards"
+    dataset: dict[str, Any] = {
+        "name": "bundled",
+        "manifest": str(shards / f"train-{'quick' if shape.images else 'text'}.manifest"),
+        "template": {"kind": "caption" if shape.images else "text"},
+    }
+    if shape.images:
+        dataset["transforms"] = {"kind": "tiles", "tiling": {"kind": "llama", "max_tiles": 4}}
+    written = {
+        "run_dir": str(folder / "run"),
+        "model": {"base": str(_ROOT / "configs/models" / shape.model), "decoder": {"num_layers": depth}},
+        "data": {
+            "tokenizer": {"kind": "sentencepiece", "path": str(_ROOT / "examples/emoji/tokenizer.model")},
+            "datasets": [dataset],
+            "lanes": 2,
+            "packing": {
+                "max_tokens": 256 if args.rehearse else shape.max_tokens,
+                "max_documents": shape.max_documents,
+                "look_ahead": 4,
+            },
+            "workers": 0 if args.rehearse else 4,
+        },
+        "stages": [{"name": "measured", "steps": args.steps + _WARM_UP, "train": list(shape.train)}],
+        "engine": {
+            "device": "cpu" if args.rehearse else "cuda",
+            "precision": "fp32" if args.rehearse else "bf16",
+            "zero_stage": args.zero_stage,
+        },
+        "checkpoint": {"every_steps": None, "keep_last": 1},
+        "metrics": {"tensorboard": False},
+        "evaluation": {"sets": [], "captions": None},
+    }
+    path = folder / "written.yaml"
+    path.write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
+    config = load(path, [], RunConfig).value
+    return config.model_copy(update={"model": shrink(config.model)}) if args.rehearse else config
+
+
+def deepest(shape: Shape, args: argparse.Namespace, folder: Path) -> tuple[int, RunConfig]:
+    """Return the largest depth whose predicted memory fits the device, and its run.
+
+    Raises:
+        UnsupportedError: even the smallest depth does not fit.
+    """
+    if args.rehearse:
+        return shape.depths[-1], run_config(shape, shape.depths[-1], args, folder=folder)
+    usable = _USABLE * torch.cuda.get_device_properties(0).total_memory
+    for depth in shape.depths:
+        config = run_config(shape, depth, args, folder=folder)
+        needed = memory_of_rank(config, 0, 1).peak_bytes
+        if needed <= usable:
+            return depth, config
+    raise UnsupportedError(
+        f"{shape.depths[-1]} blocks need {needed / 1e9:.0f} GB, of which this device has {usable / 1e9:.0f} GB free"
+    )
+
+
+def kernels(args: argparse.Namespace) -> list[AttentionChoice]:
+    """Return the attention kernels of this machine. The rehearsal has one."""
+    found: list[AttentionChoice] = []
+    for kernel in args.kernels:
+        try:
+            found.append(resolve_backend(kernel, torch.float32 if args.rehearse else torch.bfloat16))
+        except UnsupportedError as error:
+            print(f"not measured: {error}", file=sys.stderr)
+    return found
+
+
+def measure(args: argparse.Namespace) -> Iterator[GpuRow]:
+    """Yield a row for each model, kernel and setting of recomputation."""
+    for model in args.models:
+        with tempfile.TemporaryDirectory(prefix="mmscale-gpu-", dir=args.folder) as temporary:
+            try:
+                depth, config = deepest(SHAPES[model], args, Path(temporary))
+            except UnsupportedError as error:
+                yield GpuRow(model, {}, str(error))
+                continue
+            size = "smoke-test model" if args.rehearse else f"{depth} blocks"
+            saves = True
+            for kernel in kernels(args):
+                for recomputed in (False, True):
+                    name = f"{model}, {size}, {kernel}{', recomputed' if recomputed else ''}"
+                    engine = {"attention": kernel, "activation_checkpointing": recomputed}
+                    yield run_case(name, config, engine, saves, Path(temporary))
+                    saves = False
+
+
+def run_case(name: str, config: RunConfig, engine: dict[str, Any], saves: bool, folder: Path) -> GpuRow:
+    """Train a run in a process of its own and return its figures. The run folder is removed.
+
+    Args:
+        name: Name of the row.
+        config: The run.
+        engine: Changes of its engine block.
+        saves: Whether to save in the middle of the run and report how long the step waited. Every run saves at its end.
+        folder: For the file of the run.
+    """
+    steps = config.stages[0].steps
+    written = config.model_copy(
+        update={
+            "engine": config.engine.model_copy(update=engine),
+            "checkpoint": config.checkpoint.model_copy(update={"every_steps": steps - 2 if saves else None}),
+        }
+    )
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(written.model_dump(mode="json")), encoding="utf-8")
+    words = [sys.executable, "-m", "mmscale.cli.main", "train", str(path)]
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=_SECONDS, check=False, env=os.environ | _alone(), cwd=_ROOT
+        )
+    except subprocess.TimeoutExpired:
+        return GpuRow(name, {}, f"no end after {_SECONDS} s")
+    try:
+        if done.returncode:
+            return GpuRow(name, {}, f"exit code {done.returncode}: {_reason(done.stderr)}")
+        lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+        result = json.loads((config.run_dir / "result.json").read_text())
+    finally:
+        shutil.rmtree(config.run_dir, ignore_errors=True)
+    if not all(math.isfinite(line["loss"]) and line["applied"] for line in lines):
+        return GpuRow(name, {}, f"losses {', '.join(str(line['loss']) for line in lines)}: a step was not applied")
+    return GpuRow(name, figures(lines, result, saves))
+
+
+def figures(lines: list[dict[str, Any]], result: dict[str, Any], saves: bool) -> dict[str, tuple[float, str]]:
+    """Return the figures of a run from its lines of ``metrics.jsonl`` and its ``result.json``."""
+    counted = lines[_WARM_UP:]
+    seconds = sum(line["seconds"] for line in counted)
+    found = {
+        "useful tokens": (sum(line["tokens"] for line in counted) / seconds, "tokens/s"),
+        "step": (1e3 * seconds / len(counted), "ms"),
+        "wait for the loader": (sum(line["data_wait_seconds"] for line in counted) / seconds, "of the time"),
+    }
+    if all("mfu" in line for line in counted):
+        found["MFU"] = (sum(line["mfu"] * line["seconds"] for line in counted) / seconds, "of the peak")
+    memory = result["memory"]
+    found["peak memory"] = (max(memory["device_bytes"] or memory["rss_bytes"]) / 1e9, "GB")
+    if saves:
+        found["stall of a checkpoint"] = (max(line["checkpoint_seconds"] for line in lines), "s")
+    return found
+
+
+def _alone() -> dict[str, str]:
+    """Return variables that let a process be a run of one rank, whatever launcher started this process."""
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+def _reason(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    named = [line for line in lines if "rror" in line or "out of memory" in line]
+    return (named or lines or ["no message"])[-1][:500]
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
+    parser.add_argument("--steps", type=int, default=16, help="measured steps of each case")
+    parser.add_argument("--zero-stage", type=int, default=3, choices=range(4))
+    parser.add_argument("--folder", default=None, help="where the runs save; the default is the temporary folder")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="smoke-test models on the CPU, to test this program: no figure of a GPU"
+    )
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    options = arguments()
+    if not options.rehearse and not torch.cuda.is_available():
+        sys.exit("benchmarks.gpu measures a CUDA device, and torch sees none; --rehearse tests the program on the CPU")
+    settings = {name: getattr(options, name) for name in ("steps", "zero_stage", "rehearse")}
+    rows = show("gpu", lambda: measure(options), options.json, settings)
+    failed = [row for row in rows if row.error]
+    for row in failed:
+        print(row.line(), file=sys.stderr)
+    sys.exit(1 if failed else 0)
