@@ -14,7 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import av
@@ -60,7 +60,7 @@ def sound(kind: str) -> bytes:
     noise = np.random.default_rng(0).normal(0, 0.1, (2, SECONDS * rate)) * np.sin(np.arange(SECONDS * rate) / rate) ** 2
     out = io.BytesIO()
     with av.open(out, "w", format=container_format) as container:
-        stream = container.add_stream(codec, rate=rate, layout="stereo")
+        stream: Any = container.add_stream(codec, rate=rate, layout="stereo")
         samples = (noise * 32767).clip(-32768, 32767).astype(np.int16)
         frame = av.AudioFrame.from_ndarray(
             np.ascontiguousarray(samples.T.reshape(1, -1)), format="s16", layout="stereo"
@@ -124,11 +124,15 @@ def our_mel(data: bytes, kind: str) -> npt.NDArray[np.float32]:
     return task.crops[0].values
 
 
-def _features(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+@cache
+def _extractor() -> Any:
     from transformers import WhisperFeatureExtractor
 
-    extractor = WhisperFeatureExtractor(feature_size=128)
-    found = extractor(samples, sampling_rate=SOUND_RATE, padding="longest", return_tensors="np")
+    return WhisperFeatureExtractor(feature_size=128)
+
+
+def _features(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    found = _extractor()(samples, sampling_rate=SOUND_RATE, padding="longest", return_tensors="np")
     features: npt.NDArray[np.float32] = found["input_features"]
     return features
 
@@ -136,7 +140,7 @@ def _features(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def pyav_mel(data: bytes) -> npt.NDArray[np.float32]:
     """PyAV's resampler, and transformers' feature extractor without padding to 30 seconds."""
     resampler = av.AudioResampler(format="fltp", layout="stereo", rate=SOUND_RATE)
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         frames = [each for frame in container.decode(audio=0) for each in resampler.resample(frame)]
     frames += resampler.resample(None)
     return _features(np.concatenate([frame.to_ndarray().mean(0) for frame in frames]))

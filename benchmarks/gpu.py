@@ -175,7 +175,9 @@ def kernels(args: argparse.Namespace) -> list[AttentionChoice]:
 
 
 def measure(args: argparse.Namespace) -> Iterator[GpuRow]:
-    """Yield a row for each model, kernel and setting of recomputation."""
+    """Yield a row for each model, kernel and setting of recomputation. Exits if there is nothing to measure."""
+    if not args.rehearse and not torch.cuda.is_available():
+        sys.exit("benchmarks.gpu measures a CUDA device, and torch sees none; --rehearse tests the program on the CPU")
     for model in args.models:
         with tempfile.TemporaryDirectory(prefix="mmscale-gpu-", dir=args.folder) as temporary:
             try:
@@ -266,7 +268,14 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
-    parser.add_argument("--steps", type=int, default=16, help="measured steps of each case")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=16,
+        choices=range(1, 1001),
+        metavar="N",
+        help="measured steps of each case, 1 to 1000",
+    )
     parser.add_argument("--zero-stage", type=int, default=3, choices=range(4))
     parser.add_argument("--folder", default=None, help="where the runs save; the default is the temporary folder")
     parser.add_argument(
@@ -277,11 +286,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     options = arguments()
-    if not options.rehearse and not torch.cuda.is_available():
-        sys.exit("benchmarks.gpu measures a CUDA device, and torch sees none; --rehearse tests the program on the CPU")
     settings = {name: getattr(options, name) for name in ("steps", "zero_stage", "rehearse")}
     rows = show("gpu", lambda: measure(options), options.json, settings)
-    failed = [row for row in rows if row.error]
+    failed = [row for row in rows if isinstance(row, GpuRow) and row.error]
     for row in failed:
         print(row.line(), file=sys.stderr)
-    sys.exit(1 if failed else 0)
+    if failed:
+        sys.exit(1)

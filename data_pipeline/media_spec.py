@@ -131,7 +131,6 @@ class AudioSpec(ModalitySpec):
             of the sound.
         extra_frames: Frames of silence that follow the frames of a chunk in its values. The tower's convolutions read
             them, but they give no feature.
-        normalised: Rule for the range of the values: ``clip`` (Whisper: over the whole clip).
         reductions: Convolutions and poolings of tower and projector, which determine the number of features.
         cost_per_frame: Time of one frame in tower and projector relative to one token in the decoder.
 
@@ -149,13 +148,14 @@ class AudioSpec(ModalitySpec):
     max_frames: int = 3000
     padded: bool = True
     extra_frames: int = 0
-    normalised: Literal["clip"] = "clip"
     reductions: Reductions = ()
     cost_per_frame: float = 1.0
 
     def __post_init__(self) -> None:
         if min(self.num_bins, self.sample_rate, self.hop, self.max_frames) < 1 or self.window < self.hop:
             raise DataConfigError(f"bins, rate, hop and frames must be at least 1, and window at least hop: {self}")
+        if self.window % 2:
+            raise DataConfigError(f"window={self.window}: must be even, because frames are centred on a sample")
         if self.extra_frames < 0 or (self.padded and self.extra_frames):
             raise DataConfigError(f"extra_frames={self.extra_frames}: needs padded=False, and at least 0")
         if reduced(self.max_frames, self.reductions) < 1:

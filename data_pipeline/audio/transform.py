@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 _CLIPPED = 0.999
 """Magnitude from which a sample counts as clipped; the largest of 16 bits is 0.99997."""
-_TAIL_SECONDS = 0.05
-"""Silence after a sound, so that the resampler returns every sample of it; its filter is shorter."""
+_TAIL_SECONDS, _TAIL_SAMPLES = 0.05, 64
+"""Least silence after a sound, so that the resampler returns every sample of it; its filter is shorter."""
 
 
 class AudioConfig(ModalityConfig):
@@ -73,13 +73,12 @@ class AudioConfig(ModalityConfig):
         return self
 
     def inputs(self, tokenizer: Tokenizer, spec: MediaSpec) -> Audios:
-        """Return the sounds of a data set for a model of ``spec``.
+        """Return the sounds of a data set for a model of ``spec``, which takes sound.
 
         Raises:
-            DataConfigError: as ``Audios``, or the model takes no sound.
+            DataConfigError: as ``Audios``.
         """
-        if spec.audio is None:
-            raise DataConfigError("data.audio: the model has no block audio (model.audio); add it, or leave this out")
+        assert spec.audio is not None, "the builder asks for modalities of the model only"
         return Audios(self, tokenizer, spec.audio)
 
 
@@ -211,11 +210,12 @@ class AudioTask:
                         max_frames=spec.max_frames,
                         out=item.values,
                     )
+        assert left == 0, "the silence after a sound is longer than the filter of the resampler"
 
     def _resampled(self, file: AudioFile) -> Iterator[npt.NDArray[np.float32]]:
         """Yield the mixed sound at the model's rate, then some silence. Checks its length and level at the end."""
         rate = self.transform.spec.sample_rate
-        tail = np.zeros(max(1, round(_TAIL_SECONDS * self.size.rate)), np.float32)
+        tail = np.zeros(max(_TAIL_SAMPLES, round(_TAIL_SECONDS * self.size.rate)), np.float32)
         if self.size.rate == rate:
             yield from self._mixed(file)
             yield tail

@@ -91,7 +91,7 @@ def _images(document: Document, spec: MediaSpec) -> Iterator[tuple[str, str]]:
         items = document.items[first:stop]
         crops = [_describe_crop(item, spec) for item in items]
         kind = items[0].modality if items else IMAGE
-        kind = "video" if kind == IMAGE and any(map(_is_moving, items)) else kind
+        kind = "video" if any(item.is_video for item in items) else kind
         counts = [(crop, len(list(group))) for crop, group in itertools.groupby(crops or ["tokens"])]
         yield (
             kind,

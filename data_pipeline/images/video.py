@@ -208,8 +208,6 @@ class VideoConfig(StrictConfig):
     def _ordered(self) -> VideoConfig:
         if self.max_pixels < self.min_pixels:
             raise ValueError(f"max_pixels={self.max_pixels} is below min_pixels={self.min_pixels}")
-        if self.tiling is not None and self.timestamps is not None:
-            raise ValueError("timestamps: are texts before single crops, and tiling makes several of a frame; set one")
         check_pattern(self.timestamps or "")
         if self.frame_break is not None and self.timestamps is None:
             raise ValueError("frame_break needs timestamps; for a break without a text before each frame, set it to ''")
@@ -236,13 +234,13 @@ class VideoTransform:
                 "data.video: needs a model that writes the features of colour frames into token slots, whose positions "
                 "are their times (connector.kind=embedding, without vision.tiles); leave it out"
             )
+        self.config = config
+        self.spec = spec = spec.of_frames(is_video=True)
         if config.max_pixels < spec.size_multiple**2:
             raise DataConfigError(
                 f"data.video.max_pixels={config.max_pixels}: must be at least one merged patch, "
                 f"{spec.size_multiple**2} pixels"
             )
-        self.config = config
-        self.spec = spec = spec.of_frames(is_video=True)
         self.frames: ImageTransform | None = None
         if config.tiling is not None:
             if spec.frames_per_patch > 1:
@@ -386,15 +384,17 @@ class VideoTask:
                     "(video.max_decoded_frames)",
                     kind=FaultKind.DECODE,
                 )
+            # The last frame fills its group.
+            last = len(numbers) if self.item.later_values is None else self.item.grid[0] * spec.frames_per_patch
+            places: dict[int, list[int]] = {}
+            for place, number in enumerate([*numbers, *[numbers[-1]] * (last - len(numbers))]):
+                places.setdefault(number, []).append(place)
             for number, pixels in file.decode(numbers):
                 self._check(VideoSize(file.num_frames, file.microseconds, *pixels.shape[:2]))
                 if self.plan is None:
                     pixels = resize(pixels, frame_size, config.interpolation)
-                # The last frame fills its group.
-                last = len(numbers) if self.item.later_values is None else self.item.grid[0] * spec.frames_per_patch
-                for place in range(last):
-                    if numbers[min(place, len(numbers) - 1)] == number:
-                        self._write(place, pixels)
+                for place in places[number]:
+                    self._write(place, pixels)
 
     def _check(self, found: VideoSize) -> None:
         if found != self.size:
@@ -417,17 +417,20 @@ class VideoTask:
             render(pixels, self.plan, self.transform.spec.patch_size, self.transform.config.interpolation, values)
             return
         spec, (time, rows, columns) = self.transform.spec, self.item.grid
-        patches = np.empty((rows * columns, spec.patch_dim), np.uint8)
-        patchify(pixels, spec.patch_size, patches)
         if self.item.later_values is None:
-            self.item.values.reshape(time, rows * columns, -1)[place] = patches
-            return
-        group, frame = divmod(place, spec.frames_per_patch)
-        if frame == 0:
-            self.item.values.reshape(time, rows * columns, -1)[group] = patches
+            out = self.item.values.reshape(time, rows * columns, -1)[place]
         else:
-            later = self.item.later_values.reshape(time, rows * columns, spec.frames_per_patch - 1, -1)
-            later[group, :, frame - 1] = patches
+            group, frame = divmod(place, spec.frames_per_patch)
+            out = self.item.values.reshape(time, rows * columns, -1)[group]
+            if frame > 0:
+                later = self.item.later_values.reshape(time, rows * columns, spec.frames_per_patch - 1, -1)
+                out = later[group, :, frame - 1]
+        if out.flags.c_contiguous:
+            patchify(pixels, spec.patch_size, out)
+        else:  # More than two frames a patch.
+            patches = np.empty(out.shape, np.uint8)
+            patchify(pixels, spec.patch_size, patches)
+            out[:] = patches
 
 
 def frame_rate(size: VideoSize) -> float:

@@ -67,12 +67,12 @@ def fingerprint(
 _LATER_KEYS = frozenset(
     {
         *("max_text_bytes", "pipeline", "stages", "image_tokens", "image_tokens.encoded", "video", "audio"),
-        *("video.timestamps", "video.frame_break"),
+        *("video.timestamps", "video.frame_break", "video.tiling"),
         *(
             f"{template}.{key}"
             for template in ("template", "template.each")
             for key in (
-                *("images", "joined", "system_for", "image_suffix"),
+                *("images", "joined", "system_for", "image_suffix", "audio_prefix", "audio_suffix"),
                 *("roles.lead", "roles.prefix_before_image"),
             )
         ),

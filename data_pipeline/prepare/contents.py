@@ -1,8 +1,7 @@
 """Check that a member's bytes match its extension: media decode, texts are UTF-8, JSON has its fields.
 
 Every decode is bounded: for an image or video by the size in its header, for a sound by a largest number of samples,
-for a text by its length. Not for: comparing
-the bytes with the index (``verify``).
+for a text by its length. Not for: comparing the bytes with the index (``verify``).
 """
 
 from __future__ import annotations

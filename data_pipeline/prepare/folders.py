@@ -117,7 +117,10 @@ def _frames_beside(json: Path) -> dict[str, Path]:
     if not isinstance(fields, dict) or "fps" not in fields:
         return {}
     names = frame_names(sorted(os.listdir(folder)))
-    return {f"{number:04d}.{name.rpartition('.')[2].lower()}": folder / name for number, name in enumerate(names)}
+    digits = max(4, len(str(len(names) - 1)))  # The order of the extensions is that of the frames.
+    return {
+        f"{number:0{digits}d}.{name.rpartition('.')[2].lower()}": folder / name for number, name in enumerate(names)
+    }
 
 
 @dataclass(frozen=True)

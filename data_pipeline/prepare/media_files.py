@@ -61,6 +61,9 @@ def store_medium(
         return {"video": list(stored), "fps": rate}
     content = load(reference)
     found = extension_of(content) or "jpg"  # An unknown format is refused as an image.
+    is_named = isinstance(reference, str) and reference.lower().endswith(".m4a")
+    if found == "mp4" and (field == "audio" or is_named):  # Many M4A files have the brand of MP4.
+        found = "m4a"
     kind = media_kind(found) or "image"
     try:
         if kind == "image":
@@ -82,7 +85,7 @@ def _frames_of(reference: Any, load: Callable[[Any], bytes]) -> list[Any] | None
     folder = load.path_of(reference)
     if not folder.is_dir():
         return None
-    names = frame_names(os.listdir(folder))
+    names = frame_names(sorted(os.listdir(folder)))
     if not names:
         raise SampleError(f"{reference}: a folder without images")
     return [f"{reference}/{name}" for name in names]

@@ -45,11 +45,13 @@ _MP3_COUNTS = (b"Xing", b"Info")
 _MOST_MP3_HEADER = 1 << 12
 """Bytes before the first block of an MP3 that may hold such a block."""
 _LEAST_SHARE, _MOST_PADDING = 0.9, 4096
-"""An M4A or MP3 is truncated if it has less than this share of the samples in its header, and this many fewer."""
+"""A FLAC, M4A or MP3 is truncated if it has less than this share of the samples in its header, and this many fewer."""
 _WAV_HEADER, _MOST_CHUNKS, _UNKNOWN_LENGTH = 12, 1 << 12, 0xFFFFFFFF
 """Bytes before the chunks of a WAV; chunks to look at; the length in the header of a WAV that was written to a pipe."""
 _WAV_PROBE_BYTES = 1 << 14
-_OGG_PAGE, _OGG_END = b"OggS", 0x04
+_OGG_PAGE, _OGG_END = b"OggS\0", 0x04
+_OGG_FLAGS, _OGG_HEADER = 5, 27
+"""Place of the flags of an Ogg page; bytes of its header, which the lengths of its segments follow."""
 _FULL_SCALE = {"u1": 128.0, "i2": float(1 << 15), "i4": float(1 << 31), "f4": 1.0, "f8": 1.0}
 
 
@@ -94,7 +96,7 @@ def _demuxer(start: bytes) -> str:
         return _WAV
     if start[:4] == b"fLaC":
         return _FLAC
-    if start[:4] == _OGG_PAGE:
+    if start[:5] == _OGG_PAGE:
         return _OGG
     if start[4:8] == b"ftyp":
         return _MP4
@@ -233,17 +235,17 @@ class AudioFile:
         """Raise ``SampleError`` if the header promises more samples than there are, or the end of an Ogg is missing."""
         declared = self._stream.duration
         before = bytes(self._data[max(0, self._first_byte - _MOST_MP3_HEADER) : self._first_byte])
-        declares = self._demuxer == _MP4 or (self._demuxer == _MP3 and any(mark in before for mark in _MP3_COUNTS))
+        declares = self._demuxer in (_FLAC, _MP4) or (
+            self._demuxer == _MP3 and any(mark in before for mark in _MP3_COUNTS)
+        )
         if declares and declared is not None:
             num_declared = round(float(declared * self._stream.time_base) * self.rate)
             if total < _LEAST_SHARE * num_declared - _MOST_PADDING:
                 raise _fault(f"truncated: its header says {num_declared} samples, {total} are there")
         if self._demuxer == _WAV and not _is_whole_wav(self._data):
             raise _fault("truncated: its header says more samples than are there")
-        if self._demuxer == _OGG:
-            last = bytes(self._data).rfind(_OGG_PAGE)
-            if not self._data[last + 5] & _OGG_END:
-                raise _fault("truncated: its last page is not marked as the last")
+        if self._demuxer == _OGG and not _is_whole_ogg(bytes(self._data)):
+            raise _fault("truncated: its last page is not marked as the last, or is not complete")
 
 
 def _is_whole_wav(data: bytes | memoryview) -> bool:
@@ -256,6 +258,15 @@ def _is_whole_wav(data: bytes | memoryview) -> bool:
             return size == _UNKNOWN_LENGTH or at + size <= len(data)
         at += size + size % 2
     return False
+
+
+def _is_whole_ogg(data: bytes) -> bool:
+    """Return whether the last page of an Ogg file is complete and marked as the last."""
+    page = data[max(0, data.rfind(_OGG_PAGE)) :]
+    if len(page) < _OGG_HEADER or not page[_OGG_FLAGS] & _OGG_END:
+        return False
+    stop = _OGG_HEADER + page[_OGG_HEADER - 1]  # The last byte of the header is the number of segments.
+    return len(page) >= stop + sum(page[_OGG_HEADER:stop])
 
 
 def _values(frame: Any) -> npt.NDArray[np.float32]:

@@ -63,7 +63,7 @@ def rate_of(rate: Any, num_frames: int) -> float:
         raise _fault(f"a video has {num_frames} frames, expected 1 to {_MAX_FRAMES}")
     try:
         value = math.nan if isinstance(rate, bool) else float(rate)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # JSON has integers of any size.
         value = math.nan
     if not _MIN_RATE <= value <= _MAX_RATE:
         raise _fault(

@@ -257,6 +257,11 @@ class ShardIndex:
             raise self._damaged(f"the row of sample {i} does not match its checksum")
         return IndexedSample(str(key, "utf-8", "replace"), found, text_bytes)
 
+    @property
+    def has_sounds(self) -> bool:
+        """Whether ``Member.samples`` is known. Earlier versions did not look for the sound tracks of videos."""
+        return "samples" in self._arrays
+
     def check(self) -> None:
         """Verify every row.
 
@@ -300,14 +305,7 @@ class ShardIndex:
 
 def _check_lengths(path: str, arrays: dict[str, Column]) -> None:
     num_members, num_samples = len(arrays["offset"]), len(arrays["cu_members"]) - 1
-    of_members = (
-        "ext",
-        "size",
-        "crc32",
-        "width",
-        "height",
-        *(name for name in _OF_CLIPS if name in arrays),
-    )
+    of_members = ("ext", "size", "crc32", "width", "height", *(name for name in _OF_CLIPS if name in arrays))
     per_member = all(len(arrays[name]) == num_members for name in of_members)
     per_sample = all(len(arrays[name]) == num_samples for name in ("text_bytes", _CHECKSUM) if name in arrays)
     if num_samples < 0 or not per_member or not per_sample or len(arrays["cu_key_bytes"]) != num_samples + 1:

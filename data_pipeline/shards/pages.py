@@ -110,7 +110,7 @@ def _part(item: Any, members: Mapping[str, bytes], sizes: Sizes, key: str) -> Pa
 
 
 def media_parts(fields: dict[str, Any], members: Mapping[str, bytes], sizes: Sizes, key: str) -> list[MediaPart]:
-    """Return the images and videos of a sample that is not a page.
+    """Return the images, videos and sounds of a sample that is not a page.
 
     These are the members in the order of ``image_order``. If the field ``videos`` names frames, it is removed from
     ``fields``, its videos follow the other members in its order, and its members are not listed a second time.

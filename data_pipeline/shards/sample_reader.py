@@ -165,7 +165,8 @@ class SampleReader:
                         self._raise_if_replaced(number, row)
                         raise
                 break
-        sizes = {member.ext: _size(member) for member in listed if member.width or member.samples}
+        has_sounds = shard.index.has_sounds
+        sizes = {m.ext: _size(m, has_sounds) for m in listed if m.width or m.samples}
         return assemble(members, origin, sizes, self._max_text_bytes)
 
     def _raise_if_replaced(self, number: int, row: int) -> None:
@@ -221,7 +222,7 @@ class SampleReader:
         for member in listed:
             payload = b""
             if media_kind(member.ext) is not None:
-                sizes[member.ext] = _size(member)
+                sizes[member.ext] = _size(member, shard.index.has_sounds)
             elif member.ext in _TEXT_EXTENSIONS or is_grid(member.ext):
                 payload = shard.read([member])[member.ext]
                 _check(member, payload, origin)
@@ -241,13 +242,14 @@ class SampleReader:
             self._open.popitem()[1].close()
 
 
-def _size(member: Member) -> MediaSize:
-    """Return the size of an image, video or sound, from its index entry."""
+def _size(member: Member, has_sounds: bool) -> MediaSize:
+    """Return the size of an image, video or sound, from its index entry; see ``ShardIndex.has_sounds``."""
     kind, sound = media_kind(member.ext), AudioSize(member.samples, member.rate, member.channels)
     if kind == "audio":
         return sound
     if kind == "video":
-        return VideoSize(member.num_frames, member.microseconds, member.height, member.width), sound
+        video = VideoSize(member.num_frames, member.microseconds, member.height, member.width)
+        return video, sound if has_sounds else None
     return member.height, member.width
 
 

@@ -36,7 +36,7 @@ def show(
     """Print the documents that training builds from samples.
 
     Shows context text, learned text with its loss weight, and the positions of images, videos and sounds. With
-    --pictures, each crop becomes a file SAMPLE-CROP.png, and the frames of a video are side by side.
+    --pictures, each crop becomes a file SAMPLE-CROP.png, with up to eight frames of a video side by side.
     """
     from dataclasses import asdict
 
@@ -109,7 +109,7 @@ def _documents(run: RunConfig, dataset: DatasetConfig, samples: range, epoch: in
         crops = [item for item in document.items if item.modality == "image"]
         for crop, item in enumerate(crops if pictures is not None else ()):
             assert pictures is not None, "no crops otherwise"
-            picture = join_patches(item.values, item.grid, spec)
+            picture = join_patches(item.values, item.grid, spec, item.later_values)
             write_whole(pictures / f"{number}-{crop}.png", encode_png(picture), parents=True)
         yield {
             "sample": number,

@@ -84,7 +84,7 @@ def slurm(
         "restart_delay_seconds": restart_delay_seconds,
         "save_seconds": save_seconds,
     }
-    values = _values(options, found, nodes) | (_examining(chain, spares) if doctor else {})
+    values = _values(options, found, nodes) | (_examining(options, chain, spares) if doctor else {})
     run = checked(config, overrides or [], nodes * (values["gpus_per_node"] or values["ranks_per_node"] or 1)).value
     job = _checked_job(
         found,
@@ -114,12 +114,14 @@ def _doctor_words(run: RunConfig) -> list[str]:
     return ["doctor", "--folder", str(run.run_dir), *settings, "--output", str(result)]
 
 
-def _examining(chain: int, spares: int) -> dict[str, Any]:
+def _examining(options: dict[str, Any], chain: int, spares: int) -> dict[str, Any]:
     """Return the values of a job that examines its machines once."""
     from mmscale.errors import RequestError
 
-    if chain > 1 or spares:
-        raise RequestError("--doctor examines the machines once, all of them: leave out --chain and --spares")
+    if chain > 1 or spares or options["requeue"] or options["health_check"]:
+        raise RequestError(
+            "--doctor examines the machines once, all of them: leave out --chain, --spares, --requeue, --health-check"
+        )
     return {"requeue": False, "health_check": False}
 
 

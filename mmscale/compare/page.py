@@ -122,8 +122,9 @@ def _result_row(variant: VariantSummary, colour: int) -> TableRow:
     for held in variant.heldout.values():
         cells += [_cell(held.loss, _nats)] if held.loss else []
         if held.score:
-            permuted = [] if held.control is None else [f"images permuted {_percent(held.control)}"]
-            cells.append(_cell(held.score, _percent if held.chance is not None else _hundredfold, permuted))
+            what, shown = ("images", _percent) if held.chance is not None else ("answers", _hundredfold)
+            permuted = [] if held.control is None else [f"{what} permuted {shown(held.control)}"]
+            cells.append(_cell(held.score, shown, permuted))
     return TableRow(variant.name, colour, cells)
 
 

@@ -110,8 +110,8 @@ class SetSummary:
     Attributes:
         metric: Description of the task.
         n: Number of questions or documents.
-        chance: Accuracy of a random guess; None for documents.
-        control: Mean accuracy with the images permuted among the samples; None for sets of another kind than images.
+        chance: Accuracy of a random guess; None for documents and for answers in the model's own words.
+        control: Mean score with the images or the answers permuted among the samples; None for sets without a control.
         score: Accuracy; None for documents.
         loss: Loss of the right answers or the documents, nats per token. None for contrastive models, and for
             multiple-choice questions in older files.
@@ -253,7 +253,9 @@ def _held_out(seed_runs: _SeedRuns, held: str) -> SetSummary:
         return None if one.get(key) is None else seed_runs.estimate(lambda run: run.heldout[held][key])
 
     score, loss, control = estimate("score"), estimate("loss"), estimate("control")
-    if score is not None and one.get("chance") is not None:
+    # The metric of a set of kind ``generation`` need not be a share of right answers, so its error is not binomial.
+    chance = None if one.get("kind") == "generation" else one.get("chance")
+    if score is not None and chance is not None:
         score = replace(score, asked_error=binomial_error(score.mean.mean, one["n"]))
     else:
         error = statistics.fmean(run.heldout[held]["error"] for run in seed_runs.runs)
@@ -262,7 +264,7 @@ def _held_out(seed_runs: _SeedRuns, held: str) -> SetSummary:
     return SetSummary(
         metric=one["metric"],
         n=one["n"],
-        chance=one.get("chance"),
+        chance=chance,
         control=None if control is None else control.mean.mean,
         score=score,
         loss=loss,

@@ -21,10 +21,13 @@ from data_pipeline.sample import AudioPart, ImagePart, Sample, StoredFrames, Tex
 
 MOST_SHOWN = 8
 """Number of questions of a set whose media are copied."""
+MOST_PARTS = 8
+"""Number of parts of a question that are copied."""
 _MOST_BYTES = 8 << 20
-"""Largest size of a copied file."""
+"""Largest sum of the sizes of a question's copied files. The report holds all of them."""
 _FRAMES = 8
-_FRAME_HEIGHT = 96
+_FRAME_HEIGHT, _MOST_FRAME_WIDTH = 96, 384
+"""Height and largest width of a frame in the row, pixels. A wider frame is squeezed, so its memory is bounded."""
 _KINDS = {ImagePart: "image", VideoPart: "video", AudioPart: "audio"}
 
 
@@ -33,7 +36,7 @@ class ShownMedia(TypedDict):
 
     Attributes:
         kind: ``image``, ``video`` or ``audio``.
-        file: Path relative to the folder of answers; absent if the part is too large to copy.
+        file: Path relative to the folder of answers; absent if the parts of the question are too large to copy.
         frames: Of a video, a picture of evenly spread frames in a row, likewise.
     """
 
@@ -58,10 +61,11 @@ def copy_media(folder: Path, name: str, number: int, sample: Sample) -> list[Sho
 
 
 def _copies(folder: Path, stem: str, sample: Sample) -> Iterator[ShownMedia]:
-    parts = [part for part in sample.parts if not isinstance(part, TextPart)]
-    for number, part in enumerate(parts):
+    parts, room = [part for part in sample.parts if not isinstance(part, TextPart)], _MOST_BYTES
+    for number, part in enumerate(parts[:MOST_PARTS]):
         shown, name = ShownMedia(kind=_KINDS[type(part)]), f"{stem}-{number}"
-        if not isinstance(part.data, StoredFrames) and 0 < len(part.data) <= _MOST_BYTES:
+        if not isinstance(part.data, StoredFrames) and 0 < len(part.data) <= room:
+            room -= len(part.data)
             shown["file"] = f"{name}.{part.name.rpartition('.')[2]}"
             write_whole(folder / shown["file"], bytes(part.data), parents=True)
         if isinstance(part, VideoPart) and (frames := _frames(part)) is not None:
@@ -71,17 +75,22 @@ def _copies(folder: Path, stem: str, sample: Sample) -> Iterator[ShownMedia]:
 
 
 def _frames(part: VideoPart) -> bytes | None:
-    """Return a PNG of frames in a row; None if the video cannot be decoded, which its score has told already."""
+    """Return a PNG of evenly spread frames in a row; None if one of them is damaged."""
+    pictures = list[Image.Image]()
     try:
         with open_video(part.data) as file:
             chosen = np.linspace(0, file.num_frames - 1, min(_FRAMES, file.num_frames)).round().astype(int)
-            pictures = [Image.fromarray(pixels) for _, pixels in file.decode(chosen.tolist())]
+            for _, pixels in file.decode(chosen.tolist()):
+                height, width = pixels.shape[:2]
+                size = (min(_MOST_FRAME_WIDTH, max(1, round(_FRAME_HEIGHT * width / height))), _FRAME_HEIGHT)
+                pictures.append(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
     except SampleError:
         return None
-    width = max(1, round(_FRAME_HEIGHT * pictures[0].width / pictures[0].height))
-    row = Image.new("RGB", (width * len(pictures), _FRAME_HEIGHT))
-    for number, picture in enumerate(pictures):
-        row.paste(picture.resize((width, _FRAME_HEIGHT), Image.Resampling.BILINEAR), (number * width, 0))
+    row = Image.new("RGB", (sum(picture.width for picture in pictures), _FRAME_HEIGHT))
+    left = 0
+    for picture in pictures:
+        row.paste(picture, (left, 0))
+        left += picture.width
     encoded = io.BytesIO()
     row.save(encoded, "PNG")
     return encoded.getvalue()

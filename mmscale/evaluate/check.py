@@ -38,7 +38,7 @@ from mmscale.evaluate.config import (
 )
 from mmscale.evaluate.drawing_scores import check_drawing_set
 from mmscale.evaluate.drawings import DrawingContext
-from mmscale.evaluate.generation import OpenQuestion, check_length, make_open_question
+from mmscale.evaluate.generation import OpenQuestion, check_control, check_length, make_open_question
 from mmscale.evaluate.heldout import (
     PromptBuilder,
     candidate_ids,
@@ -157,6 +157,8 @@ def _check_samples(held: _AskedSet, data: DataConfig, tokenizer: Tokenizer, spec
         require_metric(held.metric)
     with closing(SampleReader(Manifest.open(held.manifest), held.name)) as reader:
         chosen = draw_samples(held, reader.manifest.num_samples)[:_MOST_READ]
+        if isinstance(held, GenerationSet):
+            check_control(held, len(chosen))
         if isinstance(held, PerplexitySet):
             Documents.of(held, data, tokenizer, spec, reader).plan(chosen)
             for number in chosen[:_MOST_DECODED]:

@@ -97,11 +97,20 @@ def _read_questions(held: GenerationSet) -> list[OpenQuestion]:
     reader = SampleReader(Manifest.open(held.manifest), held.name)
     try:
         chosen = draw_samples(held, reader.manifest.num_samples)
-        if held.control and len(chosen) < 2:
-            raise ConfigError(f"{held.manifest} has one sample; control=true permutes answers, so it needs at least 2")
+        check_control(held, len(chosen))
         return [make_open_question(reader.read(number), held) for number in chosen]
     finally:
         reader.close()
+
+
+def check_control(held: GenerationSet, num_questions: int) -> None:
+    """Require two questions of a set with a control.
+
+    Raises:
+        ConfigError: there is one question.
+    """
+    if held.control and num_questions < 2:
+        raise ConfigError(f"{held.manifest} has one sample; control=true permutes answers, so it needs at least 2")
 
 
 def make_open_question(sample: Sample, held: GenerationSet) -> OpenQuestion:

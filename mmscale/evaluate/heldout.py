@@ -199,7 +199,12 @@ def shuffle_frames(document: Document, spec: MediaSpec, seed: int) -> Document:
     items = tuple(_with_shuffled_frames(item, spec, rng) for item in document.items)
     if all(after is before for after, before in zip(items, document.items, strict=True)):
         shard, key = ("?", "?") if origin is None else (origin.shard, origin.key)
-        raise SampleError("shuffle_frames: no video with at least two frames", shard=shard, key=key)
+        raise SampleError(
+            "shuffle_frames: no video with at least two frames in one item; with data.video.timestamps or tiling each "
+            "frame is an item of its own, so leave shuffle_frames out",
+            shard=shard,
+            key=key,
+        )
     return replace(document, items=items)
 
 
@@ -264,10 +269,10 @@ def reads_images(data: DataConfig, spec: MediaSpec) -> bool:
 def unanswerable_sets(config: EvaluationConfig, spec: MediaSpec, data: DataConfig) -> tuple[EvaluationSet, ...]:
     """Return the sets that a model cannot answer.
 
-    A model that reads no images (``reads_images``) cannot answer sets of kind ``images``; a contrastive model answers
-    only these.
+    A model that reads no images (``reads_images``) and no further modality, such as sound, cannot answer sets of kind
+    ``images``; a contrastive model answers only these.
     """
-    if not reads_images(data, spec):
+    if not reads_images(data, spec) and not spec.modalities.keys() & data.prompts.modalities.keys():
         return config.image_sets
     return tuple(held for held in config.sets if spec.placement is Placement.PAIR and held not in config.image_sets)
 

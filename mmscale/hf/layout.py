@@ -227,8 +227,7 @@ class FamilyLayout:
             processor's keys under ``preprocessor_config``.
         unused: Regular expressions of tensor names that an import may drop; each must match the whole name.
         aliases: (regular expression, replacement) from names in other versions of transformers to those in ``rules``.
-        kind: ``ModelConfig`` for whole models, ``TowerConfig`` and ``AudioTowerConfig`` for towers alone,
-            ``TokenizerConfig`` for image tokenizers alone.
+        kind: Class of the configuration: of a whole model, of a tower alone, or of an image tokenizer alone.
         modules: (regular expression, replacement) from names in ``rules`` to those of the modules of ``auto_class`` in
             version 5 of transformers, where they differ.
         auto_class: Class of transformers that opens an export; None if transformers has none for this family.
@@ -467,6 +466,9 @@ def forward_config(config: AnyModelConfig) -> dict[str, Any]:
         del block["extra_tokens"]
     for name in ("dropout", "attention_dropout", "dropout_rows", "init_std"):  # Of training or initial values only.
         del block[name]
+    if decoder.rope is not None:
+        # Positions of text after a video, which the data pipeline makes. The weights fit both values.
+        del block["rope"]["text_after_video"]
     if decoder.separate_image_tokens is None:
         del block["image_tokens"]  # Names rows of the vocabulary, which the computation does not need.
     for name in decoder.mlp.training_fields:

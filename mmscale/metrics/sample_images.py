@@ -32,15 +32,26 @@ class CaptionedImage:
     caption: str
 
 
-def join_patches(values: npt.NDArray[np.uint8], grid: tuple[int, int, int], spec: MediaSpec) -> Pixels:
+def join_patches(
+    values: npt.NDArray[np.uint8],
+    grid: tuple[int, int, int],
+    spec: MediaSpec,
+    later_values: npt.NDArray[np.uint8] | None = None,
+) -> Pixels:
     """Return the image that consists of these patches, or the frames of a video side by side.
 
     Args:
         values: ``(P, patch_dim)``, patches row-major, each in order (channel, row, column).
         grid: Patches along (time, height, width). At most eight frames are shown, evenly spread.
         spec: Patch size and channels. A single channel is repeated three times.
+        later_values: ``(P, (frames_per_patch - 1) * patch_dim)``, the second and later frames of each patch of a video.
+            None shows the first frame of each patch.
     """
     time, height, width = grid
+    if later_values is not None:
+        frames = np.concatenate([values, later_values], axis=1).reshape(time, height * width, -1, spec.patch_dim)
+        # (group, patch, frame in its group, value) -> (frame, patch, value)
+        values, time = frames.swapaxes(1, 2), time * frames.shape[2]
     side = spec.patch_size
     shown = sorted({round(i) for i in np.linspace(0, time - 1, min(time, _MOST_FRAMES))})
     patches = values.reshape(time, height, width, spec.channels, side, side)[shown]

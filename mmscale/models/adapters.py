@@ -20,6 +20,8 @@ from mmscale.nn.sizes import ShrunkTo, Width
 
 COMPONENT = "adapters"
 """Name of the component that contains the parameters of all adapters."""
+_VIDEO_PROJECTOR = "connector.video_projector."
+"""Beginning of the paths of its layers. They are targets of ``connector``, and belong to ``video_connector``."""
 Layers = Literal["all"] | tuple[Annotated[str, Field(min_length=1)], ...]
 
 
@@ -34,7 +36,7 @@ class TargetsConfig(StrictConfig):
     vision: Layers = ()
     """Layers of the tower."""
     connector: Layers = ()
-    """Layers of the projector and of the cross-attention blocks."""
+    """Layers of the projectors of images and videos, and of the cross-attention blocks."""
     decoder: Layers = "all"
     """Layers of the decoder's blocks."""
 
@@ -175,12 +177,19 @@ def adapter_products(path: str, layer: AdaptedLinear, *, learns: bool, flows: bo
     return found
 
 
+def component_of_layer(path: str) -> str:
+    """Return the component that the weight of a layer with an adapter belongs to; ``path`` is that in the model."""
+    return "video_connector" if path.startswith(_VIDEO_PROJECTOR) else path.partition(".")[0]
+
+
 def _rows(path: str) -> str:
     """Return the count of the batch that the rows of a layer's input are proportional to.
 
     Layers of a projector are counted by features, also those of a projector that pools.
     """
     component, _, rest = path.partition(".")
+    if path.startswith(_VIDEO_PROJECTOR):
+        return "video.features"
     if component == "decoder":
         return "token_rows"
     if component == "vision":

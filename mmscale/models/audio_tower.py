@@ -85,6 +85,10 @@ class WhisperConfig(AudioTowerBase):
         return self.hidden_dim
 
     @property
+    def num_blocks(self) -> int:
+        return self.num_layers
+
+    @property
     def extra_frames(self) -> int:
         # Row i of the output reads frames 2i - 2 to 2i + 2, and its last row may begin at the last frame of the sound.
         return 0 if self.padded or self.block_frames else KERNEL - 1

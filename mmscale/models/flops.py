@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.media_spec import Placement
-from mmscale.models.adapters import COMPONENT, adapter_products
+from mmscale.models.adapters import COMPONENT, adapter_products, component_of_layer
 from mmscale.models.config import ModelConfig, TokenizerConfig
 from mmscale.models.image_tokenizer_model import batch_flops, encoding_flops
 from mmscale.models.image_tokens import COMPONENT as IMAGE_TOKENS
@@ -167,10 +167,10 @@ def model_products(config: ModelConfig, trained: frozenset[str]) -> tuple[Produc
 
     layers = adapted_layers(build_weights(config))
     learns = COMPONENT in trained
-    adapted = {path.partition(".")[0] for path in layers} if learns else set()
+    adapted = set(map(component_of_layer, layers)) if learns else set()
     found = list(_base_products(config, trained, trained | adapted))
     for path, layer in layers.items():
-        flows = path.partition(".")[0] in trained | adapted
+        flows = component_of_layer(path) in trained | adapted
         found += adapter_products(path, layer, learns=learns, flows=flows)
     return tuple(found)
 

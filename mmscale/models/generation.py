@@ -8,7 +8,7 @@ prompts --one forward--> last rows --logits, ``choose_tokens``--> new tokens --o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -254,11 +254,12 @@ def _prefill(
         position_ids = torch.stack([prompt.max() for prompt in prompts])[:, None].expand(-1, 3)
     ones = torch.ones(len(last), device=last.device)
     tokens = batch.token_ids.index_select(0, last)
-    return MultimodalBatch(tokens, tokens, ones * 0, position_ids, segments, ones.bool()), hidden
+    step = MultimodalBatch(tokens, tokens, ones * 0, position_ids, segments, ones.bool(), num_tokens=len(documents))
+    return step, hidden
 
 
 def _with_tokens(step: MultimodalBatch, tokens: Tensor) -> MultimodalBatch:
-    return MultimodalBatch(tokens, step.labels, step.loss_weights, step.position_ids + 1, step.segments, step.valid)
+    return replace(step, token_ids=tokens, position_ids=step.position_ids + 1)
 
 
 def _real_documents(batch: MultimodalBatch) -> list[bool]:

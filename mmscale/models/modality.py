@@ -50,7 +50,8 @@ class ModalityTowerBase(StrictConfig, ABC):
 
     @property
     def num_blocks(self) -> int:
-        """Number of its transformer blocks, for estimates of the time of a step."""
+        """Number of its transformer blocks, for estimates of the time of a step. A tower with blocks has a count
+        ``tower_rows``, the rows that each of them reads."""
         return 0
 
     @abstractmethod

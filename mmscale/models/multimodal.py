@@ -152,7 +152,8 @@ class MultimodalModel(nn.Module):
         for number, name in enumerate(names, start=1):
             if (block := batch.media.get(name)) is not None:
                 kind[block.scatter_index] = number
-        return RoutedRows(batch.valid, kind, batch.segments.cu.long(), batch.num_tokens, 1 + len(names))
+        num_valid = batch.num_tokens or None  # 0 can mean that the number is not known.
+        return RoutedRows(batch.valid, kind, batch.segments.cu.long(), num_valid, 1 + len(names))
 
     def _set_masks(self, batch: MultimodalBatch) -> Dropout | None:
         """Give the adapters their dropout masks, and return those of the decoder's blocks; None without dropout."""

@@ -124,7 +124,8 @@ class RoutedRows:
         valid: bool ``(T,)``, rows that use experts and count; False in dummy documents and padding.
         kind: int64 ``(T,)``, ``TEXT``, ``IMAGE``, or from 2 on the number of a further modality, of each row.
         offsets: int64 ``(S + 1,)``, bounds of the documents among the rows.
-        num_valid: Number of valid rows if the host knows it, so that it need not wait for the device to find them.
+        num_valid: Exact number of valid rows if the host knows it, which then need not wait for the device to find
+            them; None if it does not.
         num_kinds: Number of kinds of rows that the model can have, at least 2.
     """
 

@@ -260,14 +260,15 @@ class Measurement:
         media = self.steps[0][0].media
         rows_of = {name: min(_MOST_ROWS, block.items.total) for name, block in media.items()}
         rows_of["vision"] = rows_of.pop(IMAGE, 0)
-        shapes = Counter[tuple[int, int, int]]()
+        # By part, not by rows: ranks have other rows, and each rank must measure equally often.
+        shapes = Counter[tuple[str, int, int]]()
         for name, module in weights.named_modules():
             if isinstance(module, nn.Linear):
-                rows = rows_of.get(name.partition(".")[0], self._rows)
-                shapes[(rows, module.in_features, module.out_features)] += 1
+                part = name.partition(".")[0]
+                shapes[(part if part in rows_of else "", module.in_features, module.out_features)] += 1
         flops = seconds = best = 0.0
-        for (rows, inner, outer), count in shapes.items():
-            if rows:
+        for (part, inner, outer), count in shapes.items():
+            if rows := rows_of.get(part, self._rows):
                 inputs, weight = self._random(rows, inner), self._random(outer, inner)
                 once = self._slowest(
                     min(self._seconds(partial(_forward_backward, nn.functional.linear, inputs, weight)))

@@ -303,7 +303,7 @@ def _block_values(model: ModelConfig, trained: frozenset[str]) -> Iterator[tuple
     decoder, vision, connector = model.decoder, model.vision, model.connector
     for name, modality in model.modalities.items():
         for _ in range(modality.tower.num_blocks):
-            yield f"{name}.feature_patches", _TOWER_BLOCK * modality.tower.feature_dim, name in trained
+            yield f"{name}.tower_rows", _TOWER_BLOCK * modality.tower.feature_dim, name in trained
     for mlp in decoder.block_mlps():
         yield "token_rows", _row_values(decoder.hidden_dim, decoder.attention, mlp), bool(trained)
     if vision is None or connector is None:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from data_pipeline.io.untrusted import parse_json, read_lines
-from mmscale.evaluate.answer_media import ShownMedia
+from mmscale.evaluate.answer_media import MOST_PARTS, ShownMedia
 from mmscale.evaluate.result import ANSWERS_FOLDER
 from mmscale.report.captions import data_url
 
@@ -159,7 +159,7 @@ def _row(run_dir: Path, line: _Line) -> AnswerRow:
         answer=_cut(line["answer"]),
         references=_cut(" | ".join(dict.fromkeys(line["references"]))),
         score=f"{100 * line['score']:.0f}",
-        media=[_played(run_dir, shown) for shown in line.get("media", ())],
+        media=[_played(run_dir, shown) for shown in line.get("media", [])[:MOST_PARTS]],
     )
 
 

@@ -223,7 +223,8 @@ def test_sets_of_documents_and_of_choices_have_what_they_have(read: Read) -> Non
         documents = PerplexityResult(2.0 + number, 0.3, 7.4, 1.5, tokens=90, bytes=200, n=9)
         choices = ChoiceResult(0.5, 0.25, 100, "right choice among 4", 0.05, {"none": 0.5})
         written = GenerationResult(1.5 + number / 10, 30, "CIDEr", 0.2)
-        pretend(trial.config, more={"documents": documents, "choices": choices, "written": written})
+        heard = GenerationResult(1.5, 30, "CIDEr", 0.2, control=0.5, chance=0.4, control_error=0.1)
+        pretend(trial.config, more={"documents": documents, "choices": choices, "written": written, "heard": heard})
     cross = write_comparison(comparison, trials, [])["variants"][1]["heldout"]
     assert cross["documents"]["score"] is None
     assert cross["documents"]["loss"]["mean"]["mean"] == pytest.approx(4.5)
@@ -235,7 +236,9 @@ def test_sets_of_documents_and_of_choices_have_what_they_have(read: Read) -> Non
     assert cross["written"]["score"]["mean"]["mean"] == pytest.approx(1.75)
     assert cross["written"]["score"]["asked_error"] == pytest.approx(0.2)
     assert (cross["written"]["chance"], cross["written"]["control"]) == (None, None)
-    assert "documents: loss choices: accuracy written: CIDEr" in text
+    assert cross["heard"]["score"]["asked_error"] == pytest.approx(0.2), "CIDEr is no share, so not binomial"
+    assert "documents: loss choices: accuracy written: CIDEr heard: CIDEr" in text
+    assert "answers permuted 50.0" in text
     assert " 175.0 " in text
     assert "right choice among 4 · 100 samples" in text
 

@@ -90,6 +90,8 @@ def test_the_control_permutes_the_answers(tmp_path: Path) -> None:
     one = {**held, "manifest": write_set(tmp_path / "one", rows(1))}
     with pytest.raises(ConfigError, match="control=true permutes answers, so it needs at least 2"):
         evaluate(model, evaluation(one), data, media_spec(model.config), ALONE)
+    with pytest.raises(ConfigError, match="control=true permutes answers, so it needs at least 2"):
+        check_sets(evaluation(one), data, media_spec(model.config))
 
 
 @pytest.mark.parametrize("kind", ["cross_attention", "embedding"])

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from data_pipeline.config import DataConfig
-from data_pipeline.sample import AudioPart, Provenance, Sample, TextPart
+from data_pipeline.sample import AudioPart, Provenance, Sample, StoredFrames, TextPart, VideoPart
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.text.templates import CaptionTemplate, InterleavedTemplate
 from mmscale.errors import ConfigError
-from mmscale.evaluate import evaluate
+from mmscale.evaluate import answer_media, check_sets, evaluate
 from mmscale.evaluate.answers import respond
+from mmscale.evaluate.heldout import unanswerable_sets
 from mmscale.evaluate.result import Params, RunResult, write_result
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.report.build import build_report
-from tests.evaluate.emoji_models import ALONE, continued, data_config, tiny_model
+from tests.evaluate.emoji_models import ALONE, EMOJI, continued, data_config, tiny_model
+from tests.evaluate.emoji_models import evaluation as questions
 from tests.evaluate.texts import evaluation
 from tests.report.pages import Page
 from tests.sounds import encoded as encoded_sound
@@ -67,6 +71,34 @@ def test_a_question_about_sounds_is_what_greedy_decoding_by_hand_gives(tmp_path:
     deaf = tiny_model("embedding")
     with pytest.raises(ConfigError, match="no audio tower"):
         respond(deaf, data, media_spec(deaf.config), sounds=[path])
+
+
+def test_a_model_with_ears_alone_answers_sets_about_sounds() -> None:
+    """Sets of kind ``images`` may ask about sounds; a model that reads neither leaves them out."""
+    block = {**_hearing_model().config.model_dump(), "vision": None, "connector": None}
+    speech = EMOJI.parent / "omni/shards/speech-heldout-both.manifest"
+    config = questions(manifest=speech, field="transcript", choices=2, limit=4)
+    hearing, deaf = (media_spec(ModelConfig.model_validate(each)) for each in (block, {**block, "audio": None}))
+    assert unanswerable_sets(config, hearing, _data(audio={})) == ()
+    assert unanswerable_sets(config, deaf, _data(audio={})) == config.sets
+    assert unanswerable_sets(config, hearing, _data()) == config.sets
+    check_sets(config, _data(audio={}), hearing)
+
+
+def test_many_or_large_media_of_a_question_are_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_media, "_MOST_BYTES", 50)
+    parts = tuple(AudioPart(bytes(20), f"{number}.wav") for number in range(12))
+    shown = answer_media.copy_media(tmp_path, "held", 0, Sample(parts, {}, Provenance("t", "t", "t", 0)))
+    assert ["file" in one for one in shown] == [True, True] + [False] * 6
+    assert len(list((tmp_path / "held").iterdir())) == 2
+
+
+def test_a_frame_of_one_row_of_pixels_is_squeezed() -> None:
+    wide = io.BytesIO()
+    Image.new("RGB", (4000, 1)).save(wide, "png")
+    row = answer_media._frames(VideoPart(StoredFrames((wide.getvalue(),) * 2, 2.0), "frames"))
+    assert row is not None
+    assert Image.open(io.BytesIO(row)).size == (2 * 384, 96)
 
 
 def test_the_report_plays_the_media_of_questions(tmp_path: Path) -> None:

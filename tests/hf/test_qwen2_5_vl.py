@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_pipeline.images.video import RateChoice, VideoConfig, VideoTransform
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import VideoSize
+from mmscale.errors import CheckpointError
 from mmscale.hf.layout import forward_config
 from mmscale.hf.layouts import layout_of
 from mmscale.models.build import media_spec
@@ -131,6 +132,20 @@ _PUBLISHED = {  # By memory, in the format of version 4 of transformers.
 def test_the_published_configuration_is_the_shipped_one() -> None:
     found = layout_of("qwen2_5_vl").model_config(_PUBLISHED, "config.json")
     assert forward_config(found) == forward_config(shipped("qwen2.5-vl-7b"))
+
+
+def test_both_positions_of_text_after_a_video_are_exported() -> None:
+    model, layout = shipped("qwen2.5-vl-7b"), layout_of("qwen2_5_vl")
+    assert isinstance(model, ModelConfig)
+    values = model.model_dump()
+    values["decoder"]["rope"]["text_after_video"] = "space"
+    assert layout.config_values(ModelConfig.model_validate(values)) == layout.config_values(model)
+
+
+def test_a_hostile_number_of_blocks_is_rejected_at_once() -> None:
+    vision = {**_PUBLISHED["vision_config"], "depth": 1 << 40}
+    with pytest.raises(CheckpointError, match="num_layers"):
+        layout_of("qwen2_5_vl").model_config({**_PUBLISHED, "vision_config": vision}, "config.json")
 
 
 @pytest.fixture

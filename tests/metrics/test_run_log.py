@@ -126,6 +126,10 @@ def test_patches_join_to_the_picture_they_were_cut_from() -> None:
     frames = np.random.default_rng(1).integers(0, 256, (15, 8, 12, 3), dtype=np.uint8)
     strip = join_patches(np.concatenate([_cut(frame, 4) for frame in frames]), (15, 2, 3), spec)
     assert np.array_equal(strip, np.concatenate(list(frames[::2]), axis=1))  # Eight of the fifteen.
+    pairs = MediaSpec(Placement.EMBEDDING, patch_size=4, frames_per_patch=2)
+    first, later = (np.concatenate([_cut(frame, 4) for frame in frames[start:6:2]]) for start in (0, 1))
+    strip = join_patches(first, (3, 2, 3), pairs, later)
+    assert np.array_equal(strip, np.concatenate(list(frames[:6]), axis=1))
 
 
 def test_images_of_a_batch_come_with_the_text_that_carries_loss() -> None:

@@ -147,6 +147,16 @@ def test_operations_equal_the_counter(video: dict[str, Any]) -> None:
         assert net.training_flops(batch, trained).model == pytest.approx(counted, rel=0.01), trained
 
 
+def test_operations_with_adapters_equal_the_counter() -> None:
+    adapters = {"rank": 256, "targets": {"connector": "all", "decoder": []}}
+    settings = ModelConfig.model_validate({**config().model_dump(), "adapters": adapters})
+    spec = media_spec(settings)
+    batch = in_pack(spec, *(document(spec, [((1, 4, 4), False), ((4, 4, 8), True)], 20) for _ in range(2)))
+    counted = counted_step(build(settings), batch, ["adapters"], False)
+    # The gradient of the first layers' inputs counts, although the backward pass ends there.
+    assert 1 <= build(settings).training_flops(batch, ["adapters"]).model / counted < 1.06
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [

@@ -13,12 +13,14 @@ import pytest
 from benchmarks.expert_traffic import SHAPES, traffic
 from data_pipeline.loader.loader import Loader
 from mmscale.config import load
+from mmscale.models.config import ModelConfig
 from mmscale.models.flops import training_flops
 from mmscale.optim.schedule import trained_components
 from mmscale.plan.cluster import PRESETS, Cluster
 from mmscale.plan.load import ExampleDocument, stage_load
-from mmscale.plan.step_time import StepTime, step_time
+from mmscale.plan.step_time import StepTime, _block_values, step_time
 from mmscale.run.config import RunConfig
+from tests.configs.files import model_of
 
 REPO = Path(__file__).resolve().parents[2]
 OLMOE, TOKENS = SHAPES[0], 4096
@@ -112,3 +114,13 @@ def test_recomputation_repeats_the_forward_products_of_blocks() -> None:
     assert plain.model_flops == again.model_flops
     assert 1.2 < plain.products / again.products < 4 / 3
     assert plain.attention / again.attention == pytest.approx(4 / 3)
+
+
+def test_blocks_of_an_audio_tower_move_their_rows() -> None:
+    model = model_of(REPO / "configs/models/qwen2-audio-7b.yaml")
+    assert isinstance(model, ModelConfig)
+    found = [each for each in _block_values(model, frozenset({"audio"})) if each[0].startswith("audio.")]
+    assert found == [("audio.tower_rows", 30 * 1280, True)] * 32
+    # A clip of 10 s: 500 rows after the convolutions, 250 after the mean of pairs.
+    counts = model.modalities["audio"].counts("audio", [(1002, 1, 1)])
+    assert (counts["audio.tower_rows"], counts["audio.feature_patches"]) == (500, 250)

@@ -58,3 +58,4 @@ def test_the_script_examines_once_and_never_requeues(capsys: pytest.CaptureFixtu
     assert "launchers.health" not in script
     assert main([*words, "--chain", "2"]) == 2
     assert "leave out --chain" in capsys.readouterr().err
+    assert main([*words, "--requeue"]) == 2

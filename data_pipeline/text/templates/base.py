@@ -95,7 +95,7 @@ def images_of(sample: Sample) -> list[ImagePart]:
 
 
 def media_of(sample: Sample) -> list[MediaPart]:
-    """Return the images and videos of a sample in reading order."""
+    """Return the images, videos and sounds of a sample in reading order."""
     return [part for part in sample.parts if not isinstance(part, TextPart)]
 
 

@@ -62,7 +62,7 @@ def _vision(keys: Keys, text_dim: int) -> tuple[dict[str, Any], int]:
     side = window // merge // patch * merge  # A window has whole squares of merged patches.
     if side < 1:
         raise CheckpointError(f"{keys.describe('window_size')}: no square of {merge * patch} pixels fits into it")
-    frame_layers = [layer for layer in range(depth) if layer in layers]
+    frame_layers = [layer for layer in sorted(set(layers)) if 0 <= layer < depth]
     vision = {
         "patch_size": patch,
         "temporal_patch": keys.read("temporal_patch_size", int),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import WhisperFeatureExtractor
 
 from data_pipeline.audio.transform import AudioConfig, AudioTransform
-from data_pipeline.errors import FaultKind, SampleError
+from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.media_spec import AudioSpec
 from data_pipeline.sample import AudioPart, AudioSize
 from data_pipeline.shards.audio_file import AudioFile, audio_size, track_size
@@ -107,13 +107,18 @@ def test_the_plan_is_a_pure_function_of_the_size(samples: int, rate: int, padded
 def test_rare_lengths_and_rates_keep_every_sample() -> None:
     """The resampler's own end would lose up to 16 samples of short sounds."""
     spec = AudioSpec(padded=False, num_bins=80)
-    for rate in (4000, 11025, 44100, 192_000):
-        for samples in (rate // 100, rate // 10 + 1):
+    for rate in (20, 4000, 11025, 44100, 192_000):
+        for samples in (max(1, rate // 100), rate // 10 + 1):
             loud_end = np.zeros((1, samples), np.float32)
             loud_end[:, -max(1, rate // 2000) :] = 0.5
-            (item,) = _items(encoded(loud_end, rate=rate, codec="pcm_f32le"), spec, min_seconds=0)
+            (item,) = _items(encoded(loud_end, rate=rate, codec="pcm_f32le"), spec, min_seconds=0, min_rate=1)
             assert len(item.values) == math.ceil(math.ceil(samples * 16000 / rate) / 160)
             assert item.values[-1].max() > 0.5
+
+
+def test_a_window_without_a_middle_is_rejected() -> None:
+    with pytest.raises(DataConfigError, match="window=401: must be even"):
+        AudioSpec(window=401)
 
 
 @pytest.mark.fault
@@ -189,6 +194,25 @@ def test_a_damaged_sound_is_a_bad_sample(name: str) -> None:
     with pytest.raises(SampleError) as raised:
         _items(HOSTILE[name])
     assert raised.value.kind is FaultKind.DECODE
+
+
+@pytest.mark.fault
+def test_an_ogg_that_ends_inside_its_last_page_is_truncated() -> None:
+    data = encoded(9000, kind="opus")
+    last = data.rfind(b"OggS")
+    for stop in (last + 4, last + 5, last + 6, last + 27, len(data) - 1):
+        with pytest.raises(SampleError, match=r"its last page is not marked as the last, or is not complete|damaged"):
+            audio_size(data[:stop])
+    assert audio_size(data).samples == 27000
+
+
+@pytest.mark.fault
+def test_a_flac_that_ends_between_two_blocks_is_truncated() -> None:
+    data = encoded(40_000, kind="flac")
+    with AudioFile(data) as file:
+        places = [packet.pos for packet in file._container.demux(file._stream) if packet.size]
+    with pytest.raises(SampleError, match="truncated: its header says 40000 samples"):
+        audio_size(data[: places[len(places) // 2]])
 
 
 def test_a_piped_wav_whose_header_has_no_length_is_read() -> None:

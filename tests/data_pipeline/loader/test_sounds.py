@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from data_pipeline.config import DataConfig
+from data_pipeline.errors import SampleError
 from data_pipeline.history.digest import digest
 from data_pipeline.history.text_spans import text_spans
+from data_pipeline.io.columns import read_columns, write_columns
 from data_pipeline.loader.loader import Loader
 from data_pipeline.media_spec import AudioSpec, MediaSpec, Placement
 from data_pipeline.packing.document_builder import DocumentBuilder
@@ -21,7 +23,8 @@ from data_pipeline.prepare.ingest import ingest
 from data_pipeline.prepare.stats.count import count
 from data_pipeline.prepare.verify import jobs_of, verify
 from data_pipeline.sample import AudioPart, AudioSize, Sample, VideoPart
-from data_pipeline.shards.index import ShardIndex
+from data_pipeline.shards import index as shard_index
+from data_pipeline.shards.index import ShardIndex, index_path
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader
 from data_pipeline.text.tokenizer import load_tokenizer
@@ -171,6 +174,24 @@ def test_the_sound_track_of_a_video_follows_its_frames(write_set: WriteSet, toke
             with pytest.raises(Exception, match=r"the video mp4 has no sound track"):
                 builder(mute)
         reader.close()
+
+
+def test_an_index_of_an_earlier_version_hides_no_sound_track(write_set: WriteSet, tokenizer_path: Path) -> None:
+    manifest = write_set("films", [{"mp4": _film(True), "txt": b"a film"}])
+    (tar,) = manifest.parent.rglob("*.tar")
+    path = index_path(tar)
+    columns = read_columns(path, shard_index._COLUMNS, shard_index.INDEX_FORMAT)
+    absent = ("samples", "rate", "channels", "row_crc32")
+    arrays = {name: array.copy() for name, array in columns.arrays.items() if name not in absent}
+    write_columns(path, arrays, columns.record)
+    config = _config(manifest, tokenizer_path, from_video=True)
+    dataset = config.datasets[0].model_copy(update={"template": _caption()})
+    builder = DocumentBuilder(dataset, load_tokenizer(config.tokenizer), SPEC)
+    reader = SampleReader(Manifest.open(dataset.indexed), "films")
+    assert [item.modality for item in builder(reader.read(0)).items] == ["image", "audio"]
+    with pytest.raises(SampleError, match=r"the index is old; then build it again"):
+        builder.dry_run(reader.read_without_images(0))
+    reader.close()
 
 
 def _caption() -> object:

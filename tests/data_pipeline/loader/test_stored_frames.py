@@ -85,6 +85,7 @@ def test_batches_depend_on_no_rank_and_no_worker(write_set: WriteSet, tokenizer_
         ({"video": ["0000.png"]}, "fps is None"),
         ({"video": ["0000.png"], "fps": 0}, "fps is 0"),
         ({"video": ["0000.png"], "fps": float("inf")}, "fps is inf"),
+        ({"video": ["0000.png"], "fps": 10**400}, "fps is 1000"),
         ({"video": ["0000.png", "0009.png"], "fps": 8}, "'0009.png', which is no image among the 3 members"),
         ({"video": ["../0000.png", 3], "fps": 8}, "names the frame 3"),
     ],

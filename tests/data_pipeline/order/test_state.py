@@ -211,6 +211,11 @@ def test_the_fingerprint_of_a_configuration_is_that_of_older_checkpoints(step: i
     assert [_hashes(step, soon)["datasets"] == FIRST_STEPS["datasets"] for step in (0, 1, 2)] == [True, True, False]
 
 
+def test_later_keys_of_dialogues_and_videos_change_no_fingerprint_at_their_default() -> None:
+    found = _hashes(1, {**DATA, "datasets": [{**DATASET_A, "template": {"kind": "dialogue"}, "video": {}}]})
+    assert (found["a.template"], found["a.video"]) == ("d72a73732068ef4e", "e37c5703cb39c8fa")
+
+
 def test_each_part_of_the_fingerprint_is_named_after_what_it_hashes(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text(json.dumps({"dataset": "a", "index": 3, "key": "k", "kind": "image"}))
 

@@ -255,5 +255,5 @@ def test_reading_by_number_ignores_unknown_members(tmp_path: Path) -> None:
         writer.write({"__key__": "a", "npy": np.zeros(3), "pth": b"\x80"})
     build_index(tmp_path / "x.tar")
     reader = SampleReader(write_manifest(tmp_path / "x.manifest", [tmp_path / "x.tar"]), "x")
-    with pytest.raises(SampleError, match="neither image nor video nor text among its members: npy, pth"):
+    with pytest.raises(SampleError, match="neither image nor video nor sound nor text among its members: npy, pth"):
         reader.read(0)

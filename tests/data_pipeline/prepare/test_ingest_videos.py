@@ -13,6 +13,7 @@ import pytest
 from data_pipeline.errors import SampleError
 from data_pipeline.prepare.choices import OnError
 from data_pipeline.prepare.dedup.signatures import Criterion, signature
+from data_pipeline.prepare.folders import _frames_beside
 from data_pipeline.prepare.ingest import ingest
 from data_pipeline.prepare.media_files import FileLoader, frame_names
 from data_pipeline.prepare.records import members_from_record
@@ -24,6 +25,7 @@ from data_pipeline.shards.sample_reader import assemble, read_samples
 from data_pipeline.text.templates import DialogueTemplate
 from data_pipeline.text.templates.base import media_of
 from tests.data_pipeline.conftest import picture
+from tests.sounds import encoded as encoded_sound
 from tests.videos import encoded, stored_frames
 
 MP4, WEBM = encoded(4), encoded(5, kind="webm")
@@ -138,6 +140,22 @@ def test_a_folder_of_frames_beside_its_json(folder: Path, tmp_path: Path) -> Non
     assert samples["steps"].fields == {"caption": "steps"}
     (video,) = media_of(samples["steps"])
     assert (video.size.num_frames, video.size.microseconds) == (12, 3_000_000)
+
+
+def test_more_than_ten_thousand_frames_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "long.json").write_text('{"fps": 25}')
+    (tmp_path / "long").mkdir()
+    monkeypatch.setattr("os.listdir", lambda _: [f"{number}.jpg" for number in range(10_001)])
+    frames = sorted(_frames_beside(tmp_path / "long.json").items())
+    assert [path.stem for _, path in frames] == [str(number) for number in range(10_001)]
+
+
+def test_an_m4a_with_the_brand_of_mp4_is_a_sound(tmp_path: Path) -> None:
+    sound = encoded_sound(4000, kind="m4a").replace(b"ftypM4A ", b"ftypisom")
+    (tmp_path / "a.m4a").write_bytes(sound)
+    for field in ("audio", "path"):
+        members = members_from_record({field: "a.m4a", "caption": "x"}, FileLoader(tmp_path))
+        assert members["m4a"] == sound
 
 
 def test_parquet_with_videos_of_datasets(tmp_path: Path) -> None:
