@@ -15,7 +15,6 @@ from data_pipeline.errors import SampleError
 from data_pipeline.history.digest import digest
 from data_pipeline.history.text_spans import text_spans
 from data_pipeline.io.columns import read_columns, write_columns
-from data_pipeline.loader.loader import Loader
 from data_pipeline.media_spec import AudioSpec, MediaSpec, Placement
 from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.prepare.choices import OnError
@@ -29,6 +28,7 @@ from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader
 from data_pipeline.text.tokenizer import load_tokenizer
 from tests.data_pipeline.conftest import Members, WriteSet, picture
+from tests.data_pipeline.loader.moved_lanes import check_that_only_its_lane_moves
 from tests.sounds import encoded, tones
 from tests.videos import encoded as encoded_video
 
@@ -111,24 +111,7 @@ def test_a_damaged_sound_moves_no_other_lane(write_set: WriteSet, tokenizer_path
     broken = samples[4] | {"1.wav": samples[4]["1.wav"][:700]}
     sound = _config(write_set("sound", samples), tokenizer_path)
     damaged = _config(write_set("damaged", [*samples[:4], broken, *samples[5:]]), tokenizer_path)
-
-    def keys_by_lane(config: DataConfig) -> tuple[dict[int, list[str]], set[int]]:
-        keys, skipped = dict[int, list[str]](), set[int]()
-        with Loader(config, SPEC, seed=0) as loader:
-            for _ in range(2):
-                step = next(loader)
-                skipped |= {skip.lane for skip in step.skipped}
-                for batch in step.microbatches:
-                    (lane,) = batch.lanes
-                    keys.setdefault(lane, []).extend(origin.key for origin in batch.provenance if origin is not None)
-        return keys, skipped
-
-    (before, nothing), (after, skipped) = keys_by_lane(sound), keys_by_lane(damaged)
-    assert not nothing
-    assert 0 < len(skipped) < 3
-    for lane in range(3):
-        assert (before[lane] == after[lane]) == (lane not in skipped)
-        assert "000004" not in after[lane]
+    check_that_only_its_lane_moves(sound, damaged, SPEC, "000004")
 
 
 def _film(with_sound: bool) -> bytes:

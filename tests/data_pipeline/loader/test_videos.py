@@ -12,7 +12,6 @@ import pytest
 from data_pipeline.config import DataConfig
 from data_pipeline.history.digest import digest
 from data_pipeline.history.text_spans import text_spans
-from data_pipeline.loader.loader import Loader
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.prepare.choices import OnError
@@ -25,6 +24,7 @@ from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader
 from data_pipeline.text.tokenizer import load_tokenizer
 from tests.data_pipeline.conftest import Members, WriteSet, picture
+from tests.data_pipeline.loader.moved_lanes import check_that_only_its_lane_moves
 from tests.videos import encoded
 
 SPEC = MediaSpec(Placement.EMBEDDING, patch_size=8, merge=2, frames_per_patch=2)
@@ -99,24 +99,7 @@ def test_a_damaged_video_moves_no_other_lane(write_set: WriteSet, tokenizer_path
     broken = samples[4] | {"1.webm": samples[4]["1.webm"][:700]}
     sound = data_config(write_set("sound", samples), tokenizer_path)
     damaged = data_config(write_set("damaged", [*samples[:4], broken, *samples[5:]]), tokenizer_path)
-
-    def keys_by_lane(config: DataConfig) -> tuple[dict[int, list[str]], set[int]]:
-        keys, skipped = dict[int, list[str]](), set[int]()
-        with Loader(config, SPEC, seed=0) as loader:
-            for _ in range(2):
-                step = next(loader)
-                skipped |= {skip.lane for skip in step.skipped}
-                for batch in step.microbatches:
-                    (lane,) = batch.lanes
-                    keys.setdefault(lane, []).extend(origin.key for origin in batch.provenance if origin is not None)
-        return keys, skipped
-
-    (before, nothing), (after, skipped) = keys_by_lane(sound), keys_by_lane(damaged)
-    assert not nothing
-    assert 0 < len(skipped) < 3
-    for lane in range(3):
-        assert (before[lane] == after[lane]) == (lane not in skipped)
-        assert "000004" not in after[lane]
+    check_that_only_its_lane_moves(sound, damaged, SPEC, "000004")
 
 
 def test_a_folder_of_videos_is_ingested_verified_and_counted(tmp_path: Path) -> None:
