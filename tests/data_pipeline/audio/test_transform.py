@@ -198,12 +198,13 @@ def test_a_damaged_sound_is_a_bad_sample(name: str) -> None:
 
 @pytest.mark.fault
 def test_an_ogg_that_ends_inside_its_last_page_is_truncated() -> None:
-    data = encoded(9000, kind="opus")
+    data = encoded(64000, kind="opus")
+    assert data.count(b"OggS") > 3, "pages of sound before the last one, so that ffmpeg alone finds no damage"
     last = data.rfind(b"OggS")
     for stop in (last + 4, last + 5, last + 6, last + 27, len(data) - 1):
-        with pytest.raises(SampleError, match=r"its last page is not marked as the last, or is not complete|damaged"):
+        with pytest.raises(SampleError, match="its last page is not marked as the last, or is not complete"):
             audio_size(data[:stop])
-    assert audio_size(data).samples == 27000
+    assert audio_size(data).samples == 192000
 
 
 @pytest.mark.fault
