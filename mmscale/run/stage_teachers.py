@@ -109,7 +109,12 @@ def reference_checksum(path: Path, ema: bool) -> str:
     Raises:
         CheckpointError: it has no manifest.
     """
-    return manifest_checksum(path) + ("-ema" if ema else "")
+    return _reference_name(manifest_checksum(path), ema)
+
+
+def _reference_name(checksum: str, ema: bool) -> str:
+    """Return the text for a configuration. Without the prefix, YAML would read 12345678 or 1234e567 as a number."""
+    return f"crc32:{checksum}" + ("-ema" if ema else "")
 
 
 def _other_reference(config: RunConfig, number: int, state: TrainState, *, begins: bool) -> str | None:
@@ -127,9 +132,10 @@ def _other_reference(config: RunConfig, number: int, state: TrainState, *, begin
     (source,) = reference_source(config, number)
     if number == state.stage_index and state.stage_step:
         # A stage that began with a loaded reference recorded the checksum of its checkpoint alone.
-        suffix = "-ema" if source.ema else ""
         recorded = _recorded(state).items()
-        began = [checksum + ("" if key == _STORED else suffix) for key, (_, checksum) in recorded]
+        began = [
+            checksum if key == _STORED else _reference_name(checksum, source.ema) for key, (_, checksum) in recorded
+        ]
         reason = f"template.stored_reference={stored}, but this stage began with the reference model {''.join(began)}"
         return None if began in ([], [stored]) else reason
     path = source.checkpoint

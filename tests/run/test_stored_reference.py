@@ -13,6 +13,7 @@ from mmscale.cli.main import main
 from mmscale.config import load
 from mmscale.errors import CheckpointError
 from mmscale.run.config import RunConfig
+from mmscale.run.stage_teachers import reference_checksum
 from mmscale.run.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,15 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     """Return loss, gradient norm and metrics of each step."""
     read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in each.items() if k in ("loss", "grad_norm") or k.startswith("metric/")} for each in read]
+
+
+def test_the_checksum_of_a_reference_is_text_in_an_override(tmp_path: Path) -> None:
+    """All digits, or digits around an e, are a number in YAML."""
+    for digits in ("12345678", "1234e567", "00000000"):
+        (tmp_path / "manifest.json").write_text(f'{{"crc32":"{digits}",\n}}')
+        named = reference_checksum(tmp_path, ema=False)
+        config = load(CONFIG, [f"{KEY}.template.stored_reference={named}"], RunConfig).value
+        assert config.stored_reference(1) == named == f"crc32:{digits}"
 
 
 @pytest.mark.slow

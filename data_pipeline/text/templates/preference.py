@@ -63,7 +63,7 @@ class PreferenceTemplate(TemplateBase):
     """Whether special tokens of an answer, such as the end of its turn, belong to its log-probability. Llama 3 leaves
     them out. For ``each.kind=drawing``, ``each.mark_weight`` decides instead."""
 
-    stored_reference: str | None = Field(default=None, pattern="^[0-9a-f]{8}(-ema)?$")
+    stored_reference: str | None = Field(default=None, pattern="^crc32:[0-9a-f]{8}(-ema)?$")
     """Checksum of the reference model whose log-probabilities the shards hold, as ``mmscale data reference`` prints it.
     The run then reads them and does not load that model. Pairs of another model or without log-probabilities are bad
     samples. null: the run loads the reference model."""

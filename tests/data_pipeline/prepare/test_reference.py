@@ -29,7 +29,7 @@ from tests.data_pipeline.conftest import Members, WriteSet
 
 CONFIG = SentencePieceTokenizerConfig(path=Path("examples/text/tokenizer.model"))
 TOKENIZER, SPEC = load_tokenizer(CONFIG), MediaSpec()
-MODEL = "1a2b3c4d"
+MODEL = "crc32:1a2b3c4d"
 
 
 @dataclass
@@ -95,9 +95,9 @@ def test_values_that_do_not_belong_to_the_run_make_a_bad_sample(samples: list[Sa
         (build, without(samples[0], **{**record, "chosen": "x"}), "no two numbers"),
         (build, without(samples[0], **{**record, "chosen": 1e999}), "no two numbers"),
         (
-            DocumentBuilder(dataset(stored_reference="00000000"), TOKENIZER, SPEC),
+            DocumentBuilder(dataset(stored_reference="crc32:00000000"), TOKENIZER, SPEC),
             samples[0],
-            "of the reference model '1a2b3c4d', but template.stored_reference names '00000000'",
+            "of the reference model 'crc32:1a2b3c4d', but template.stored_reference names 'crc32:00000000'",
         ),
         (
             DocumentBuilder(
