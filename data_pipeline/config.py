@@ -14,9 +14,8 @@ from data_pipeline.images.transforms import FixedTransform, TransformConfig
 from data_pipeline.images.video import VideoConfig
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.modality import ModalityConfig
-from data_pipeline.order.config import OrderConfig
 from data_pipeline.order.fault_policy import FaultConfig
-from data_pipeline.order.lanes import Schedule
+from data_pipeline.order.lanes import OrderConfig, Schedule
 from data_pipeline.packing.config import PackingConfig
 from data_pipeline.shards.sample_reader import MAX_TEXT_BYTES
 from data_pipeline.storage.config import CacheConfig, StorageConfig

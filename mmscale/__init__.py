@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from mmscale.metrics.sample_images import pictures
     from mmscale.models.build import build_model
     from mmscale.models.connectors.projector import ProjectorBase
-    from mmscale.objectives.base import ObjectiveBase
+    from mmscale.objectives.base import ObjectiveBase, ObjectiveOutput
     from mmscale.objectives.next_token import NextToken
-    from mmscale.objectives.outputs import ObjectiveOutput
     from mmscale.run.session import load_config, open_engine, open_loader, train
 
 __all__ = [
@@ -40,7 +39,7 @@ _PLACES = {
     "LearnedText": "data_pipeline.text.templates.base:LearnedText",
     "NextToken": "mmscale.objectives.next_token:NextToken",
     "ObjectiveBase": "mmscale.objectives.base:ObjectiveBase",
-    "ObjectiveOutput": "mmscale.objectives.outputs:ObjectiveOutput",
+    "ObjectiveOutput": "mmscale.objectives.base:ObjectiveOutput",
     "ProjectorBase": "mmscale.models.connectors.projector:ProjectorBase",
     "build_model": "mmscale.models.build:build_model",
     "load": "mmscale.cli.trained:open_trained",

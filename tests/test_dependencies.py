@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import packages_distributions
 
 from tests.floors import requirements, untried_floors
@@ -39,8 +40,14 @@ def imported(folder: str) -> Iterator[tuple[str, str]]:
                 yield name.partition(".")[0], f"{path.relative_to(REPO)}:{node.lineno}"
 
 
+@functools.cache
+def installed() -> Mapping[str, list[str]]:
+    """Return the distributions of each importable top-level name. It takes seconds: it reads all file lists."""
+    return packages_distributions()
+
+
 def undeclared(folders: tuple[str, ...], requirements: set[str]) -> dict[str, str]:
-    distributions = packages_distributions()
+    distributions = installed()
     known = FIRST_PARTY | set(sys.stdlib_module_names)
     return {
         module: place

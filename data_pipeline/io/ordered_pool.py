@@ -18,9 +18,9 @@ import queue
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, TypeVar
 
@@ -85,9 +85,12 @@ class _Worker:
     """The caller's handle of one worker process."""
 
     def __init__(self, work: Callable[[Any], Iterator[Any]]) -> None:
-        context = multiprocessing.get_context("spawn")
+        # A fork server imports the modules once for all workers. A fork of this process would lose its threads.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([work.__module__])
         self._pipe, worker_end = context.Pipe()
-        self._process: SpawnProcess = context.Process(target=_serve, args=(worker_end, work), daemon=True)
+        arguments = (worker_end, work, dict(os.environ))
+        self._process: ForkServerProcess = context.Process(target=_serve, args=arguments, daemon=True)
         with without_script():
             self._process.start()
         worker_end.close()  # Otherwise this process would not notice that the worker process ended.
@@ -126,8 +129,9 @@ class _Worker:
         )
 
 
-def _serve(pipe: Connection, work: Callable[[Any], Iterator[Any]]) -> None:
+def _serve(pipe: Connection, work: Callable[[Any], Iterator[Any]], environment: Mapping[str, str]) -> None:
     """Run a worker process: one thread receives tasks, one sends results, and this thread works."""
+    os.environ.update(environment)  # The fork server may have started before a variable was set.
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; only the caller handles it.
     tasks: queue.Queue[Any] = queue.Queue()
     sender = _Sender(pipe)

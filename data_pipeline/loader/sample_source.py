@@ -3,7 +3,7 @@
     DatasetConfig --OpenDataset.open--> SampleSource --lane--> LaneSource: resolve, read, faults
         indexed shards (``IndexedSet``) | plain tars (``front_to_back``) | a user's pipeline (``user_pipeline``)
 
-Not for: the choice of the next data set (``order/lanes``), reading ahead (``decode_ahead``).
+Not for: the choice of the next data set (``order/lanes``), reading ahead (``lane_packs``).
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from data_pipeline.images.drawn_images import other_tokenizer
 from data_pipeline.loader.front_to_back import StreamedSet, expand_shards
 from data_pipeline.loader.user_pipeline import PipelineSet
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.order.config import OrderConfig
 from data_pipeline.order.fault_lists import RunFaults
 from data_pipeline.order.fault_policy import Fault, KnownFaults
-from data_pipeline.order.lanes import LaneOrder, SampleOrder
+from data_pipeline.order.lanes import LaneOrder, OrderConfig, SampleOrder
 from data_pipeline.order.randomness import SampleRng
 from data_pipeline.order.state import Cursor, Drawn, SamplePosition
 from data_pipeline.packing.document_builder import DocumentBuilder, DocumentPlan

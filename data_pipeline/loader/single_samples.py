@@ -21,9 +21,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from data_pipeline.errors import DataConfigError
 from data_pipeline.loader.sample_source import IndexedFaults, IndexedLane, IndexedSet, dataset_seed
-from data_pipeline.order.config import OrderConfig
 from data_pipeline.order.fault_lists import RunFaults, exclusions_digest
 from data_pipeline.order.fault_policy import Fault, FaultConfig, FaultPolicy, Skipped
+from data_pipeline.order.lanes import OrderConfig
 from data_pipeline.order.state import Cursor, LaneState, LoaderState, StreamPosition, fingerprint_of
 from data_pipeline.sample import Sample
 from data_pipeline.shards.manifest import Manifest

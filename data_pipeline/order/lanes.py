@@ -27,8 +27,10 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from data_pipeline.errors import DataConfigError
+from data_pipeline.io.strict import StrictConfig
 from data_pipeline.order.randomness import Permutation
 from data_pipeline.order.state import Cursor, Drawn, SamplePosition, StreamPosition
 
@@ -38,6 +40,16 @@ _CHUNK = 512
 _MAX_DENOMINATOR = 10**9
 # Lanes start at up to this many different positions of the sequence; more would only take longer to compute.
 _MAX_HEAD_START = 1024
+
+
+class OrderConfig(StrictConfig):
+    """Shuffling in two stages: blocks of samples are permuted, then the samples of a window of blocks."""
+
+    block_size: int = Field(default=16, ge=1, le=1 << 20)
+    """Number of consecutive samples in a block. Larger blocks are read more sequentially; smaller blocks shuffle
+    better."""
+    window_blocks: int = Field(default=8, ge=1, le=1 << 20)
+    """Number of consecutive blocks of a lane that form a window, inside which samples are permuted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,7 @@ def media_parts(fields: dict[str, Any], members: Mapping[str, bytes], sizes: Siz
     Raises:
         SampleError: ``videos`` names frames, and one of its objects is malformed or names no member.
     """
-    if not lists_frames(fields):
+    if VIDEOS not in fields or not lists_frames(fields):
         return [media_part(ext, members, sizes) for ext in media_extensions(tuple(members))]
     listed, videos, used = fields.pop(VIDEOS), list[MediaPart](), set[str]()
     for item in listed:

@@ -397,7 +397,7 @@ class LocalShard:
     def read(self, members: Sequence[Member], *, fresh: bool = False) -> dict[str, bytes]:
         """As ``OpenShard.read``."""
         try:
-            return retry_io(lambda: self._read(members), self._reopen)
+            return retry_io(functools.partial(self._read, members), self._reopen)
         except OSError as error:
             first, end = extent(members)
             raise ShardError(f"{self.path}: reading bytes {first}-{end} failed: {error.strerror}") from error

@@ -41,8 +41,8 @@ def _read(path: Path, chain: tuple[Path, ...], layer: int, replaced: frozenset[K
         layer: Lowest layer number. Each base has a higher number than those that it is merged over.
         replaced: Blocks whose ``base`` a file above this one replaces.
     """
-    lower = {}
-    bases = dict(_bases(read_file(path, 0, chain), ()))
+    lower, entry = {}, read_file(path, chain)
+    bases = dict(_bases(entry, ()))
     for keys, base in bases.items():
         if keys in replaced:
             lower[keys] = ConfigNode({}, base.origin)
@@ -53,7 +53,7 @@ def _read(path: Path, chain: tuple[Path, ...], layer: int, replaced: frozenset[K
         above = frozenset(key[len(keys) :] for key in {*bases, *replaced} if key[: len(keys)] == keys) - {()}
         tree, layer = _read(file, (*chain, file), layer, above)
         lower[keys] = _block_of_run(tree, keys, base) if _is_run(path, base) else tree
-    return _merge_bases(lower, read_file(path, layer, chain), ()), layer + 1
+    return _merge_bases(lower, entry.on_layer(layer), ()), layer + 1
 
 
 def _bases(entry: ConfigNode, keys: Keys) -> Iterator[tuple[Keys, ConfigNode]]:

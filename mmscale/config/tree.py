@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,15 @@ class ConfigNode:
         if isinstance(self.value, list) and key.isdigit() and int(key) < len(self.value):
             return self.value[int(key)]
         return None
+
+    def on_layer(self, layer: int) -> ConfigNode:
+        """Return the tree with another layer number in all origins."""
+        value = self.value
+        if isinstance(value, dict):
+            value = {key: child.on_layer(layer) for key, child in value.items()}
+        elif isinstance(value, list):
+            value = [child.on_layer(layer) for child in value]
+        return replace(self, value=value, origin=replace(self.origin, layer=layer))
 
     def leaves(self) -> Iterator[ConfigNode]:
         """Yield this entry if it is a scalar, else all scalars below it."""
@@ -157,12 +166,11 @@ def checked_text(text: str, location: object) -> str:
     return text
 
 
-def read_file(path: Path, layer: int, chain: tuple[Path, ...]) -> ConfigNode:
-    """Read one YAML file as a tree, without its base files.
+def read_file(path: Path, chain: tuple[Path, ...]) -> ConfigNode:
+    """Read one YAML file as a tree on layer 0, without its base files.
 
     Args:
         path: The file.
-        layer: Layer number for the origins.
         chain: The files whose ``base`` led to this file, ending with this file.
 
     Raises:
@@ -182,7 +190,7 @@ def read_file(path: Path, layer: int, chain: tuple[Path, ...]) -> ConfigNode:
         ) from None
     except (OSError, UntrustedError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    entry = parse(text, lambda line: Origin("file", f"{path}:{line}", layer, chain), str(path))
+    entry = parse(text, lambda line: Origin("file", f"{path}:{line}", 0, chain), str(path))
     if not isinstance(entry.value, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys to values, this is {_kind(entry)}")
     return entry

@@ -1,8 +1,8 @@
 """The private attributes of DeepSpeed that mmscale reads, checked when an engine starts.
 
-DeepSpeed has no public interface to the values that each rank owns. ``partition.py``, ``gradient_norms.py``,
-``loss_scaler.py``, ``construct.py`` and ``Engine`` therefore read attributes that another version may rename. A missing
-one would otherwise fail in the middle of a run, for example at the first checkpoint.
+DeepSpeed has no public interface to the values that each rank owns. ``partition.py``, ``precision.py``,
+``construct.py`` and ``Engine`` therefore read attributes that another version may rename. A missing one would otherwise
+fail in the middle of a run, for example at the first checkpoint.
 """
 
 from __future__ import annotations

@@ -28,24 +28,23 @@ from mmscale.engine.config import EngineConfig
 from mmscale.engine.deepspeed_attributes import check_attributes
 from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
 from mmscale.engine.expert_parallel import check_placement
-from mmscale.engine.gradient_norms import square_sums
 from mmscale.engine.graph import (
     LossGraph,
     ObjectiveLike,
     RouterSums,
     SavedWeights,
     Undo,
+    WholeStepObjective,
     encoders,
     gather_whole,
-    prepare_runs,
     prepare_step,
+    read_gradients_in_place,
     recompute,
     weighted_means,
 )
-from mmscale.engine.loss_scaler import loss_scaler_state, set_loss_scaler_state
 from mmscale.engine.optimizers.build import ShardAwareOptimizer, build_optimizer
-from mmscale.engine.partition import Partition, read_gradients_in_place
-from mmscale.engine.precision import Precision, choose_precision
+from mmscale.engine.partition import Partition, square_sums
+from mmscale.engine.precision import Precision, choose_precision, loss_scaler_state, set_loss_scaler_state
 from mmscale.engine.row_updates import update_rows
 from mmscale.engine.step_clock import BACKWARD, FORWARD, OPTIMIZER, StepClock, StepSpans, watch_deepspeed
 from mmscale.errors import EngineError
@@ -265,7 +264,7 @@ class Engine:
             sums, losses, routed, statistics = self._forward_backward(microbatches, self.world.world_size / weight)
             squares = self._square_sums() if component_norms or self._clips else {}
             loss, metrics, norms = self._global_means(sums, weight, squares)
-            router = self._global_router_sums(routed)
+            router = self._global_router_sums(routed) if routed else None
             rejected = self._update(loss, norms, rejection_reason)
         except RuntimeError as error:
             if is_peer_lost(error):
@@ -295,7 +294,8 @@ class Engine:
 
     def runs_forward_twice(self, num_microbatches: int) -> bool:
         """Return whether a step runs the model on all microbatches first, without gradients."""
-        return prepare_runs(self.model, self._objective, num_microbatches)
+        objective = self._objective
+        return isinstance(objective, WholeStepObjective) and objective.prepare_runs(self.model, num_microbatches)
 
     def _update(
         self, loss: float, norms: dict[str, float], rejection_reason: Callable[[float, float], str | None] | None
@@ -362,10 +362,8 @@ class Engine:
             router = self._routers[block]
             router.rebalance(sums.load[block].sum(0).to(router.bias_steps))
 
-    def _global_router_sums(self, routed: list[RouterSums]) -> RouterSums | None:
-        """Add the routers' sums of all microbatches and ranks in one message; return None for a model without them."""
-        if not routed:
-            return None
+    def _global_router_sums(self, routed: list[RouterSums]) -> RouterSums:
+        """Add the routers' sums of all microbatches, at least one, and ranks in one message."""
         own = [torch.stack(parts).double().sum(0) for parts in zip(*routed, strict=True)]
         with self.clock.communicating():
             whole = all_reduce_sum_list(self.world, torch.cat([each.flatten() for each in own]).tolist())

@@ -1,4 +1,4 @@
-"""The values of each parameter that this rank owns, at any ZeRO stage.
+"""The values and gradients of each parameter that this rank owns, at any ZeRO stage.
 
     parameter (flattened)   0 ........ start [ master | exp_avg | exp_avg_sq | ema ) stop ........ numel
 
@@ -11,7 +11,7 @@ DeepSpeed has no public interface for this at every stage. This file reads priva
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,31 +65,6 @@ def own_range(parameter: nn.Parameter, world: World) -> tuple[int, int]:
     first = world.rank % parts * numel
     start, stop = shard_range(numel, world.rank // parts, world.world_size // parts)
     return first + start, first + stop
-
-
-def read_gradients_in_place(optimizer: Any) -> Callable[[], None]:
-    """Let ZeRO-3's optimizer read the gradients where they were reduced. Return an undo function.
-
-    DeepSpeed copies the gradients of a group into one tensor before the optimizer's step. In its buffer of all
-    gradients they are neighbours already, so a view of the buffer has the same values. This saves 4 bytes for each
-    trained value that the rank owns.
-    """
-    copied = optimizer.flatten
-
-    def flatten(tensors: Sequence[Tensor]) -> Tensor:
-        buffer, start = optimizer.grad_partitions_flat_buffer, tensors[0].storage_offset()
-        address, stop = buffer.untyped_storage().data_ptr(), start
-        for tensor in tensors:
-            if tensor.untyped_storage().data_ptr() != address or tensor.storage_offset() != stop:
-                return copied(tensors)
-            stop += tensor.numel()
-        return buffer[start:stop]
-
-    def undo() -> None:
-        optimizer.flatten = copied
-
-    optimizer.flatten = flatten
-    return undo
 
 
 class Partition:
@@ -336,3 +311,59 @@ def parameter_table(model: nn.Module) -> dict[str, dict[str, Any]]:
         name: {"shape": list(full_shape(parameter)), "trained": parameter.requires_grad}
         for name, parameter in model.named_parameters()
     }
+
+
+def square_sums(
+    model: nn.Module, owner: Mapping[str, str], components: Iterable[str], optimizer: Any, zero_stage: int, world: World
+) -> dict[str, float]:
+    """Return this rank's part of each component's squared gradient norm. The sum over ranks is the squared norm.
+
+    Call it between the backward pass and the optimizer's step. It takes one pass over the averaged gradient. DeepSpeed
+    computes the norm of the whole gradient itself, and its public interface gathers the gradient of one parameter at a
+    time, in one message each. Stages 1 to 3 hold a list of tensors for each optimizer group. With an offloaded
+    optimizer, and at stage 1 in bf16, they hold one flat tensor for each group. Stage 0 holds the parameters' ``grad``.
+
+    Args:
+        model: The bare model.
+        owner: Component of each parameter, by parameter name.
+        components: The trained components; each gets an entry on every rank, in this order.
+        optimizer: DeepSpeed's wrapper of the optimizer, or at stage 0 in fp32 the optimizer.
+        zero_stage: 0-3.
+        world: This rank.
+    """
+    squares = dict.fromkeys(components, 0.0)
+    held = _whole_gradients(model, owner, world) if zero_stage == 0 else _own_gradients(optimizer, zero_stage)
+    for component, gradients in held:
+        if gradients:
+            norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
+            squares[component] += float(norms.double().square().sum())
+    scale = float(getattr(optimizer, "loss_scale", 1.0) or 1.0)
+    return {component: value / scale**2 for component, value in squares.items()}
+
+
+def _whole_gradients(model: nn.Module, owner: Mapping[str, str], world: World) -> Iterator[tuple[str, list[Tensor]]]:
+    """Yield the gradients at stage 0. Every rank holds the whole gradient, so only rank 0 counts it."""
+    if not world.is_main:
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.grad is not None:
+            yield owner[name], [parameter.grad]
+
+
+def _own_gradients(optimizer: Any, zero_stage: int) -> Iterator[tuple[str, list[Tensor]]]:
+    groups = optimizer.optimizer.param_groups
+    if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):  # Stage 1 in bf16 has its own wrapper class.
+        for group, part in zip(groups, optimizer.fp32_groups_gradient_flat_partition, strict=True):
+            yield group["component"], [part]
+        return
+    if zero_stage == 3:
+        masters = optimizer.fp32_partitioned_groups_flat
+        numbers = [optimizer.sub_group_to_group_id[index] for index in range(len(masters))]
+        offloaded = optimizer.offload_optimizer
+    else:
+        masters = optimizer.single_partition_of_fp32_groups
+        numbers = list(range(len(masters)))
+        offloaded = optimizer.cpu_offload
+    for index, number in enumerate(numbers):
+        held = [masters[index].grad] if offloaded else optimizer.averaged_gradients.get(index)
+        yield groups[number]["component"], [gradient for gradient in held or () if gradient is not None]

@@ -1,9 +1,13 @@
-"""The choice of the number format of weights and activations."""
+"""The number format of weights and activations, and the state of fp16's dynamic loss scale.
+
+The attributes of the loss scaler are as read in DeepSpeed 0.19, stages 1 to 3.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +15,7 @@ from mmscale.engine.config import EngineConfig
 from mmscale.errors import UnsupportedError
 
 _NATIVE_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -68,3 +73,19 @@ def choose_precision(config: EngineConfig, device: torch.device, flags: frozense
             raise UnsupportedError(f"engine.precision=bf16: {evidence}; use engine.precision=fp32")
         return Precision("bf16", f"as configured; {evidence}, so it is emulated and several times slower than fp32")
     return Precision(config.precision, "as configured")
+
+
+def loss_scaler_state(optimizer: Any) -> dict[str, float] | None:
+    """Return scale and counters of a DeepSpeed optimizer wrapper; None if the loss is not scaled dynamically."""
+    scaler = getattr(optimizer, "loss_scaler", None)
+    if scaler is None or not scaler.dynamic:
+        return None
+    return {name: float(getattr(scaler, name)) for name in _SCALER_FIELDS}
+
+
+def set_loss_scaler_state(optimizer: Any, state: dict[str, float] | None) -> None:
+    """Restore what ``loss_scaler_state`` returned. Does nothing without a state or without dynamic scaling."""
+    if state is None or loss_scaler_state(optimizer) is None:
+        return
+    for name in _SCALER_FIELDS:
+        setattr(optimizer.loss_scaler, name, state[name] if name == "cur_scale" else int(state[name]))

@@ -45,7 +45,8 @@ class JsonlSink:
             record: The line.
             hold: Append it only with the next call, so that ``amend`` can still add values.
         """
-        self._release()
+        if self._held is not None:
+            self._release()
         if hold:
             self._held = record
             return

@@ -66,7 +66,7 @@ def count_step(batch: StepBatch, documents: Sequence[DocumentStats], datasets: S
         "samples": batch.num_samples,
         "cut_documents": batch.num_cut,
         "learned_tokens": sum(int(microbatch.loss_weights.count_nonzero()) for microbatch in batch.microbatches),
-        "images": sum(microbatch.num_images for microbatch in batch.microbatches),
+        "images": sum(microbatch.num_inputs(IMAGE) for microbatch in batch.microbatches),
     }
     for name in sorted(batch.microbatches[0].media.keys() - {IMAGE}):  # The same on all ranks.
         counts[f"clips/{name}"] = sum(microbatch.num_inputs(name) for microbatch in batch.microbatches)

@@ -202,7 +202,11 @@ def count_parameters(config: AnyModelConfig) -> ParameterCount:
 
     Builds it on the meta device, without memory for its values.
     """
-    model = build_weights(config)
+    return count_built(build_weights(config))
+
+
+def count_built(model: TrainedModel | TowerAlone) -> ParameterCount:
+    """Count the parameters of a model that is built already; none of them may be sharded."""
     total = _unique(model)
     idle = 0
     for module in model.modules():

@@ -295,7 +295,7 @@ class Decoder(nn.Module):
             hidden, sums = layer(hidden, rotation, segments, rows, layer_cache, layer_dropout)
             if sums is not None:
                 routed.append(sums)
-        return self.norm(hidden), RouterTensors.stack(routed)
+        return self.norm(hidden), RouterTensors.stack(routed) if routed else None
 
     def _check_length(self, segments: AttentionSegments, cache: KVCache | None) -> None:
         """Raise ``ValueError`` if positions exceed the table. An out-of-range lookup would fail on the device."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data_pipeline.batch import MultimodalBatch
 from mmscale.models.adapters import with_adapters
@@ -20,14 +20,27 @@ from mmscale.models.image_tokens import COMPONENT as IMAGE_TOKENS
 from mmscale.models.image_tokens import TOKENIZER
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.modality import ModalityTower
-from mmscale.models.outputs import ModelOutput
 from mmscale.models.parameter_counts import describe_parameters
 from mmscale.models.vision_kind import Tower
 from mmscale.models.vocabulary import LanguageHead
 from mmscale.nn.adapters import adapted_layers
 from mmscale.nn.dropout import Dropout
 from mmscale.nn.moe import MoeConfig
-from mmscale.nn.router import RoutedRows
+from mmscale.nn.router import RoutedRows, RouterTensors
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """Result of a forward pass.
+
+    Attributes:
+        hidden: ``(T, D)``, after the final norm. ``model.head`` computes logits or the loss from it.
+        router: Sums of the routers of all blocks, stacked, over the valid rows; None for a model without experts. An
+            objective adds the losses of ``mmscale.objectives.router``.
+    """
+
+    hidden: Tensor
+    router: RouterTensors | None = None
 
 
 class MultimodalModel(nn.Module):

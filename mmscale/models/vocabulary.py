@@ -47,20 +47,19 @@ class TokenEmbedding(nn.Embedding):
         Always reads all tables, because under ZeRO-3 all ranks must gather the same parameters. The projection of
         image tokens therefore runs on every row: 0.3 % of the operations of Janus 1.3B.
         """
-        if self.image is None:
-            return self._text_rows(ids)
-        codes = ids - self.first_image_id
-        drawn = codes >= 0
-        text = self._text_rows(ids.masked_fill(drawn, 0))
-        return torch.where(drawn.unsqueeze(1), self.image(codes.clamp(min=0)), text)
-
-    def _text_rows(self, ids: Int[Tensor, " T"]) -> Float[Tensor, "T D"]:
+        drawn = None if self.image is None else ids >= self.first_image_id
+        text = ids if drawn is None else ids.masked_fill(drawn, 0)
         if self.extra_weight is None:
-            return super().forward(ids)
-        new = ids >= self.num_embeddings
-        known = F.embedding(ids.masked_fill(new, 0), self.weight)
-        extra = F.embedding((ids - self.num_embeddings).clamp(min=0), self.extra_weight)
-        return torch.where(new.unsqueeze(1), extra, known)
+            rows = super().forward(text)
+        else:
+            new = text >= self.num_embeddings
+            known = F.embedding(text.masked_fill(new, 0), self.weight)
+            extra = F.embedding((text - self.num_embeddings).clamp(min=0), self.extra_weight)
+            rows = torch.where(new.unsqueeze(1), extra, known)
+        if self.image is None or drawn is None:
+            return rows
+        codes = (ids - self.first_image_id).clamp(min=0)
+        return torch.where(drawn.unsqueeze(1), self.image(codes), rows)
 
 
 class LanguageHead(nn.Module):

@@ -170,9 +170,9 @@ class RouterTensors(NamedTuple):
     dropped: Tensor
 
     @classmethod
-    def stack(cls, blocks: list[RouterTensors]) -> RouterTensors | None:
-        """Return the tensors of L blocks with L as their first dimension; None without blocks."""
-        return cls(*(torch.stack(parts) for parts in zip(*blocks, strict=True))) if blocks else None
+    def stack(cls, blocks: list[RouterTensors]) -> RouterTensors:
+        """Return the tensors of L blocks, at least one, with L as their first dimension."""
+        return cls(*(torch.stack(parts) for parts in zip(*blocks, strict=True)))
 
 
 class Router(nn.Module):

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 
 from mmscale.models.config import ModelConfig, TokenizerConfig
 from mmscale.models.connector_config import ContrastiveConnectorConfig
-from mmscale.objectives.base import ObjectiveBase
+from mmscale.objectives.base import ObjectiveBase, WorldInfo
 from mmscale.objectives.contrastive import Contrastive
 from mmscale.objectives.next_token import NextToken
 from mmscale.objectives.perceptual import PerceptualTower
 from mmscale.objectives.preference import Preference
-from mmscale.objectives.ranks import WorldInfo
 from mmscale.objectives.reconstruction import Reconstruct, ReconstructionConfig
 from mmscale.objectives.teacher import Teacher
 from mmscale.optim.stages import StageConfig

@@ -27,8 +27,7 @@ from data_pipeline.batch import MultimodalBatch
 from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.models.connectors.contrastive import PairVectors
 from mmscale.models.contrastive import ContrastiveModel
-from mmscale.objectives.outputs import ObjectiveOutput
-from mmscale.objectives.ranks import WorldInfo
+from mmscale.objectives.base import ObjectiveOutput, WorldInfo
 
 _ROWS = 1024
 """Rows of the similarities that are in memory at a time."""

@@ -11,9 +11,8 @@ from data_pipeline.batch import MultimodalBatch
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn.cross_entropy import ZLoss
 from mmscale.nn.moe import MoeConfig
-from mmscale.objectives.outputs import ObjectiveOutput
-from mmscale.objectives.ranks import WorldInfo
-from mmscale.objectives.router import PreparedBatch, RouterLosses, StepTotals, needs_whole_load
+from mmscale.objectives.base import ObjectiveOutput, WorldInfo
+from mmscale.objectives.router import PreparedBatch, RouterLosses, needs_whole_load
 from mmscale.objectives.teacher import Teacher
 
 
@@ -65,11 +64,10 @@ class NextToken:
         All ranks must call. If a model with experts has several microbatches in a step, they must come from
         ``prepare``.
         """
+        totals = None
         if isinstance(batch, PreparedBatch):
-            return self._loss(model, batch.batch, batch.totals)
-        return self._loss(model, batch, None)
-
-    def _loss(self, model: MultimodalModel, batch: MultimodalBatch, totals: StepTotals | None) -> ObjectiveOutput:
+            totals = batch.totals
+            batch = batch.batch
         # Run the teachers first: their activations are freed before the student's are stored for its backward pass.
         teacher_hidden = [teacher(batch) for teacher in self.teachers]
         output = model(batch)

@@ -30,9 +30,8 @@ from data_pipeline.batch import MultimodalBatch, Segments
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn.host import to_device
 from mmscale.nn.moe import MoeConfig
+from mmscale.objectives.base import ObjectiveOutput, WorldInfo
 from mmscale.objectives.next_token import NextToken
-from mmscale.objectives.outputs import ObjectiveOutput
-from mmscale.objectives.ranks import WorldInfo
 from mmscale.objectives.router import PreparedBatch, StepTotals
 from mmscale.objectives.teacher import Teacher
 from mmscale.optim.stages import PreferenceConfig

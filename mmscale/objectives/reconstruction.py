@@ -22,7 +22,7 @@ from mmscale.models.config import TokenizerConfig
 from mmscale.models.image_tokenizer_model import ImageTokenizerModel, Reconstruction
 from mmscale.nn.codebook import code_statistics
 from mmscale.objectives.adversarial import Adversarial, AdversarialConfig, recorded_inputs
-from mmscale.objectives.outputs import ObjectiveOutput
+from mmscale.objectives.base import ObjectiveOutput
 from mmscale.objectives.perceptual import PerceptualConfig, PerceptualTower
 
 _LEAST_ERROR = 1e-10

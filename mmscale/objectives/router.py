@@ -24,7 +24,7 @@ from data_pipeline.batch import MultimodalBatch
 from mmscale.nn.host import to_device
 from mmscale.nn.moe import MoeConfig
 from mmscale.nn.router import RouterTensors
-from mmscale.objectives.ranks import OneRank, WorldInfo
+from mmscale.objectives.base import OneRank, WorldInfo
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def test_shipped_files_follow_the_schema_that_they_name() -> None:
     checkers = {name: checker(name) for name in SCHEMAS}
     assert len(YAMLS) > 60
     for path in YAMLS:
-        errors = list(checkers[schema_named_by(path)].iter_errors(plain(read_file(path, 0, (path,)))))
+        errors = list(checkers[schema_named_by(path)].iter_errors(plain(read_file(path, (path,)))))
         assert not errors, f"{path}: {errors[0].message}"
 
 
@@ -60,7 +60,7 @@ def test_merged_files_follow_the_schema(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def quickstart(**changes: Any) -> dict[str, Any]:
-    return {**plain(read_file(CONFIGS / "quickstart.yaml", 0, ())), **changes}
+    return {**plain(read_file(CONFIGS / "quickstart.yaml", ())), **changes}
 
 
 @pytest.mark.parametrize(

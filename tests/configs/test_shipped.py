@@ -5,7 +5,9 @@ Comparisons have several runs in one file; ``tests/compare/test_config.py`` read
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -22,10 +24,16 @@ def schema_of(path: Path) -> type[BaseModel]:
     return type(model_of(path)) if path in MODELS else RunConfig
 
 
+@functools.cache
+def value_of(path: Path) -> Any:
+    """Return the value of a file. The caller must be in the folder of the repository."""
+    return load(path, [], schema_of(path)).value
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_shipped_config(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
-    value = load(path, [], schema_of(path)).value
+    value = value_of(path)
     dumped = tmp_path / "dumped.yaml"
     dumped.write_text(dump(value), encoding="utf-8")
     again = load(dumped, [], schema_of(path))
@@ -43,7 +51,7 @@ def test_run_dir_and_max_steps_are_overrides_of_every_run(path: Path, monkeypatc
     monkeypatch.chdir(REPO)
     value = load(path, ["run_dir=elsewhere/x", "max_steps=3"], RunConfig).value
     assert (value.run_dir, value.max_steps) == (Path("elsewhere/x"), 3)
-    assert value.stages == load(path, [], RunConfig).value.stages
+    assert value.stages == value_of(path).stages
 
 
 @pytest.mark.long
@@ -52,7 +60,7 @@ def test_every_run_has_a_smoke_test_run_that_can_start(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(REPO)
-    config = load(path, [], RunConfig).value
+    config = value_of(path)
     small = shrink_run(config, steps=3)
     check_files(small)
     check_world(small, 2)

@@ -65,19 +65,23 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 WriteSet = Callable[[str, Sequence[Members]], Path]
 
 
-@pytest.fixture
-def write_set(tmp_path: Path) -> WriteSet:
-    """Writes samples as shards of at most 13 and returns the manifest."""
+def set_writer(folder: Path) -> WriteSet:
+    """Return a function that writes samples below ``folder`` as shards of at most 13, and returns the manifest."""
 
     def write(name: str, samples: Sequence[Members]) -> Path:
-        with ShardWriter(tmp_path / name, "part", max_samples=13) as writer:
+        with ShardWriter(folder / name, "part", max_samples=13) as writer:
             for number, members in enumerate(samples):
                 writer.write(f"{number:06d}", members)
-        manifest = tmp_path / name / f"{name}.manifest"
+        manifest = folder / name / f"{name}.manifest"
         write_manifest(manifest, writer.shards)
         return manifest
 
     return write
+
+
+@pytest.fixture
+def write_set(tmp_path: Path) -> WriteSet:
+    return set_writer(tmp_path)
 
 
 @pytest.fixture
@@ -88,6 +92,10 @@ def hybrid_spec() -> MediaSpec:
 
 @pytest.fixture
 def mixture_config(write_set: WriteSet, tokenizer_path: Path) -> DataConfig:
+    return mixture(write_set, tokenizer_path)
+
+
+def mixture(write_set: WriteSet, tokenizer_path: Path) -> DataConfig:
     """Three data sets of unlike kind, with augmentation and look-ahead."""
     augment = {"shift": 0.1, "scale": (0.8, 1.1), "flip": 0.5, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2}
     fixed = {"kind": "fixed", "augment": augment}

@@ -27,6 +27,13 @@ _FILE = re.compile(r"^`([^`\n]+)`, (new|changed):\n", re.MULTILINE)
 _BLOCK = re.compile(r"^```(python|yaml|diff)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+def copy_packages(folder: Path, *packages: str) -> None:
+    """Copy packages with their compiled modules, which stay valid: each source keeps its time."""
+    for package in packages:
+        # Python writes a compiled module under a temporary name first.
+        shutil.copytree(REPO / package, folder / package, ignore=shutil.ignore_patterns("*.pyc.*"))
+
+
 def follow(section: str, copy: Path) -> list[str]:
     """Write and change the files of a section; return their names.
 
@@ -88,8 +95,7 @@ def test_every_section_with_code_is_followed() -> None:
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in PARTS]
 )
 def test_the_section_works_in_at_most_three_files(name: str, tmp_path: Path) -> None:
-    for package in PACKAGES:
-        shutil.copytree(REPO / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_packages(tmp_path, *PACKAGES)
     for folder in ("configs", "examples"):
         (tmp_path / folder).symlink_to(REPO / folder)
     *production, test = follow(SECTIONS[name], tmp_path)
@@ -110,7 +116,7 @@ def printed(command: str) -> str:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The code with the files of the published model."""
     folder = tmp_path_factory.mktemp("added")
-    shutil.copytree(REPO / "mmscale", folder / "mmscale", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_packages(folder, "mmscale")
     assert follow(SECTIONS[MODEL], folder) == [MODEL_YAML, LAYOUT, "prove.py"]
     return folder
 

@@ -1,19 +1,19 @@
 """Servers that import the modules of a rank once, and fork ranks and commands for tests within milliseconds.
 
-    test --one line of JSON--> fork server --fork--> rank        test <--exit code-- fork server
+    tests --lines of JSON--> fork server --fork--> rank        tests <--exit codes-- fork server
 
 A new interpreter for each rank would spend three seconds of CPU time on importing torch and DeepSpeed. Ranks alternate
 between two fork servers with different hash seeds, as with separately started interpreters. So code that depends on the
 order of a set behaves differently on different ranks. Whole runs (``tests/system``) can use the servers too, since
-imports take half of the time of a short run.
+imports take half of the time of a short run. All workers of pytest-xdist share the two servers.
 
 ``Commands`` forks ``mmscale`` in the same way, for a shell that runs many short commands.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
+import fcntl
 import functools
 import gc
 import json
@@ -24,13 +24,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,29 +85,42 @@ class Child:
 
 
 class ForkServer:
-    """The client of a fork server. The server ends with this process, when its standard input closes."""
+    """A connection to a fork server. The first test process that connects starts it; it ends after the last one."""
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
+    def __init__(self, number: int) -> None:
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
+        self._address = Path(tempfile.gettempdir()) / f"mmscale-{run}-{number}"
+        with open(__file__) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # Of several processes one starts the server.
+            self._stream = self._connect() or self._start()
+
+    def _connect(self) -> TextIO | None:
+        """Return a stream to the server; None if there is none."""
+        with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):
+            client.connect(str(self._address))
+            stream = client.makefile("rw")
+            if stream.readline():  # A server that is about to end accepts no more.
+                return stream
+        return None
+
+    def _start(self) -> TextIO:
+        self._process = process = subprocess.Popen(
+            [sys.executable, __file__, "ranks", str(self._address)],
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            text=True,
             cwd=ROOT,
+            start_new_session=True,
         )
-        atexit.register(self.close)
-
-    def close(self) -> None:
-        """End the server. Its ranks must have ended."""
-        self._process.kill()
-        self._process.wait()
+        assert process.stdout
+        assert process.stdout.read() == b"ready\n"
+        stream = self._connect()
+        assert stream
+        return stream
 
     def request(self, request: dict[str, Any]) -> Any:
-        assert self._process.stdin
-        assert self._process.stdout
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return json.loads(self._process.stdout.readline())
+        print(json.dumps(request), file=self._stream, flush=True)
+        return json.loads(self._stream.readline())
 
     def fork(self, call: str, arguments: list[Any], environment: dict[str, str], log: Path) -> Child:
         """Run ``package.module:function(*arguments)`` in a new process, with its output in ``log``."""
@@ -114,10 +128,29 @@ class ForkServer:
         return Child(self, self.request(request), log)
 
 
+def fork_program(program: str, *words: str, log: Path, number: int = 0) -> Child:
+    """Run Python code with the arguments ``words``, in a new session of a new process that has imported all modules.
+
+    Args:
+        program: The code.
+        words: ``sys.argv[1:]``.
+        log: File for the output.
+        number: Number of the fork server. Each has its own hash seed.
+    """
+    call = "tests.engine.fork_server:run_program"
+    return fork_server(number).fork(call, [program, words], dict(os.environ), log)
+
+
+def run_program(program: str, words: list[str]) -> None:
+    os.setsid()
+    sys.argv[1:] = words
+    exec(program, {"__name__": "__main__"})
+
+
 @functools.cache
 def fork_server(number: int) -> ForkServer:
-    """Return fork server ``number`` of this test process. The first call starts it."""
-    return ForkServer()
+    """Return the connection of this test process to fork server ``number``."""
+    return ForkServer(number)
 
 
 class ForkedRank(subprocess.Popen[bytes]):
@@ -199,7 +232,8 @@ class Commands:
             folder: New empty folder for the socket.
         """
         self._address = folder / "socket"
-        self._process = subprocess.Popen([sys.executable, __file__, str(self._address)], stdout=subprocess.PIPE)
+        command = [sys.executable, __file__, "commands", str(self._address)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert self._process.stdout
         assert self._process.stdout.readline() == b"ready\n"
 
@@ -256,13 +290,37 @@ def _answer(client: socket.socket) -> NoReturn:
     os._exit(0)
 
 
-def _serve() -> None:
-    answers = os.fdopen(os.dup(1), "w")
+def _serve(address: str) -> None:
+    """Answer the requests of all test processes, until the last of them has closed its connection."""
+    answers = os.dup(1)
     os.dup2(2, 1)  # Output of imports must not reach the client.
     _import_all()
-    for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps(_state(request["poll"]) if "poll" in request else _fork(request)), file=answers, flush=True)
+    streams: dict[socket.socket, TextIO] = {}
+    with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
+        listener.bind(address)
+        listener.listen()
+        selector.register(listener, selectors.EVENT_READ)
+        os.write(answers, b"ready\n")
+        os.close(answers)
+        while True:
+            ready = selector.select(timeout=None if streams else 60)
+            for client in [key.fileobj for key, _ in ready]:
+                assert isinstance(client, socket.socket)
+                if client is listener:
+                    client, _ = listener.accept()
+                    streams[client] = client.makefile("rw")
+                    selector.register(client, selectors.EVENT_READ)
+                    print("{}", file=streams[client], flush=True)
+                elif line := streams[client].readline():
+                    request = json.loads(line)
+                    answer = _state(request["poll"]) if "poll" in request else _fork(request)
+                    print(json.dumps(answer), file=streams[client], flush=True)
+                else:
+                    selector.unregister(client)
+                    del streams[client]
+            if not streams:
+                os.unlink(address)
+                return
 
 
 def _import_all() -> None:
@@ -303,6 +361,8 @@ def _fork(request: dict[str, Any]) -> int:
         module, _, name = request["call"].partition(":")
         getattr(import_module(module), name)(*request["arguments"])
         code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
     except BaseException:
         traceback.print_exc()
     finally:
@@ -325,4 +385,4 @@ def _become(environment: dict[str, str], *files: int, keep: tuple[int, ...] = ()
 
 
 if __name__ == "__main__":
-    _serve_commands(sys.argv[1]) if len(sys.argv) > 1 else _serve()
+    {"ranks": _serve, "commands": _serve_commands}[sys.argv[1]](sys.argv[2])

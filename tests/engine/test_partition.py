@@ -16,7 +16,8 @@ from torch import nn
 from mmscale.checkpoint.save import tied_names
 from mmscale.checkpoint.share import persistent_buffers
 from mmscale.dist import World
-from mmscale.engine.partition import frozen_ranges, parameter_table, read_gradients_in_place, shard_range
+from mmscale.engine.graph import read_gradients_in_place
+from mmscale.engine.partition import frozen_ranges, parameter_table, shard_range
 from tests.engine.programs import lanes_of, make_engine
 from tests.engine.ranks import run_ranks
 from tests.engine.toy import toy_model

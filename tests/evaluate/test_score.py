@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,20 @@ def _shares(tables: list[np.ndarray], config: EvaluationConfig) -> tuple[float, 
     return right / n, control / n
 
 
+@functools.cache
+def _brute_force_tables() -> list[list[list[float]]]:
+    """Return the likelihoods of ``evaluation(limit=24)`` by block, sample and candidate."""
+    model, data = tiny_model(), data_config()
+    questions = ImageQuestions.read(evaluation(limit=24).image_sets[0])
+    return [
+        [
+            [_brute_force(model, data, questions.samples[s], f" {value}", ends=True) for value in block.candidates]
+            for s in block.samples
+        ]
+        for block in make_blocks(questions.answers, questions.pool, 4, 0)
+    ]
+
+
 @pytest.mark.parametrize("normalise", ["none", "tokens", "prior"])
 @pytest.mark.long
 def test_score_and_control_follow_their_definitions(normalise: str) -> None:
@@ -93,14 +108,7 @@ def test_score_and_control_follow_their_definitions(normalise: str) -> None:
     result = evaluate(model, config, data, media_spec(model.config), ALONE)["both"]
     questions = ImageQuestions.read(config.image_sets[0])
     tokenizer = load_tokenizer(data.tokenizer)
-    blocks = make_blocks(questions.answers, questions.pool, 4, 0)
-    raw = [
-        [
-            [_brute_force(model, data, questions.samples[s], f" {value}", ends=True) for value in block.candidates]
-            for s in block.samples
-        ]
-        for block in blocks
-    ]
+    blocks, raw = make_blocks(questions.answers, questions.pool, 4, 0), _brute_force_tables()
     by_candidate: dict[str, list[tuple[int, float]]] = {}
     for block, table in zip(blocks, raw, strict=True):
         for sample, row in zip(block.samples, table, strict=True):

@@ -13,7 +13,7 @@ for old in set(FOLDER.rglob("*.txt")) - set(wanted.values()):
     old.unlink()
 for path, golden in wanted.items():
     golden.parent.mkdir(exist_ok=True)
-    golden.write_text(describe(model_of(path)), encoding="utf-8")
+    golden.write_text(describe(model_of(path))[0], encoding="utf-8")
     print(golden.relative_to(FOLDER.parents[1]))
 README.write_text(written(), encoding="utf-8")
 print(README.relative_to(FOLDER.parents[1]))

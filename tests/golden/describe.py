@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import MediaBlock, Segments
 from data_pipeline.media_spec import MediaSpec, Placement
-from mmscale.models.build import ParameterCount, build_weights, count_parameters, media_spec
+from mmscale.models.build import ParameterCount, build_weights, count_built, media_spec
 from mmscale.models.config import AnyModelConfig, ModelConfig
 from mmscale.models.flops import forward_flops
 from mmscale.nn.init import value_rule
@@ -43,20 +43,16 @@ def files() -> dict[Path, Path]:
     return {path: FOLDER / f"{name_of(path)}.txt" for path in (*MODELS, *own)}
 
 
-@functools.cache
-def counted(config: AnyModelConfig) -> ParameterCount:
-    """Return the parameter counts of a model."""
-    return count_parameters(config)
+@functools.cache  # The table of configs/README.md has the counts too.
+def describe(config: AnyModelConfig) -> tuple[str, ParameterCount]:
+    """Return the text of a golden file, and the model's parameter counts."""
+    model = build_weights(config)
+    count = count_built(model)
+    parts = [_counts(count), _flops(config), _memory(count.total), _parameters(model)]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n", count
 
 
-def describe(config: AnyModelConfig) -> str:
-    """Return the text of a golden file."""
-    parts = [_counts(config), _flops(config), _memory(config), _parameters(build_weights(config))]
-    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
-
-
-def _counts(config: AnyModelConfig) -> list[str]:
-    count = counted(config)
+def _counts(count: ParameterCount) -> list[str]:
     rows = {**count.components, "total": count.total, "in use for a token": count.active}
     return ["parameters", *(f"  {name:20} {number:18,}" for name, number in rows.items())]
 
@@ -100,9 +96,8 @@ def _document(spec: MediaSpec, grid: tuple[int, int], crops: int, vocab: int, to
     return image_document(spec, 1, tokens - image_tokens, [grid] * crops, vocab)
 
 
-def _memory(config: AnyModelConfig) -> list[str]:
+def _memory(total: int) -> list[str]:
     """Return the memory of weights, gradients and AdamW state per rank: bf16, ZeRO stage 3, without activations."""
-    total = counted(config).total
     header = f"GiB a rank, all trained, ZeRO-3{'':9}" + "".join(
         f"{ranks:>10} rank{'s' * (ranks > 1)}" for ranks in RANKS
     )

@@ -21,7 +21,7 @@ from mmscale.models.decoder import DecoderConfig
 from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.moe import MoeConfig
 from tests.configs.files import CONFIGS, MODELS, REPO, RUNS, bases_of, model_of, name_of
-from tests.golden.describe import counted
+from tests.golden.describe import describe
 
 README = CONFIGS / "README.md"
 BEGIN, END = "<!-- table: make golden -->", "<!-- end of the table -->"
@@ -45,7 +45,7 @@ def row(path: Path) -> tuple[str, ...]:
     """Return the cells of a model."""
     config = model_of(path)
     decoder, tower, connector = _parts(config)
-    count = counted(config)
+    _, count = describe(config)
     number = f"{count.total:,}" + (f" ({count.active:,} a token)" if count.active != count.total else "")
     golden = f"../tests/golden/{name_of(path)}.txt"
     families = _families(config)

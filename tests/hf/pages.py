@@ -33,7 +33,7 @@ from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.patch_embed import PatchEmbed
-from tests.hf.reference_models import imported, loaded, tensors_of, their_gradients
+from tests.hf.reference_models import import_reference, imported, loaded, tensors_of, their_gradients
 from tests.models.reference_models import distance, rounding_ratio
 from tests.parity_table import Recorder
 
@@ -183,25 +183,12 @@ def compare(
         parity(family, "a packed document against it alone", distance(alone, rows), bounds[0])
 
 
-def _rounded(source: Path, ours: MultimodalModel, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
-    """Return our and their logits in bfloat16, and the logits in float32.
-
-    Args:
-        source: Folder with weights in bfloat16.
-        ours: Our model with the same weights; it is converted to bfloat16.
-        seen: Inputs.
-    """
-    import transformers
-
-    auto = transformers.AutoModelForImageTextToText
-    with torch.no_grad():
-        truth = seen.theirs(auto.from_pretrained(source, dtype=torch.float32).eval())
-        theirs = seen.theirs(auto.from_pretrained(source, dtype=torch.bfloat16).eval())
-        return seen.ours(ours.bfloat16()), theirs, truth
-
-
 def bfloat16_ratio(
-    make_reference: Callable[[int], Any], seen: Callable[[Path, MultimodalModel, list[Page]], Seen], folder: Path
+    make_reference: Callable[[int], Any],
+    seen: Callable[[Path, MultimodalModel, list[Any]], Seen],
+    folder: Path,
+    pages: Sequence[Any] = (PAGES["several"], PAGES["picture first"]),
+    auto: str = AUTO,
 ) -> float:
     """Return the ratio of our errors in bfloat16 to theirs, summed over four models.
 
@@ -209,13 +196,21 @@ def bfloat16_ratio(
         make_reference: Returns a model of transformers for a seed.
         seen: Returns the inputs of both sides.
         folder: Folder for temporary files.
+        pages: Pages whose logits are compared.
+        auto: Class of transformers that loads the models.
     """
+    import transformers
 
+    @torch.no_grad()
     def one(seed: int) -> tuple[Tensor, Tensor, Tensor]:
         place = folder / str(seed)
-        make_reference(seed).bfloat16().save_pretrained(place / "theirs")
-        ours, _ = imported(place / "theirs", place / "run")
-        return _rounded(place / "theirs", ours, seen(place, ours, [PAGES["several"], PAGES["picture first"]]))
+        ours = import_reference(make_reference(seed).bfloat16(), place)
+        inputs = seen(place, ours, [*pages])
+        truth, rounded = (
+            getattr(transformers, auto).from_pretrained(place / "theirs", dtype=dtype).eval()
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+        return inputs.ours(ours.bfloat16()), inputs.theirs(rounded), inputs.theirs(truth)
 
     return rounding_ratio(one(seed) for seed in range(4))
 

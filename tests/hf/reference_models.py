@@ -26,6 +26,12 @@ def imported(source: Path, run: Path) -> tuple[Any, Path]:
     return model, Path(report.checkpoint)
 
 
+def import_reference(theirs: Any, folder: Path) -> Any:
+    """Save a model of transformers in ``folder/theirs``; return our model, imported from there."""
+    theirs.save_pretrained(folder / "theirs")
+    return imported(folder / "theirs", folder / "run")[0]
+
+
 def their_gradients(theirs: Any, folder: Path) -> dict[str, Tensor]:
     """Return the gradients of a model of transformers by our names: save them as if they were weights, and import them.
 

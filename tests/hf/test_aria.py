@@ -32,18 +32,14 @@ from tests.hf.pages import (
     PAGES,
     Page,
     Seen,
-    assert_round_trip,
-    bfloat16_ratio,
     builder,
-    compare,
     load,
     save_tokenizer,
     written,
 )
-from tests.hf.reference_models import imported, loaded, tensors_of
+from tests.hf.reference_models import import_reference, imported, loaded, tensors_of
 from tests.hf.train_and_export import VOCABULARY, captions, train_and_export
 from tests.models.reference_models import randomise
-from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity
 BOUND, GRADIENT_BOUND = 2e-6, 8e-6
@@ -120,27 +116,9 @@ def seen(folder: Path, model: Any, pages: list[Page], longer: int = 490, split: 
     return Seen.of(builder(load(path, IMAGE), media_spec(model.config), transforms), process, pages)
 
 
-CASES: dict[str, tuple[int, bool, list[Page]]] = {
-    "490": (490, False, list(PAGES.values())),
-    "980": (980, False, [PAGES["in the middle"], PAGES["none"]]),
-    "split": (490, True, [["before", (60, 200), "after"], [(150, 40), "."]]),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_the_same_logits_loss_and_gradients(case: str, tmp_path: Path, parity: Recorder) -> None:
-    longer, split, pages = CASES[case]
-    theirs = reference_model()
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
-    compare(ours, theirs, seen(tmp_path, ours, pages, longer, split), tmp_path, parity, (BOUND, GRADIENT_BOUND))
-    assert not any(parameter.grad.any() for parameter in ours.vision.idle_norm.parameters())
-
-
 def test_tokens_choose_the_same_experts(tmp_path: Path) -> None:
     theirs = reference_model()
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
+    ours = import_reference(theirs, tmp_path)
     pages = seen(tmp_path, ours, [PAGES["several"]])
     chosen: list[list[Tensor]] = [[], []]
     for layer in ours.decoder.layers:
@@ -153,17 +131,6 @@ def test_tokens_choose_the_same_experts(tmp_path: Path) -> None:
     assert len(chosen[0]) == len(chosen[1]) == 2
     assert all(torch.equal(mine, other) for mine, other in zip(*chosen, strict=True))
     assert all(len(each.unique()) >= 6 for each in chosen[0])
-
-
-def test_bfloat16_is_no_further_from_float32_than_theirs(tmp_path: Path, parity: Recorder) -> None:
-    """With all experts chosen: a rounded router may choose another expert, here and there."""
-    ratio = bfloat16_ratio(lambda seed: reference_model(seed=seed, moe_topk=8), seen, tmp_path)
-    parity("aria", "error of bfloat16, over theirs", ratio, 1.1)
-
-
-def test_export_restores_the_folder(tmp_path: Path) -> None:
-    pages = [PAGES["last"], PAGES["none"]]
-    assert_round_trip(reference_model(), lambda ours: seen(tmp_path, ours, pages), tmp_path)
 
 
 def test_names_of_the_classes_are_understood(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from mmscale.models.build import build_weights, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.objectives.contrastive import Contrastive
 from tests.configs.files import CONFIGS, model_of
-from tests.hf.reference_models import imported, loaded, tensors_of, their_gradients
+from tests.hf.reference_models import import_reference, imported, loaded, tensors_of, their_gradients
 from tests.hf.towers import SIZES, images, normalised, ours_of
 from tests.models.reference_models import distance, randomise, rounding_ratio
 from tests.parity_table import Recorder
@@ -105,8 +105,7 @@ def batch_of(pixels: Tensor) -> MultimodalBatch:
 @pytest.mark.parametrize("text", [{}, {"hidden_act": "gelu", "eos_token_id": 2}], ids=["clip", "gelu, largest id"])
 def test_the_same_similarities_loss_and_gradients(text: dict[str, Any], tmp_path: Path, parity: Recorder) -> None:
     theirs = reference_model(**text)
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
+    ours = import_reference(theirs, tmp_path)
     pixels = images(SIDE, len(LENGTHS))
     batch, expected = batch_of(pixels), theirs_of(theirs, pixels)
     vectors = ours(batch)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from data_pipeline.media_spec import MediaSpec
 from mmscale.errors import CheckpointError
 from mmscale.hf.layouts import layout_of
-from tests.hf.reference_models import assert_restored, imported, their_gradients, trained_parameters
+from tests.hf.reference_models import assert_restored, import_reference, their_gradients, trained_parameters
 from tests.models.packs import Doc, pack
 from tests.models.reference_models import distance, randomise
 from tests.parity_table import Recorder
@@ -70,8 +70,7 @@ def drawing(theirs: Any, seed: int) -> tuple[list[int], Tensor]:
 def test_the_same_logits_loss_and_gradients(tmp_path: Path, parity: Recorder) -> None:
     """An image is the same tokens whether it was encoded before or their model encodes its pixels."""
     theirs = reference_model()
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
+    ours = import_reference(theirs, tmp_path)
     assert ours.config.decoder.image_ids == range(FIRST, FIRST + CODES)
     block = ours.config.decoder
     assert block.dropout == block.attention_dropout == theirs.config.text_config.attention_dropout == 0.1

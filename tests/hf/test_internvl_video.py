@@ -14,7 +14,7 @@ from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart, VideoPart
 from mmscale.models.build import media_spec
 from tests.hf.pages import BOS, EOS, Seen, compare, load, normalised, picture, save_tokenizer, stored
-from tests.hf.reference_models import imported
+from tests.hf.reference_models import import_reference
 from tests.hf.test_internvl import (
     BOUND,
     END,
@@ -77,8 +77,7 @@ def _seen(folder: Path, ours: Any) -> Seen:
 
 def test_the_same_tokens_pixels_logits_loss_and_gradients(tmp_path: Path, parity: Recorder) -> None:
     theirs = reference_model()
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
+    ours = import_reference(theirs, tmp_path)
     seen = _seen(tmp_path, ours)
     (document,), (inputs,) = seen.documents, seen.inputs
     assert document.token_ids.tolist() == inputs["input_ids"][0].tolist()

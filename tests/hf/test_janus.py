@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mmscale.models.build import media_spec
 from mmscale.models.generation import ImageGrid, draw
 from mmscale.models.sampling import SamplingConfig
-from tests.hf.reference_models import assert_restored, imported, their_gradients, trained_parameters
+from tests.hf.reference_models import assert_restored, import_reference, their_gradients, trained_parameters
 from tests.models.packs import IMAGE_ID, Doc, image_document, pack
 from tests.models.reference_models import distance, randomise
 from tests.parity_table import Recorder
@@ -98,8 +98,7 @@ def documents(spec: Any) -> list[Doc]:
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_same_logits_loss_and_gradients(tied: bool, tmp_path: Path, parity: Recorder) -> None:
     theirs = reference_model(tied=tied)
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
+    ours = import_reference(theirs, tmp_path)
     assert ours.config.decoder.image_ids == range(VOCAB, VOCAB + CODES)
     spec = media_spec(ours.config)
     docs = documents(spec)
@@ -143,8 +142,7 @@ def test_export_restores_the_folder(tied: bool, tmp_path: Path) -> None:
 def test_drawn_codes_are_those_of_their_generate(tmp_path: Path) -> None:
     """With guidance, they replace all but the first token and the beginning of the image by padding."""
     theirs, begin = reference_model(2), 11
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
+    ours = import_reference(theirs, tmp_path)
     prompts = [[1, 12, 13, 40, begin], [1, 60, 61, 62, begin]]
     theirs.generation_config.update(bos_token_id=1, pad_token_id=0)
     theirs.generation_config.generation_kwargs = {"boi_token_id": begin}

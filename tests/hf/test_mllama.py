@@ -44,7 +44,7 @@ from tests.hf.mllama_reference import (
     reference_model,
     their_inputs,
 )
-from tests.hf.reference_models import imported, loaded, tensors_of, their_gradients
+from tests.hf.reference_models import import_reference, imported, loaded, tensors_of, their_gradients
 from tests.hf.train_and_export import VOCABULARY, captions, train_and_export
 from tests.models.reference_models import distance, rounding_ratio
 from tests.parity_table import Recorder
@@ -160,8 +160,7 @@ def meta_rule(theirs: Any) -> Iterator[None]:
 
 def test_text_before_the_first_image_is_silent_or_looks_ahead(tmp_path: Path, parity: Recorder) -> None:
     theirs = reference_model()
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
+    ours = import_reference(theirs, tmp_path)
     quirk = their_logits(theirs)
     with meta_rule(theirs):
         expected = their_logits(theirs)
@@ -187,8 +186,7 @@ def test_without_absent_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
         return ((1 - shown.to(dtype)) * torch.finfo(dtype).min).flatten(1)[:, None, None]
 
     theirs = reference_model()
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
+    ours = import_reference(theirs, tmp_path)
     published = their_logits(theirs)
     monkeypatch.setattr(modeling_mllama, "_prepare_aspect_ratio_attention_mask", mask)
     with meta_rule(theirs):

@@ -24,13 +24,9 @@ from tests.hf.pages import (
     BOS,
     EOS,
     PAD,
-    PAGES,
     Page,
     Seen,
-    assert_round_trip,
-    bfloat16_ratio,
     builder,
-    compare,
     load,
     normalised,
     odd_pages,
@@ -130,25 +126,6 @@ def seen(folder: Path, model: Any, pages: list[Page]) -> Seen:
         }
 
     return Seen.of(builder(load(path, IMAGE), media_spec(model.config), TRANSFORMS), process, pages)
-
-
-@pytest.mark.parametrize("name", TWINS)
-def test_the_same_logits_loss_and_gradients(name: str, tmp_path: Path, parity: Recorder) -> None:
-    theirs = reference_model(name)
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
-    compare(ours, theirs, seen(tmp_path, ours, list(PAGES.values())), tmp_path, parity, (BOUND, GRADIENT_BOUND))
-
-
-def test_bfloat16_is_no_further_from_float32_than_theirs(tmp_path: Path, parity: Recorder) -> None:
-    ratio = bfloat16_ratio(lambda seed: reference_model(seed=seed), seen, tmp_path)
-    parity("llava", "error of bfloat16, over theirs", ratio, 1.1)
-
-
-@pytest.mark.parametrize("name", TWINS)
-def test_export_restores_the_folder(name: str, tmp_path: Path) -> None:
-    pages = [PAGES["several"], PAGES["none"]]
-    assert_round_trip(reference_model(name), lambda ours: seen(tmp_path, ours, pages), tmp_path)
 
 
 def test_names_of_the_classes_are_understood(tmp_path: Path) -> None:

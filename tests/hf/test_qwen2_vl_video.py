@@ -10,28 +10,22 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.config import DatasetConfig
 from data_pipeline.document import Document
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.packing.collate import collate, concatenate
 from data_pipeline.packing.document_builder import DocumentBuilder
-from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart, VideoPart
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.writer import ShardWriter
 from mmscale.models.build import media_spec
 from mmscale.models.connectors.projector import merge_order
-from mmscale.models.generation import generate
 from mmscale.objectives.next_token import NextToken
-from tests.hf.pages import AUTO, BOS, EOS, Seen, compare, load, normalised, picture, save_tokenizer, stored
-from tests.hf.reference_models import imported, loaded
+from tests.hf.pages import AUTO, BOS, EOS, Seen, load, normalised, picture, save_tokenizer, stored
+from tests.hf.reference_models import import_reference, loaded
 from tests.hf.test_qwen2_vl import (
     BOUND,
     END,
-    GRADIENT_BOUND,
     IMAGE,
     LAYOUT,
     PIXELS,
@@ -126,16 +120,15 @@ def _inputs(theirs: Any, page: list[Any]) -> dict[str, Tensor]:
 @pytest.fixture
 def models(tmp_path: Path) -> tuple[Any, Any]:
     theirs = reference_model()
-    theirs.save_pretrained(tmp_path / "theirs")
-    return imported(tmp_path / "theirs", tmp_path / "run")[0], theirs
+    return import_reference(theirs, tmp_path), theirs
 
 
-def test_the_same_logits_loss_and_gradients(models: tuple[Any, Any], tmp_path: Path, parity: Recorder) -> None:
-    """All pages are one pack, so images and videos of several documents pass through the tower together."""
-    ours, theirs = models
-    compare(ours, theirs, video_seen(tmp_path, ours, [*PAGES.values()]), tmp_path, parity, (BOUND, GRADIENT_BOUND))
+def test_the_frames_of_a_patch_learn_unlike_each_other(models: tuple[Any, Any], tmp_path: Path) -> None:
+    """Those of a still image learn alike."""
+    ours, _ = models
+    NextToken()(ours, video_seen(tmp_path, ours, [PAGES["video"]]).batch()).loss_sum.backward()
     weight = ours.vision.patch_embed.projection.weight.grad.view(32, 3, 2, 14, 14)
-    assert not torch.allclose(weight[:, :, 0], weight[:, :, 1], rtol=0.1)  # Unlike those of still images.
+    assert not torch.allclose(weight[:, :, 0], weight[:, :, 1], rtol=0.1)
 
 
 def test_pixels_grids_and_positions(models: tuple[Any, Any], tmp_path: Path, parity: Recorder) -> None:
@@ -169,35 +162,6 @@ def test_text_after_a_long_video_follows_its_last_frame(models: tuple[Any, Any],
     with torch.no_grad():
         assert distance(seen.ours(ours), theirs(**inputs, position_ids=positions).logits[0]) < BOUND
         assert distance(seen.ours(ours), theirs(**inputs).logits[0]) > 100 * BOUND
-
-
-def test_the_same_answers(models: tuple[Any, Any], tmp_path: Path) -> None:
-    ours, theirs = models
-    seen = video_seen(tmp_path, ours, [PAGES["video"], PAGES["image and videos"]])
-    answers = generate(ours.eval(), seen.batch(), 6, eos_id=-1)
-    for answer, inputs in zip(answers, seen.inputs, strict=True):
-        ids = theirs.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
-        assert answer == ids[0, inputs["input_ids"].shape[1] :].tolist()
-
-
-def test_microbatches_of_several_packs_equal_one_pack(models: tuple[Any, Any], tmp_path: Path) -> None:
-    ours, _ = models
-    seen = video_seen(tmp_path, ours, [*PAGES.values()])
-    together = collate([Pack(tuple(seen.documents), 0)], seen.spec)
-    apart = concatenate([collate([Pack((document,), 0)], seen.spec) for document in seen.documents], seen.spec)
-    for name in ("values", "later_values", "later_index"):
-        assert torch.equal(getattr(together.media["image"], name), getattr(apart.media["image"], name))
-    with torch.no_grad():
-        assert torch.equal(ours(together).hidden, ours(apart).hidden)
-
-
-def test_operations_of_videos_equal_the_counter(models: tuple[Any, Any], tmp_path: Path) -> None:
-    ours, _ = models
-    batch = video_seen(tmp_path, ours, [PAGES["video"]]).batch()
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        NextToken()(ours, batch).loss_sum.backward()
-    flops = ours.training_flops(batch, ["vision", "connector", "decoder"])
-    assert flops.hardware == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 @pytest.mark.dist

@@ -119,9 +119,10 @@ def test_a_training_step_equals_the_counter(kind: str | None, variant: dict[str,
         choices = [["connector"], ["decoder"], ["connector", "decoder"]]
     elif "projector" in variant:
         choices = [["vision"], ["connector"], TRAINED[-1]]
+    net = build_model(settings)
     for trained in choices:
         trained = trained if kind is not None or settings.decoder.extra_tokens else ["decoder"]
-        net = build_model(settings)
+        net.zero_grad()
         counted = counted_step(net, batch, trained, checkpointing)
         if variant.get("projector", {}).get("kind") == "c_abstractor" and "connector" in trained:
             counted -= _overcounted(batch)

@@ -89,6 +89,11 @@ def kill_group(process: Process) -> None:
     process.wait()
 
 
+def child_processes(pid: int) -> list[int]:
+    """Return the children of a process, in the order of their start. Those of a launcher are its ranks."""
+    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+
+
 MakeRun = Callable[..., Run]
 
 

@@ -7,40 +7,22 @@ import os
 import signal
 import socket
 import time
-from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import MakeRun, kill_group
-
-
-def pid_of_rank(run_dir: Path, rank: int) -> int:
-    """Return the process of a rank, and not one of its forked children."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words, variables = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
-        except OSError:
-            continue
-        if (
-            b"mmscale.cli.main\0train" in words  # Not the launcher, which may have inherited RANK.
-            and f"run_dir={run_dir}".encode() in words
-            and b"RANK=%d" % rank in variables.split(b"\0")
-        ):
-            found.append(int(path.name))
-    return min(found)
+from tests.system.conftest import MakeRun, child_processes, kill_group
 
 
 @pytest.mark.fault
 @pytest.mark.dist
-def test_a_stopped_rank_ends_the_run(make_run: MakeRun) -> None:
+def test_a_stopped_rank_ends_the_run(fork_run: MakeRun) -> None:
     rank = 0  # Rank 0 prints on the terminal, and may serve torch's store.
     limits = "engine.watchdog={step_seconds: 4, other_seconds: 100}"
-    run = make_run("run", 2, "max_steps=100000", "checkpoint.every_steps=1000", limits)
+    run = fork_run("run", 2, "max_steps=100000", "checkpoint.every_steps=1000", limits)
     process = run.start()
     try:
         run.wait_for_step(process, 3)
-        os.kill(pid_of_rank(run.folder, rank), signal.SIGSTOP)
+        os.kill(child_processes(process.pid)[rank], signal.SIGSTOP)
         stopped = time.monotonic()
         output, _ = process.communicate(timeout=120)
     finally:

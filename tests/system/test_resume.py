@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def curve(run: Run) -> list[tuple[Any, ...]]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
     """Return the curve of an undisturbed run on two ranks."""
-    run = run_in(tmp_path_factory.mktemp("whole"), "whole", 2, *WORDS)
+    run = replace(run_in(tmp_path_factory.mktemp("whole"), "whole", 2, *WORDS), forked=True)
     run.finish()
     return curve(run)
 
@@ -74,8 +75,8 @@ def test_a_signal_saves_and_the_next_start_goes_on(fork_run: MakeRun) -> None:
 
 
 @pytest.mark.resume
-def test_a_signal_during_set_up_stops_after_the_first_step(make_run: MakeRun) -> None:
-    run = make_run("early", 1, f"max_steps={STEPS}")
+def test_a_signal_during_set_up_stops_after_the_first_step(fork_run: MakeRun) -> None:
+    run = fork_run("early", 1, f"max_steps={STEPS}")
     process = run.start()
     while not (run.folder / "config.yaml").exists():
         assert process.poll() is None, process.communicate()[0]

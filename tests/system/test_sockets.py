@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import MakeRun, kill_group
+from tests.system.conftest import MakeRun, child_processes, kill_group
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 def process_tree(root: int) -> list[int]:
-    children = [int(pid) for path in Path(f"/proc/{root}/task").glob("*/children") for pid in path.read_text().split()]
-    return [root, *(pid for child in children for pid in process_tree(child))]
+    return [root, *(pid for child in child_processes(root) for pid in process_tree(child))]
 
 
 def listening(pids: list[int]) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
@@ -42,11 +41,11 @@ def is_loopback(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_on_one_machine_listens_on_loopback_only(
-    make_run: MakeRun, ranks: int, monkeypatch: pytest.MonkeyPatch
+    fork_run: MakeRun, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run on one machine uses loopback, even if the environment names an interface for runs across nodes."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
-    run = make_run("run", ranks, "max_steps=100000", "checkpoint.every_steps=100000", "data.workers=1")
+    run = fork_run("run", ranks, "max_steps=100000", "checkpoint.every_steps=100000", "data.workers=1")
     process = run.start()
     try:
         run.wait_for_step(process, 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,10 @@ from mmscale.metrics.step_counts import document_stats
 from mmscale.optim.stages import StageConfig
 from mmscale.run.config import RunConfig
 from tests.data_pipeline.conftest import (  # noqa: F401 - fixtures
-    WriteSet,
     captioned,
-    mixture_config,
+    mixture,
     picture,
+    set_writer,
     tokenizer_path,
     write_set,
 )
@@ -30,21 +30,34 @@ WRITTEN = 50
 """Number of logged steps."""
 EVERY = 4
 
-MakeFolder = Callable[..., Path]
 
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> DataConfig:  # noqa: F811
+    """Four data sets, one damaged and one with two epochs; long texts are split; packing looks ahead.
 
-@pytest.fixture
-def data(mixture_config: DataConfig, write_set: WriteSet) -> DataConfig:  # noqa: F811
-    """Four data sets, one damaged and one with two epochs; long texts are split; packing looks ahead."""
+    All tests read the same files. A test that changes them takes ``copied``.
+    """
+    write = set_writer(tmp_path_factory.mktemp("data"))
+    mixed = mixture(write, tokenizer_path)
     damaged = [{**captioned(i), "png": b"junk" if i % 6 == 0 else picture(i)} for i in range(37)]
     long = [{"txt": ("word " * (9 + 7 * (i % 5))).encode()} for i in range(15)]
-    captions, text, _ = mixture_config.datasets
+    captions, text, _ = mixed.datasets
     extra = [
-        captions.model_copy(update={"name": "damaged", "manifest": write_set("damaged", damaged), "weight": 1.5}),
-        text.model_copy(update={"name": "long", "manifest": write_set("long", long), "max_epochs": 2}),
+        captions.model_copy(update={"name": "damaged", "manifest": write("damaged", damaged), "weight": 1.5}),
+        text.model_copy(update={"name": "long", "manifest": write("long", long), "max_epochs": 2}),
     ]
-    packing = mixture_config.packing.model_copy(update={"too_long": "split", "max_tokens": 110, "max_cost": None})
-    return mixture_config.model_copy(update={"datasets": (captions, text, *extra), "lanes": 3, "packing": packing})
+    packing = mixed.packing.model_copy(update={"too_long": "split", "max_tokens": 110, "max_cost": None})
+    return mixed.model_copy(update={"datasets": (captions, text, *extra), "lanes": 3, "packing": packing})
+
+
+def copied(data: DataConfig, folder: Path) -> DataConfig:
+    """Copy each data set to ``folder/NAME``."""
+    datasets = []
+    for one in data.datasets:
+        manifest = Path(one.indexed)
+        shutil.copytree(manifest.parent, folder / one.name)
+        datasets.append(one.model_copy(update={"manifest": folder / one.name / manifest.name}))
+    return data.model_copy(update={"datasets": tuple(datasets)})
 
 
 def sound(data: DataConfig) -> DataConfig:
@@ -52,23 +65,29 @@ def sound(data: DataConfig) -> DataConfig:
     return data.model_copy(update={"datasets": tuple(d for d in data.datasets if d.name != "damaged")})
 
 
-@pytest.fixture
-def config(data: DataConfig, tmp_path: Path) -> RunConfig:
+@pytest.fixture(scope="session")
+def shared_config(data: DataConfig) -> RunConfig:
     """A run of two stages, the second with larger packs."""
     stages = (
         StageConfig(name="first", steps=FIRST),
         StageConfig(name="second", steps=SECOND, data={"packing": {"max_tokens": 150}}),
     )
-    run = load(TINY, [f"run_dir={tmp_path / 'run'}"], RunConfig).value
-    return run.model_copy(update={"data": data, "stages": stages})
+    return load(TINY, [], RunConfig).value.model_copy(update={"data": data, "stages": stages})
 
 
-def play(config: RunConfig) -> list[tuple[int, StepBatch]]:
-    """Return (stage, batch) of each step, as ``train`` makes them on one rank."""
-    found = []
+@pytest.fixture
+def config(shared_config: RunConfig, tmp_path: Path) -> RunConfig:
+    """The same with a run folder of its own."""
+    return shared_config.model_copy(update={"run_dir": tmp_path / "run"})
+
+
+def play(config: RunConfig, steps: int | None = None) -> list[tuple[int, StepBatch]]:
+    """Return (stage, batch) of each step, or of the first ``steps``, as ``train`` makes them on one rank."""
+    found: list[tuple[int, StepBatch]] = []
     for number, stage in enumerate(config.stages):
+        wanted = stage.steps if steps is None else min(stage.steps, steps - len(found))
         with Loader(config.stage_data(number), config.media_spec, seed=config.seed) as loader:
-            found += [(number, next(loader)) for _ in range(stage.steps)]
+            found += [(number, next(loader)) for _ in range(wanted)]
     return found
 
 
@@ -90,9 +109,14 @@ def write(config: RunConfig, steps: list[tuple[int, StepBatch]], every: int = EV
     return run
 
 
-@pytest.fixture
-def steps(config: RunConfig) -> list[tuple[int, StepBatch]]:
-    return play(config)
+@pytest.fixture(scope="session")
+def steps(shared_config: RunConfig) -> list[tuple[int, StepBatch]]:
+    return play(shared_config)
+
+
+@pytest.fixture(scope="session")
+def sound_steps(shared_config: RunConfig) -> list[tuple[int, StepBatch]]:
+    return play(shared_config.model_copy(update={"data": sound(shared_config.data)}))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import SampleLogError, StateError
 from data_pipeline.history.sample_steps import SampleSteps
 from data_pipeline.loader.loader import Loader, StepBatch
-from data_pipeline.order.config import OrderConfig
+from data_pipeline.order.lanes import OrderConfig
 from data_pipeline.order.state import Cursor, LaneState, LoaderState, StreamPosition
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.storage.config import CacheConfig, StorageConfig
@@ -25,30 +25,38 @@ from mmscale.optim.stages import StageConfig
 from mmscale.run.config import RunConfig
 from mmscale.run.sample_lookup import Evidence, SampleLookup
 from tests.data_pipeline.conftest import WriteSet, captioned, picture
-from tests.trace.conftest import WRITTEN, play, truth, write
+from tests.trace.conftest import WRITTEN, copied, play, truth, write
 
 
 def test_shard_and_key_are_told_without_the_shards(
-    run: Path, steps: list[tuple[int, StepBatch]], config: RunConfig, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    steps: list[tuple[int, StepBatch]],
+    config: RunConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     gone = config.data.tokenizer.model_copy(update={"path": run / "gone"})
-    gone_data = config.data.model_copy(update={"tokenizer": gone})
+    gone_data = copied(config.data, tmp_path / "data").model_copy(update={"tokenizer": gone})
     (run / "config.yaml").write_text(dump(config.model_copy(update={"data": gone_data})))
-    for dataset in config.data.datasets:
-        for tar in Path(dataset.manifest).parent.glob("*.tar"):
-            tar.unlink()
+    for tar in tmp_path.glob("data/*/*.tar"):
+        tar.unlink()
     assert main(["data", "trace", str(run), "--step", "20", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [(r["dataset"], r["epoch"], r["sample"], r["shard"], r["key"]) for r in rows] == truth(steps[19][1])
+    original = Path(config.data.datasets[0].indexed).parents[1]
+    expected = [
+        (*place, shard.replace(str(original), f"{tmp_path}/data"), key) for *place, shard, key in truth(steps[19][1])
+    ]
+    assert [(r["dataset"], r["epoch"], r["sample"], r["shard"], r["key"]) for r in rows] == expected
     assert all(row["notes"] and row["text"] is None for row in rows)
-    _, _, _, shard, key = truth(steps[19][1])[0]
+    *_, shard, key = expected[0]
     assert main(["data", "trace", str(run), "--sample", f"{shard}/{key}"]) == 0
     assert "step 20  " in capsys.readouterr().out
 
 
 def test_data_sets_of_a_server_are_told_and_shown(config: RunConfig, data: DataConfig, tmp_path: Path) -> None:
     """Also without the shards: shard and key need only the indexes and the sample log."""
-    folder = Path(data.datasets[0].manifest).parent.parent
+    folder = tmp_path / "data"
+    copied(data, folder)
     with file_server(folder).running() as server:
         datasets = tuple(
             type(one).model_validate(one.model_dump() | {"manifest": f"{server.url}/{one.name}/{one.name}.manifest"})
@@ -60,8 +68,8 @@ def test_data_sets_of_a_server_are_told_and_shown(config: RunConfig, data: DataC
             "cache": CacheConfig(folder=tmp_path / "cache"),
         }
         remote = config.model_copy(update={"data": data.model_copy(update=fields), "stages": config.stages[:1]})
-        played = play(remote)
-        run = write(remote, played[:8])
+        played = play(remote, 8)
+        run = write(remote, played)
         for number in (6, 10):
             lookup = SampleLookup(run)
             samples = lookup.catalog(lookup.loader_of(number))
@@ -89,12 +97,12 @@ def test_samples_without_an_index_are_known_by_their_place(config: RunConfig, da
     fields = captions.model_dump() | {"name": "plain", "manifest": None, "shards": (tars,)}
     plain = data.model_copy(update={"datasets": (data.datasets[1], type(captions).model_validate(fields))})
     config = config.model_copy(update={"data": plain})
-    played = play(config)
-    run = write(config, played[:WRITTEN])
+    played = play(config, WRITTEN)
+    run = write(config, played)
     lookup = SampleLookup(run)
     expected: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
     samples = lookup.catalog(lookup.loaders[0])
-    for number, (_, batch) in enumerate(played[:WRITTEN], 1):
+    for number, (_, batch) in enumerate(played, 1):
         rows = lookup.samples_of(number).rows
         assert [(row.dataset, row.epoch, row.sample) for row in rows] == [one[:3] for one in truth(batch)]
         for row in rows:
@@ -121,7 +129,7 @@ def test_a_trace_runs_no_command_of_the_configuration(
     fields = data.datasets[0].model_dump() | {"manifest": None, "shards": shards}
     one = data.model_copy(update={"datasets": (type(data.datasets[0]).model_validate(fields),), "lanes": 1})
     config = config.model_copy(update={"data": one})
-    run = write(config, play(config)[:4])
+    run = write(config, play(config, 4))
     trail.unlink()
     assert main(["data", "trace", str(run), "--step", "2", "--html", str(tmp_path / "page.html")]) == 0
     assert main(["data", "trace", str(run), "--step", "8"]) == 1
@@ -153,12 +161,12 @@ def test_what_will_be_left_out_is_foreseen_where_that_shows_without_decoding(
     empty = [{"json": b"{}"} if i % 5 == 0 else captioned(i) for i in range(23)]
     one = data.datasets[0].model_copy(update={"manifest": write_set("empty", empty)})
     config = config.model_copy(update={"data": data.model_copy(update={"datasets": (one,)})})
-    played = play(config)
+    played = play(config, 20)
     lookup = SampleLookup(write(config, played[:6]))
     shard = next(Path(one.manifest).parent.glob("*-00000.tar"))
     expected = {
         (number, skip.epoch)
-        for number, (_, batch) in enumerate(played[:20], 1)
+        for number, (_, batch) in enumerate(played, 1)
         for skip in batch.skipped
         if skip.key == "000005"
     }
@@ -214,7 +222,7 @@ def test_the_page_shows_hostile_text_as_text(
     manifest = write_set("evil", [{"png": picture(i), "txt": evil.encode()} for i in range(5)])
     one = data.datasets[0].model_copy(update={"manifest": manifest})
     config = config.model_copy(update={"data": data.model_copy(update={"datasets": (one,)})})
-    run = write(config, play(config)[:4])
+    run = write(config, play(config, 4))
     page = tmp_path / "page.html"
     assert main(["data", "trace", str(run), "--step", "2", "--html", str(page)]) == 0
     text = page.read_text()
@@ -268,7 +276,7 @@ def test_a_data_set_that_joins_a_running_mixture_moves_nothing(config: RunConfig
 
 
 def test_another_order_or_manifest_names_no_wrong_sample(
-    run: Path, config: RunConfig, steps: list[tuple[int, StepBatch]]
+    run: Path, config: RunConfig, steps: list[tuple[int, StepBatch]], tmp_path: Path
 ) -> None:
     _, _, _, shard, key = truth(steps[19][1])[0]
     for name, data in (
@@ -280,8 +288,9 @@ def test_another_order_or_manifest_names_no_wrong_sample(
         (run / "config.yaml").write_text(dump(changed))
         with pytest.raises(SampleLogError, match=f"since these steps were done: {name}"):
             list(SampleLookup(run).steps_of(shard, key))
-    (run / "config.yaml").write_text(dump(config))
-    manifest = Path(config.data.datasets[0].indexed)
+    changed = config.model_copy(update={"data": copied(config.data, tmp_path / "data")})
+    (run / "config.yaml").write_text(dump(changed))
+    manifest = Path(changed.data.datasets[0].indexed)
     write_manifest(manifest, sorted(manifest.parent.glob("*.tar"), reverse=True))
     lookup = SampleLookup(run)
     samples = lookup.catalog(lookup.loader_of(20))

@@ -16,7 +16,7 @@ from mmscale.metrics.sample_log import StepRecorder
 from mmscale.optim.stages import StageConfig
 from mmscale.run.config import RunConfig
 from mmscale.run.sample_lookup import Evidence, SampleLookup
-from tests.trace.conftest import FIRST, SECOND, WRITTEN, play, sound, truth, write
+from tests.trace.conftest import FIRST, SECOND, WRITTEN, sound, truth, write
 
 
 def test_every_step_is_what_the_loader_yielded(run: Path, steps: list[tuple[int, StepBatch]]) -> None:
@@ -39,10 +39,9 @@ def test_every_step_is_what_the_loader_yielded(run: Path, steps: list[tuple[int,
 
 
 def test_a_step_is_replayed_from_the_nearest_snapshot_only(
-    config: RunConfig, data: DataConfig, steps: list[tuple[int, StepBatch]]
+    config: RunConfig, data: DataConfig, sound_steps: list[tuple[int, StepBatch]]
 ) -> None:
-    config = config.model_copy(update={"data": sound(data)})
-    played = play(config)
+    config, played = config.model_copy(update={"data": sound(data)}), sound_steps
     lookup = SampleLookup(write(config, played[:WRITTEN]))
     for number in (51, 53, 60, FIRST + SECOND):
         counted: list[int] = []
@@ -77,9 +76,10 @@ def test_steps_of_every_sample(run: Path, steps: list[tuple[int, StepBatch]]) ->
         assert left_out == skipped[shard, key], (shard, key)
 
 
-def test_steps_to_come_are_found_and_estimated(config: RunConfig, data: DataConfig) -> None:
-    config = config.model_copy(update={"data": sound(data)})
-    played = play(config)
+def test_steps_to_come_are_found_and_estimated(
+    config: RunConfig, data: DataConfig, sound_steps: list[tuple[int, StepBatch]]
+) -> None:
+    config, played = config.model_copy(update={"data": sound(data)}), sound_steps
     lookup = SampleLookup(write(config, played[:WRITTEN]))
     coming: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
     for number, (_, batch) in enumerate(played[WRITTEN:], WRITTEN + 1):

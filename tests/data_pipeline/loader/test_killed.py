@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from data_pipeline.history.digest import step_digest
 from data_pipeline.loader.loader import Loader, LoaderState, StepBatch
 from data_pipeline.media_spec import MediaSpec
 from tests.data_pipeline.conftest import Members, WriteSet, captioned
+from tests.engine.fork_server import Child, fork_program
 
 pytestmark = [pytest.mark.fault, pytest.mark.resume]
 
@@ -104,9 +103,9 @@ with Loader(config, spec, seed=3, state=state) as loader:
 """
 
 
-def start(folder: Path, count: int) -> subprocess.Popen[bytes]:
+def start(folder: Path, count: int) -> Child:
     """Start a loader that writes every step and its state to a file, in its own process group."""
-    return subprocess.Popen([sys.executable, "-c", _PROGRAM, str(folder), str(count)], start_new_session=True)
+    return fork_program(_PROGRAM, str(folder), str(count), log=folder.with_suffix(".log"))
 
 
 def test_after_the_death_of_everything_a_resume_gives_the_same(

@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader
 from data_pipeline import OrderedSamples, open_samples
 from data_pipeline.errors import DataConfigError, SampleError, StateError
 from data_pipeline.loader.sample_source import dataset_seed
-from data_pipeline.order.config import OrderConfig
 from data_pipeline.order.fault_policy import FaultConfig
-from data_pipeline.order.lanes import LaneOrder
+from data_pipeline.order.lanes import LaneOrder, OrderConfig
 from data_pipeline.order.state import Cursor
 from data_pipeline.sample import Sample
 

@@ -6,8 +6,6 @@ import io
 import json
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from data_pipeline.shards.token_grid import decode_grid, encode_grid
 from tests import videos
 from tests.data_pipeline.conftest import Members, WriteSet, captioned, page, picture, plain_text
 from tests.data_pipeline.prepare.encoders import DIGEST, BatchEncoder, encoded
+from tests.engine.fork_server import fork_program
 from tests.videos import stored_frames
 
 
@@ -126,8 +125,8 @@ def test_killed_it_ends_with_the_bytes_of_one_process(write_set: WriteSet, tmp_p
     options: dict[str, Any] = {"max_samples": 5, "image_tokenizer": source.image_tokenizer}
     ingest(source, tmp_path / "whole", "b", **options)
     dies_at = random.Random(4).randrange(20, 80)
-    words = [sys.executable, "-c", _DIES, str(manifest), str(out), str(dies_at)]
-    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    process = fork_program(_DIES, str(manifest), str(out), str(dies_at), log=tmp_path / "log")
+    assert process.wait() == -signal.SIGKILL
     assert list(out.glob("*.index"))
     with pytest.raises(DataConfigError, match="unfinished ingest of another source"):
         ingest(encoded(manifest, BatchEncoder("cd" * 32)), out, "b", **options)

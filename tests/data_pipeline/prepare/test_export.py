@@ -7,8 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ from data_pipeline.prepare.ingest import ingest
 from data_pipeline.prepare.sources import open_source
 from data_pipeline.sample import Sample
 from data_pipeline.shards.sample_reader import read_samples
+from tests.engine.fork_server import fork_program
 
 
 def picture(shade: int) -> bytes:
@@ -130,7 +129,7 @@ def test_killed_at_random_it_ends_with_the_same_tars(tmp_path: Path) -> None:
     manifest = data_set(tmp_path, 200, pairs_only=True)
     export(manifest, tmp_path / "whole", naming=TarNaming.IMG2DATASET)
     words = [str(manifest), str(tmp_path / "out"), str(random.randrange(7, 190))]
-    assert subprocess.run([sys.executable, "-c", _DIES, *words], check=False).returncode == -signal.SIGKILL
+    assert fork_program(_DIES, *words, log=tmp_path / "log").wait() == -signal.SIGKILL
     assert export(manifest, tmp_path / "out", naming=TarNaming.IMG2DATASET).num_resumed > 0
     left = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "out")]
     assert left[0] == left[1]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from data_pipeline.prepare.ingest import ingest
 from data_pipeline.prepare.skipped import SkippedRow, SkippedRowLog, read_skipped
 from data_pipeline.prepare.verify import jobs_of, verify
 from data_pipeline.shards.manifest import Manifest
+from tests.engine.fork_server import fork_program
 
 
 def picture(kind: str, shade: int = 0) -> bytes:
@@ -188,7 +187,7 @@ def test_killed_and_started_again_ends_with_the_same_bytes(
     whole = ingest(source, tmp_path / "whole", "set", **options)  # type: ignore[arg-type]
     out = tmp_path / "out"
     words = [str(source), str(out), str(rows_until_death), str(workers)]
-    assert subprocess.run([sys.executable, "-c", _DIES, *words], check=False).returncode == -9
+    assert fork_program(_DIES, *words, log=tmp_path / "log").wait() == -9
     assert not (out / "set.manifest").exists()
     again = ingest(source, out, "set", **options)  # type: ignore[arg-type]
     assert again.num_resumed == num_stored
@@ -243,7 +242,7 @@ def test_the_list_of_skipped_rows_survives_a_kill(tmp_path: Path, named: bool) -
 def test_an_unfinished_ingest_of_another_source_is_not_mixed_in(tmp_path: Path) -> None:
     source = many(tmp_path, 14)
     out = tmp_path / "out"
-    subprocess.run([sys.executable, "-c", _DIES, str(source), str(out), "9", "0"], check=False)
+    fork_program(_DIES, str(source), str(out), "9", "0", log=tmp_path / "log").wait()
     with pytest.raises(DataConfigError, match="other sizes"):
         ingest(source, out, "set", max_samples=5, on_error=OnError.SKIP)
     (out / "set.ingest.json").unlink()
@@ -266,6 +265,5 @@ except OSError as error:
 @pytest.mark.fault
 def test_a_full_disk_leaves_only_finished_shards(tmp_path: Path) -> None:
     source = many(tmp_path, 60)
-    done = subprocess.run([sys.executable, "-c", _FULL, str(source), str(tmp_path / "out")], check=False)
-    assert done.returncode == 7
+    assert fork_program(_FULL, str(source), str(tmp_path / "out"), log=tmp_path / "log").wait() == 7
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["set.ingest.json"]

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from data_pipeline.prepare.skipped import read_skipped
 from data_pipeline.prepare.verify import jobs_of, verify
 from data_pipeline.shards.manifest import Manifest, write_manifest
 from data_pipeline.shards.writer import ShardWriter
+from tests.engine.fork_server import fork_program
 
 Stored = list[tuple[str, dict[str, bytes]]]
 
@@ -172,7 +171,7 @@ def test_killed_at_random_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     out, rng, died = tmp_path / "out", random.Random(), 0
     while died < 2:
         words = [str(tmp_path / "in"), str(out), str(rng.randrange(1 + 150 * died, 150 * (died + 1)))]
-        assert subprocess.run([sys.executable, "-c", _DIES, *words], check=False).returncode == -signal.SIGKILL
+        assert fork_program(_DIES, *words, log=tmp_path / "log").wait() == -signal.SIGKILL
         died += 1
     report = ingest(ReshardSource(sets, Selection()), out, "set", max_samples=5)
     assert report.num_resumed >= 100

@@ -8,9 +8,8 @@ import io
 import json
 import os
 import random
+import re
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -31,6 +30,7 @@ from data_pipeline.prepare.skipped import read_skipped
 from data_pipeline.prepare.sources import SourceOptions, open_source
 from data_pipeline.sample import ImagePart, Sample, TextPart
 from data_pipeline.shards.sample_reader import read_samples
+from tests.engine.fork_server import Child, fork_program, fork_server
 
 
 def picture(kind: str = "jpeg", shade: int = 0) -> bytes:
@@ -335,9 +335,10 @@ def test_another_process_computes_the_same_digest(tmp_path: Path) -> None:
         info.size = 1
         tar.addfile(info, io.BytesIO(b"a"))
     code = "import sys; from data_pipeline.prepare.sources import open_source; print(open_source(sys.argv[1]).digest())"
-    words = [sys.executable, "-c", code, str(tmp_path / "a.tar")]
-    digests = {subprocess.run(words, check=True, capture_output=True).stdout for _ in range(2)}
-    assert len(digests) == 1
+    both = [fork_program(code, str(tmp_path / "a.tar"), log=tmp_path / f"{n}.log", number=n) for n in range(2)]
+    first, second = (process.communicate(timeout=60)[0] for process in both)
+    assert first == second
+    assert re.fullmatch(r"[0-9a-f]+\n", first)
 
 
 @pytest.mark.fault
@@ -350,22 +351,25 @@ def test_the_command_line_killed_at_random_ends_with_the_same_bytes(tmp_path: Pa
         (source / f"{i:04d}.png").write_bytes(b"damaged" if bad else picture("png", i % 256))
         (source / f"{i:04d}.txt").write_text(f"number {i}")
 
-    def command(out: Path) -> list[str]:
+    def begin(out: Path) -> Child:
         words = ["--shard-samples", "10", "--jobs", "2", "--on-error", "skip"]
-        return [sys.executable, "-m", "mmscale.cli.main", "data", "ingest", str(source), "--output", str(out), *words]
+        command = ["data", "ingest", str(source), "--output", str(out), *words]
+        return fork_server(0).fork(
+            "tests.engine.fork_server:run_command", [command], dict(os.environ), tmp_path / "log"
+        )
 
     start = time.monotonic()
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    assert begin(tmp_path / "whole").wait() == 0
     took = time.monotonic() - start
     for _ in range(2):
-        process = subprocess.Popen(command(tmp_path / "out"), stderr=subprocess.DEVNULL, start_new_session=True)
+        process = begin(tmp_path / "out")
         time.sleep(took * (0.3 + 0.7 * rng.random()))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         if (tmp_path / "out/data.manifest").exists():
             break
     else:
-        subprocess.run(command(tmp_path / "out"), check=True, capture_output=True)
+        assert begin(tmp_path / "out").wait() == 0
     left = [{p.name: p.read_bytes() for p in (tmp_path / folder).iterdir()} for folder in ("whole", "out")]
     left[1].pop("data.ingest.json", None)  # A kill between writing the manifest and deleting this file leaves it.
     assert left[0] == left[1]

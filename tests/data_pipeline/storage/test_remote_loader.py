@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from data_pipeline.storage.config import StorageConfig
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.storage import Storage
 from tests.data_pipeline.conftest import plain_text
+from tests.engine.fork_server import Child, fork_program
 
 pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("s3_account")]
 
@@ -186,22 +185,20 @@ from data_pipeline.config import DataConfig
 from data_pipeline.history.digest import digest
 from data_pipeline.media_spec import MediaSpec, Placement
 
-if __name__ == "__main__":
-    config = DataConfig.model_validate_json(sys.argv[1])
-    spec = MediaSpec(Placement.HYBRID, patch_size=8, fixed_grid=(2, 2))
-    print(json.dumps(list(digest(config, spec, 1, range(int(sys.argv[2])), workers=int(sys.argv[3])))))
+config = DataConfig.model_validate_json(sys.argv[1])
+spec = MediaSpec(Placement.HYBRID, patch_size=8, fixed_grid=(2, 2))
+print(json.dumps(list(digest(config, spec, 1, range(int(sys.argv[2]))))))
 """
 
 
-def start(config: DataConfig, workers: int = 0) -> subprocess.Popen[str]:
+def start(config: DataConfig, log: Path) -> Child:
     """Start a process that prints the digests."""
-    arguments = [config.model_dump_json(), str(len(STEPS)), str(workers)]
-    return subprocess.Popen([sys.executable, "-c", _RUN, *arguments], stdout=subprocess.PIPE, text=True)
+    return fork_program(_RUN, config.model_dump_json(), str(len(STEPS)), log=log)
 
 
-def lines_of(process: subprocess.Popen[str]) -> Lines:
+def lines_of(process: Child) -> Lines:
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
+    assert process.returncode == 0, out
     return [(step, value) for step, value in json.loads(out)]
 
 
@@ -211,7 +208,7 @@ def test_two_runs_share_a_cache_that_is_too_small_for_the_data(
     most = 30_000
     with proxy(s3_port).running() as server:
         config = at(mixture_config, bucket, tmp_path / "cache", server, kept={"max_bytes": most})
-        assert [lines_of(process) for process in [start(config), start(config)]] == [local, local]
+        assert [lines_of(one) for one in [start(config, tmp_path / f"{n}.log") for n in range(2)]] == [local, local]
     used = sum(p.stat().st_size for p in (tmp_path / "cache" / "v1").glob("??/*") if p.is_file())
     stored = sum(p.stat().st_size for d in mixture_config.datasets for p in Path(d.manifest).parent.iterdir())
     assert 0 < used <= most < stored
@@ -247,7 +244,7 @@ def test_a_run_killed_in_the_middle_of_a_cache_write_leaves_a_cache_that_works(
     with stalled(s3_port, "long-00000.tar.index") as (server, reached, go_on):
         # With small requests, the index is partly written when the third one gets no response.
         config = at(mixture_config, bucket, tmp_path / "cache", server, request_bytes=4096, timeout_seconds=100)
-        process = start(config)
+        process = start(config, tmp_path / "log")
         assert reached.wait(30)
         process.send_signal(signal.SIGKILL)
         process.wait()
