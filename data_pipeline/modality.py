@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from data_pipeline.document import MediaItem
 from data_pipeline.io.strict import StrictConfig
@@ -44,6 +44,7 @@ class ModalityInputs(ABC):
         start, end: Ids of the tokens before and after each part.
         reserved: Ids of its tokens by name, which no text may spell. The tokenizer's image token is left out.
         reads_tracks: Whether it reads the tracks of videos, which ``track_of`` returns.
+        interleave_seconds: Seconds of a video after which its track has a turn; None: it follows the whole video.
     """
 
     part_type: ClassVar[type[MediaPart]]
@@ -52,6 +53,7 @@ class ModalityInputs(ABC):
     end: Sequence[int] = ()
     reserved: Mapping[str, int]
     reads_tracks: bool = False
+    interleave_seconds: float | None = None
 
     def track_of(self, video: VideoPart) -> MediaPart | None:
         """Return the track of a video that it reads as a part of its own; None if there is none."""
@@ -74,6 +76,14 @@ class ModalityInputs(ABC):
         Raises:
             SampleError: as ``dry_run``.
         """
+
+
+class Film(NamedTuple):
+    """A video whose track has turns between its frames, and the inputs that read the track."""
+
+    video: VideoPart
+    track: MediaPart
+    inputs: ModalityInputs
 
 
 class ModalityConfig(StrictConfig, ABC):

@@ -26,6 +26,7 @@ def encoded(
     rotation: int = 0,
     starts: Sequence[int] | None = None,
     seed: int = 0,
+    sound: npt.NDArray[np.float32] | None = None,
 ) -> bytes:
     """Return a video of smooth colours that change from frame to frame.
 
@@ -37,6 +38,7 @@ def encoded(
         rotation: Rotation for display, degrees counterclockwise.
         starts: Start of each frame in units of ``1 / per_second``; None for a constant rate.
         seed: Determines the colours.
+        sound: Samples of a sound track of 16 kHz, ``(1, samples)``, in FLAC; for a Matroska file.
     """
     out = io.BytesIO()
     with av.open(out, "w", format=DEMUXERS[kind]) as container:
@@ -47,6 +49,7 @@ def encoded(
         stream.codec_context.gop_size = key_every
         if codec in ("libx264", "mpeg4"):
             stream.codec_context.max_b_frames = 2
+        track = None if sound is None else container.add_stream("flac", rate=16_000, layout="mono")
         if rotation:
             stream.set_display_rotation(rotation)
         for number in range(num_frames):
@@ -54,6 +57,12 @@ def encoded(
             frame.pts = number if starts is None else starts[number]
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+        if sound is not None:
+            assert isinstance(track, av.AudioStream)
+            heard = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound), format="fltp", layout="mono")
+            heard.sample_rate, heard.pts = 16_000, 0
+            for one in (heard, None):
+                container.mux(track.encode(one))
     return out.getvalue()
 
 

@@ -58,6 +58,10 @@ class AudioConfig(ModalityConfig):
     from_video: bool = False
     """Whether the sound track of a video is read too, directly after the video's frames. A video without one gives its
     frames alone."""
+    interleave_seconds: float | None = Field(default=None, gt=0, le=1e4)
+    """Length of the turns in which the frames of a video and its sound track alternate, above 0 to 1e4 seconds
+    (Qwen2.5-Omni: 2). Requires ``from_video``, and a model with ``decoder.rope.tokens_per_second``. null: the sound
+    follows all frames."""
     start: str | None = None
     """Token before each sound: ``<|audio_bos|>`` (Qwen2-Audio). null for none."""
     end: str | None = None
@@ -70,6 +74,8 @@ class AudioConfig(ModalityConfig):
         for least, most in (("min_seconds", "max_seconds"), ("min_rate", "max_rate")):
             if getattr(self, most) < getattr(self, least):
                 raise ValueError(f"{most}={getattr(self, most):g} is below {least}={getattr(self, least):g}")
+        if self.interleave_seconds is not None and not self.from_video:
+            raise ValueError("interleave_seconds: applies to sound tracks of videos; set from_video: true")
         return self
 
     def inputs(self, tokenizer: Tokenizer, spec: MediaSpec) -> Audios:
@@ -79,6 +85,11 @@ class AudioConfig(ModalityConfig):
             DataConfigError: as ``Audios``.
         """
         assert spec.audio is not None, "the builder asks for modalities of the model only"
+        if self.interleave_seconds is not None and self.interleave_seconds * (spec.tokens_per_second or 0) < 1:
+            raise DataConfigError(
+                f"data.audio.interleave_seconds={self.interleave_seconds:g}: needs a model with at least one time "
+                "position in these seconds (decoder.rope.tokens_per_second); leave it out"
+            )
         return Audios(self, tokenizer, spec.audio)
 
 
@@ -310,7 +321,7 @@ class Audios(ModalityInputs):
         if {self.placeholder, tokenizer.image_id} & {*self.start, *self.end}:
             raise DataConfigError("data.audio: start and end must differ from the tokens that stand for features")
         self.reserved = {names[key]: token for key, token in ids.items() if token != tokenizer.image_id}
-        self.reads_tracks = config.from_video
+        self.reads_tracks, self.interleave_seconds = config.from_video, config.interleave_seconds
 
     def track_of(self, video: VideoPart) -> AudioPart | None:
         """Return the sound track of a video if ``from_video`` is set; None if it has none, as one stored as images.

@@ -454,6 +454,10 @@ def _words(size: VideoSize) -> str:
 class Videos:
     """The videos of a data set: their transform, and their tokens with ids instead of names.
 
+    Attributes:
+        placeholder: Id of the token that stands for each feature.
+        start, end: Ids of the tokens before and after each video.
+
     Raises:
         DataConfigError: as ``VideoTransform``, or the tokenizer lacks a token.
     """
@@ -466,6 +470,7 @@ class Videos:
         start, end = (((ids[key],) if key in ids else ()) for key in ("start", "end"))
         if {self.placeholder, tokenizer.image_id} & {*start, *end}:
             raise DataConfigError("data.video: start and end must differ from the tokens that stand for features")
+        self.start, self.end = start, end
         self._layout = ImageLayout(start, end)
         self._encode = functools.lru_cache(maxsize=1 << 16)(lambda words: tuple(tokenizer.encode(words)))
         self.reserved = {names[key]: token for key, token in ids.items() if token != tokenizer.image_id}

@@ -25,11 +25,11 @@ from data_pipeline.images.transforms import (
 )
 from data_pipeline.images.video import VideoConfig, Videos
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.modality import DecodeTask, ModalityConfig, ModalityInputs
+from data_pipeline.modality import DecodeTask, Film, ModalityConfig, ModalityInputs
 from data_pipeline.order.randomness import Rng
 from data_pipeline.packing.draft import Draft
 from data_pipeline.packing.stored_reference import reference_log_probs
-from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart, VideoPart
+from data_pipeline.sample import ImagePart, MediaPart, Provenance, Sample, TextPart, VideoPart
 from data_pipeline.shards.image_header import image_size
 from data_pipeline.shards.video_file import video_size
 from data_pipeline.text.templates import (
@@ -174,6 +174,12 @@ class DocumentBuilder:
             self._placeholders.add(self._video.placeholder)
         for each in given:
             self._reserved |= each.reserved
+        has_turns = any(each.interleave_seconds is not None for each in given)
+        if has_turns and dataset.video is not None and (dataset.video.timestamps is not None or dataset.video.tiling):
+            raise DataConfigError(
+                "data.audio.interleave_seconds: excludes data.video.timestamps and tiling, because the order of their "
+                "tokens among those of the sound is not defined; leave one out"
+            )
 
     def __call__(self, sample: Sample, rng: Rng | None = None) -> Document:
         """Build a document with its pixels.
@@ -265,7 +271,7 @@ class DocumentBuilder:
         self, pieces: Sequence[Piece | OpeningPiece], sample: Sample, rng: Rng | None, pixels: bool
     ) -> DocumentPlan:
         spec, tokenizer, draft = self.spec, self.tokenizer, Draft(self.spec)
-        decode_tasks = list[DecodeTask]()
+        tasks: list[DecodeTask] | None = [] if pixels else None
         if tokenizer.bos_id is not None:
             draft.add_tokens((tokenizer.bos_id,), 0.0)
         num_images = sum(isinstance(piece, ImagePart) for piece in pieces)
@@ -274,41 +280,25 @@ class DocumentBuilder:
                 f"{num_images} images, but a pair is one image and one text (connector.kind=contrastive)",
                 kind=FaultKind.DOCUMENT if num_images else FaultKind.NO_IMAGE,
             )
-
-        def crops_of(transform: ImageTransform, image: ImagePart, count: int) -> tuple[MediaItem, ...]:
-            if not pixels:
-                return transform.dry_run(image.size or _size_of(image.data), rng, count)
-            decode_tasks.append(transform.decode_task(image.data, rng, image.size, count))
-            return decode_tasks[-1].crops
-
         for piece in self._with_tracks(pieces):
             if isinstance(piece, DrawnPiece) or (isinstance(piece, ImagePart) and self._transform is None):
                 # Without a vision tower, the model reads an image as tokens.
                 drawn = DrawnPiece(piece, 0.0, 0.0) if isinstance(piece, ImagePart) else piece
-                if self._drawn is None:
-                    raise SampleError(f"image {drawn.image.name}, but the model has no image tower")
-                if not self._draws_pixels:
-                    draft.add_drawn(self._drawn.tokens(drawn.image), drawn.weight, drawn.mark_weight)
-                    continue
-                assert self._code_transform is not None, "every template with images as tokens has one"
-                (crop,) = crops_of(self._code_transform, drawn.image, 1)
-                tokens = self._drawn.uncoded_tokens(drawn.image.name, *crop.grid[1:])
-                draft.add_drawn(tokens, drawn.weight, drawn.mark_weight, crop)
+                self._add_drawn(draft, drawn, rng, tasks)
             elif isinstance(piece, ImagePart):
                 assert self._transform is not None, "handled above"
-                draft.add_image(crops_of(self._transform, piece, num_images), tokenizer.image_id, self._layout)
+                crops = _crops_of(self._transform, piece, rng, num_images, tasks)
+                draft.add_image(crops, tokenizer.image_id, self._layout)
             elif isinstance(piece, VideoPart):
                 assert self._video is not None, "no video is left without it"
-                task = self._video.transform.decode_task(piece) if pixels else None
-                decode_tasks += [] if task is None else [task]
-                crops = task.crops if task else self._video.transform.dry_run(piece.size or video_size(piece.data))
-                draft.add_image(crops, self._video.placeholder, self._video.layout_of(piece))
+                draft.add_image(
+                    _frames_of(self._video, piece, tasks), self._video.placeholder, self._video.layout_of(piece)
+                )
+            elif isinstance(piece, Film):
+                self._add_film(draft, piece, tasks)
             elif (inputs := self._modalities.get(type(piece))) is not None:
                 assert isinstance(piece, inputs.part_type), "the inputs are found by their type"
-                clip = inputs.decode_task(piece) if pixels else None
-                decode_tasks += [] if clip is None else [clip]
-                items = clip.crops if clip else inputs.dry_run(piece)
-                draft.add_clip(items, inputs.placeholder, inputs.start, inputs.end)
+                draft.add_clip(_items_of(inputs, piece, tasks), inputs.placeholder, inputs.start, inputs.end)
             elif isinstance(piece, BranchPiece):
                 draft.begin_branch(piece.repeats_last)
             elif isinstance(piece, EndPiece):
@@ -335,7 +325,38 @@ class DocumentBuilder:
                 sample.fields, document, self.dataset.transforms, further, self._stored_reference
             )
             document = replace(document, reference=stored)
-        return DocumentPlan(document, tuple(decode_tasks))
+        return DocumentPlan(document, tuple(tasks or ()))
+
+    def _add_drawn(self, draft: Draft, drawn: DrawnPiece, rng: Rng | None, tasks: list[DecodeTask] | None) -> None:
+        """Append an image as tokens.
+
+        Raises:
+            SampleError: the model reads no images as tokens, or the image is bad.
+        """
+        if self._drawn is None:
+            raise SampleError(f"image {drawn.image.name}, but the model has no image tower")
+        if not self._draws_pixels:
+            draft.add_drawn(self._drawn.tokens(drawn.image), drawn.weight, drawn.mark_weight)
+            return
+        assert self._code_transform is not None, "every template with images as tokens has one"
+        (crop,) = _crops_of(self._code_transform, drawn.image, rng, 1, tasks)
+        tokens = self._drawn.uncoded_tokens(drawn.image.name, *crop.grid[1:])
+        draft.add_drawn(tokens, drawn.weight, drawn.mark_weight, crop)
+
+    def _add_film(self, draft: Draft, film: Film, tasks: list[DecodeTask] | None) -> None:
+        """Append a video and its track in turns."""
+        video, track = self._video, film.inputs
+        assert video is not None, "only a video that is read has turns"
+        assert track.interleave_seconds is not None, "only with it is there a film"
+        (frames,) = _frames_of(video, film.video, tasks)
+        draft.add_interleaved(
+            frames,
+            _items_of(track, film.track, tasks),
+            (video.placeholder, track.placeholder),
+            (*video.start, *track.start),
+            (*track.end, *video.end),
+            track.interleave_seconds,
+        )
 
     def _without_unread(self, sample: Sample) -> Sample:
         """Return the sample without the videos and other media that nothing here reads; images are kept.
@@ -356,8 +377,8 @@ class DocumentBuilder:
             raise SampleError(f"a {kind} and no image, but {reason}", kind=FaultKind.NO_IMAGE)
         return replace(sample, parts=rest)
 
-    def _with_tracks(self, pieces: Iterable[Piece | OpeningPiece]) -> Iterator[Piece | OpeningPiece]:
-        """Yield the pieces, with the tracks that modalities read directly after each video.
+    def _with_tracks(self, pieces: Iterable[Piece | OpeningPiece]) -> Iterator[Piece | OpeningPiece | Film]:
+        """Yield the pieces, with the tracks that modalities read directly after each video or interleaved with it.
 
         Raises:
             SampleError: nothing of a video is read: the data set has no block video, and the video has no track.
@@ -366,14 +387,18 @@ class DocumentBuilder:
             if not isinstance(piece, VideoPart):
                 yield piece
                 continue
-            tracks = [inputs.track_of(piece) for inputs in self._modalities.values()]
-            found = [track for track in tracks if track is not None]
-            if self._video is not None:
+            tracks = [(inputs, inputs.track_of(piece)) for inputs in self._modalities.values()]
+            found = [(inputs, track) for inputs, track in tracks if track is not None]
+            turns = [Film(piece, track, inputs) for inputs, track in found if inputs.interleave_seconds is not None]
+            if self._video is not None and turns:
+                yield turns[0]
+                found = [(inputs, track) for inputs, track in found if inputs is not turns[0].inputs]
+            elif self._video is not None:
                 yield piece
             elif not found:
                 reason = f"the video {piece.name} has no sound track, and the data set has no block video (data.video)"
                 raise SampleError(reason, kind=FaultKind.NO_IMAGE)
-            yield from found
+            yield from (track for _, track in found)
 
     def _encode(self, text: str) -> list[int]:
         """Return the ids of a text.
@@ -435,6 +460,32 @@ def code_transform(config: TransformConfig, spec: MediaSpec) -> ImageTransform:
             "use fixed or native"
         )
     return ImageTransform(config, codes)
+
+
+def _crops_of(
+    transform: ImageTransform, image: ImagePart, rng: Rng | None, count: int, tasks: list[DecodeTask] | None
+) -> tuple[MediaItem, ...]:
+    """Return the crops of an image, and append the task that decodes them to ``tasks``; None makes a dry run."""
+    if tasks is None:
+        return transform.dry_run(image.size or _size_of(image.data), rng, count)
+    tasks.append(transform.decode_task(image.data, rng, image.size, count))
+    return tasks[-1].crops
+
+
+def _frames_of(inputs: Videos, video: VideoPart, tasks: list[DecodeTask] | None) -> tuple[MediaItem, ...]:
+    """Return the items of a video, as ``_crops_of``."""
+    if tasks is None:
+        return inputs.transform.dry_run(video.size or video_size(video.data))
+    tasks.append(inputs.transform.decode_task(video))
+    return tasks[-1].crops
+
+
+def _items_of(inputs: ModalityInputs, part: MediaPart, tasks: list[DecodeTask] | None) -> tuple[MediaItem, ...]:
+    """Return the items of an input of another modality, as ``_crops_of``."""
+    if tasks is None:
+        return inputs.dry_run(part)
+    tasks.append(inputs.decode_task(part))
+    return tasks[-1].crops
 
 
 def _size_of(data: bytes) -> tuple[int, int]:

@@ -156,6 +156,60 @@ class Draft:
         self.images.append(ImageExtent(first, first_item, len(self.ids)))
         self.attended = ()
 
+    def add_interleaved(
+        self,
+        video: MediaItem,
+        sounds: Sequence[MediaItem],
+        placeholders: tuple[int, int],
+        start: Sequence[int],
+        end: Sequence[int],
+        seconds: float,
+    ) -> None:
+        """Append a video and its sound in turns: its frames of some seconds, then its sound of the same seconds.
+
+        Frames and sound begin at one position. No token is learned.
+
+        Args:
+            video: The video. The model has positions on three axes and a number of them for a second.
+            sounds: Chunks of its sound.
+            placeholders: Tokens that stand for a feature of the video and of the sound.
+            start: Tokens before both, which share a position.
+            end: Tokens after both, which share a position.
+            seconds: Length of a turn.
+
+        Raises:
+            SampleError: an item does not fit the model.
+
+        Source: Qwen2.5-Omni (arXiv 2503.20215), section 2.2, and ``get_rope_index`` of its code.
+        """
+        assert not self.branches, "an input in a branch would be attended by the branches after it"
+        assert self.spec.tokens_per_second is not None, "the builder checks it"
+        first, first_item, number = len(self.ids), len(self.items), len(self.images)
+        self._add_at_one_position(start)
+        at, turn = self.next_position, int(self.spec.tokens_per_second * seconds)
+        counts = [item.num_features(self.spec) for item in sounds]
+        heard = np.repeat(np.arange(sum(counts), dtype=np.int32)[:, None], 3, axis=1)
+        both = self._feature_positions(video, video.num_features(self.spec)), heard
+        slots: tuple[list[npt.NDArray[np.int32]], ...] = ([], [])
+        for ranges in itertools.zip_longest(*(_turns(positions[:, 0].tolist(), turn) for positions in both)):
+            for kind, rows in enumerate(ranges):
+                if rows is not None:
+                    positions = both[kind][rows]
+                    slots[kind].append(np.arange(len(self.ids), len(self.ids) + len(positions), dtype=np.int32))
+                    self._add_placeholders(placeholders[kind], positions + np.int32(at))
+                    self.next_position = at + int(positions.max()) + 1  # As in their code: after the last turn.
+        self._add_at_one_position(end)
+        of_sounds = np.split(np.concatenate(slots[1]), np.cumsum(counts)[:-1])
+        self.scatter_index.extend([np.concatenate(slots[0]), *of_sounds])
+        self.items.extend(replace(item, image=number) for item in (video, *sounds))
+        self.images.append(ImageExtent(first, first_item, len(self.ids)))
+        self.attended = ()
+
+    def _add_at_one_position(self, ids: Sequence[int]) -> None:
+        for number, token in enumerate(ids):
+            self.next_position -= number > 0
+            self.add_tokens((token,), 0.0)
+
     def add_drawn(self, image: DrawnTokens, weight: float, mark_weight: float, pixels: MediaItem | None = None) -> None:
         """Append an image as tokens, with the loss weights of its codes and of its marks.
 
@@ -180,11 +234,30 @@ class Draft:
         return sum(map(len, self.scatter_index)) + anchors
 
     def _add_features_on_three_axes(self, crop: MediaItem, count: int, image_id: int) -> None:
-        # The position of a feature is its (time, row, column); the next token follows the largest coordinate. Layouts
-        # do not separate the rows of a crop on three axes, so ``count`` is the number of kept features of all frames of
-        # the crop, or of one of them if there is text between them.
-        # Source: Qwen2-VL (arXiv 2409.12191), section 2.1, multimodal rotary position embedding; Qwen2.5-VL
-        # (arXiv 2502.13923), section 2.1.3, for times in seconds.
+        coordinates = self._feature_positions(crop, count)
+        self._add_placeholders(image_id, coordinates + np.int32(self.next_position))
+        after = coordinates if self.spec.text_after_video == "all_axes" else coordinates[:, 1:]
+        self.next_position += int(after.max()) + 1
+
+    def _add_placeholders(self, token: int, positions: npt.NDArray[np.int32]) -> None:
+        """Append a token for each of ``positions`` ``(n, 3)``; the caller sets ``next_position``."""
+        self.positions.append(positions)
+        self.ids.extend([token] * len(positions))
+        self.labels.extend([IGNORE] * len(positions))
+        self.weights.extend([0.0] * len(positions))
+
+    def _feature_positions(self, crop: MediaItem, count: int) -> npt.NDArray[np.int32]:
+        """Return (time, row, column) of each feature, int32 ``(count, 3)``, from 0.
+
+        Layouts do not separate the rows of a crop on three axes, so ``count`` is the number of kept features of all
+        frames of the crop, or of one of them if there is text between them.
+
+        Raises:
+            SampleError: a time is too large.
+
+        Source: Qwen2-VL (arXiv 2409.12191), section 2.1, multimodal rotary position embedding; Qwen2.5-VL
+            (arXiv 2502.13923), section 2.1.3, for times in seconds.
+        """
         kept, spec = crop.kept_region, self.spec
         sides = (
             spec.of_frames(crop.is_video).feature_grid(crop.grid)
@@ -194,21 +267,16 @@ class Draft:
         sides = count // (sides[1] * sides[2]), *sides[1:]
         coordinates = np.indices(sides).reshape(3, -1).T.astype(np.int32)
         if spec.tokens_per_second is not None and crop.seconds_per_step is not None:
-            # float32, as in the authors' code: it decides on which side of a whole number a time is.
-            interval = np.float32(spec.tokens_per_second) * np.float32(crop.seconds_per_step)
-            times = coordinates[:, 0].astype(np.float32) * interval
+            # float32 and this order, as in the authors' code: it decides on which side of a whole number a time is.
+            seconds = coordinates[:, 0].astype(np.float32) * np.float32(crop.seconds_per_step)
+            times = seconds * np.float32(spec.tokens_per_second)
             if times[-1] > _LAST_TIME:
                 raise SampleError(
                     f"a video of {sides[0] * crop.seconds_per_step:g} seconds has time positions above {_LAST_TIME}, "
                     f"at {spec.tokens_per_second:g} for each second (decoder.rope.tokens_per_second)"
                 )
             coordinates[:, 0] = times.astype(np.int32)
-        self.positions.append(coordinates + np.int32(self.next_position))
-        after = coordinates if spec.text_after_video == "all_axes" else coordinates[:, 1:]
-        self.next_position += int(after.max()) + 1
-        self.ids.extend([image_id] * count)
-        self.labels.extend([IGNORE] * count)
-        self.weights.extend([0.0] * count)
+        return coordinates
 
     def finish(self, origin: Provenance | None) -> Document:
         """Return the document. Position i gets the label and the weight of token i + 1, which it predicts."""
@@ -242,3 +310,16 @@ class Draft:
             drawn=drawn,
             uncoded=tuple(self.uncoded),
         )
+
+
+def _turns(times: Sequence[int], length: int) -> list[slice]:
+    """Return the ranges of ascending times that make one turn each: below ``length``, below ``2 * length``, ...
+
+    As in the code of Qwen2.5-Omni, a time that skips turns ends one turn for itself and for each time after it, until
+    none is skipped.
+    """
+    starts = [0]
+    for row, time in enumerate(times):
+        if time >= len(starts) * length:
+            starts.append(row)
+    return [slice(first, last) for first, last in itertools.pairwise([*starts, len(times)])]

@@ -32,6 +32,21 @@ _QWEN2_VL_TEXT = {
     "max_window_layers": 80,
     "attention_dropout": 0.0,
 }
+_QWEN2_5_TOWER = {
+    "depth": 32,
+    "hidden_size": 3584,
+    "hidden_act": "silu",
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "window_size": 112,
+    "out_hidden_size": 3584,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+    "rope_theta": 10_000.0,
+}
 _TOWER = {"num_channels": 3, "attention_dropout": 0.0}
 _IDEFICS3 = {"scale_factor": 2, "tie_word_embeddings": False}
 _IDEFICS3_TOWER = {
@@ -47,10 +62,18 @@ _IDEFICS3_TOWER = {
 }
 
 _WHISPER = {
-    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop"), 0.0),
+    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0),
     "activation_function": "gelu",
     "scale_embedding": False,
     "max_source_positions": 1500,
+}
+_QWEN2_AUDIO_TOWER = {
+    **_WHISPER,
+    "num_mel_bins": 128,
+    "d_model": 1280,
+    "encoder_layers": 32,
+    "encoder_attention_heads": 20,
+    "encoder_ffn_dim": 5120,
 }
 _IMAGE_TOKENIZER = {"in_channels": 3, "out_channels": 3, "double_latent": False, "num_res_blocks": 2}
 
@@ -247,22 +270,20 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
     "qwen2_5_vl": {"tie_word_embeddings": False},
     "qwen2_5_vl_text": _QWEN2_VL_TEXT,
-    "qwen2_5_vl_vision": {
-        "depth": 32,
+    "qwen2_5_vl_vision": {**_QWEN2_5_TOWER, "tokens_per_second": 4},
+    "qwen2_5_omni_thinker": {"tie_word_embeddings": False, "position_id_per_seconds": 25},
+    "qwen2_5_omni_text": {
+        **_QWEN2_VL_TEXT,
         "hidden_size": 3584,
-        "hidden_act": "silu",
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "in_channels": 3,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "tokens_per_second": 4,
-        "window_size": 112,
-        "out_hidden_size": 3584,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-        "rope_theta": 10_000.0,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "max_window_layers": 28,
     },
+    "qwen2_5_omni_vision_encoder": _QWEN2_5_TOWER,
+    "qwen2_5_omni_audio_encoder": {**_QWEN2_AUDIO_TOWER, "n_window": 100, "output_dim": 3584},
     "llava": {
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
@@ -454,13 +475,6 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "encoder_ffn_dim": 1536,
         "apply_spec_augment": False,
     },
-    "qwen2_audio_encoder": {
-        **_WHISPER,
-        "num_mel_bins": 128,
-        "d_model": 1280,
-        "encoder_layers": 32,
-        "encoder_attention_heads": 20,
-        "encoder_ffn_dim": 5120,
-    },
+    "qwen2_audio_encoder": _QWEN2_AUDIO_TOWER,
 }
 """``model_type`` -> key -> value. ``rope_theta`` is listed even where version 5 nests it in ``rope_parameters``."""

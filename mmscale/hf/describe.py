@@ -68,6 +68,7 @@ def describe_folder(
         CheckpointError: a file is damaged, or no transform of mmscale does what the image processor does.
     """
     images: ImageInput | None = None
+    values = layout.own_values(values)
     source = ImageSource(config, values, read_processor(folder), str(folder / CONFIG))
     if config.vision is not None:
         images = _images(layout, source)

@@ -15,7 +15,7 @@ from mmscale.hf.class_defaults import CLASS_DEFAULTS
 REQUIRED: Any = object()
 _IGNORED = {
     *("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
-    *("use_cache", "transformers_version"),
+    *("use_cache", "transformers_version", "init_std"),
     *("image_token_id", "image_token_index", "image_seq_length", "video_token_id"),
     *("vision_token_id", "vision_start_token_id", "vision_end_token_id"),
     *("model_type", "architectures", "dtype", "torch_dtype", "task_specific_params", "problem_type"),

@@ -28,15 +28,11 @@ from torch import Tensor
 
 from data_pipeline.io.strict import first_fault
 from mmscale.errors import CheckpointError
+from mmscale.hf.forward_config import differences, forward_config
 from mmscale.hf.image_input import ImageInput, ImageSource
 from mmscale.hf.keys import Keys, raise_unknown
 from mmscale.hf.read import PREPROCESSOR
-from mmscale.models.audio_tower import WhisperConfig
 from mmscale.models.config import AnyModelConfig, AudioTowerConfig, ModelConfig, TokenizerConfig, TowerConfig
-from mmscale.models.connector_config import MlpProjectorConfig
-from mmscale.models.connectors.connector import FeatureConnectorBase
-from mmscale.models.decoder import DecoderConfig
-from mmscale.models.vision_config import VisionConfig
 
 _MOST_DIFFERENCES = 3
 """Largest number of differences that an error message lists."""
@@ -231,6 +227,8 @@ class FamilyLayout:
         modules: (regular expression, replacement) from names in ``rules`` to those of the modules of ``auto_class`` in
             version 5 of transformers, where they differ.
         auto_class: Class of transformers that opens an export; None if transformers has none for this family.
+        part: Key of the object in ``config.json`` with the keys of the model; None if the whole file has them. An
+            export replaces this part alone.
         images: Describes the images of a folder; None for a tower or a text model, see ``image_input``.
         sounds: Returns the values of ``data.audio`` for a folder; None for a family that takes no sound.
         stacked: As ``rules``, for the spelling that version 5 of transformers has in memory: one tensor for all
@@ -250,6 +248,7 @@ class FamilyLayout:
     kind: type[AnyModelConfig] = ModelConfig
     auto_class: str | None = "AutoModelForCausalLM"
     modules: tuple[tuple[str, str], ...] = ()
+    part: str | None = None
     images: Callable[[ImageSource], ImageInput] | None = None
     sounds: Callable[[ImageSource], dict[str, Any]] | None = None
     stacked: Callable[[Any], NameRules] | None = None
@@ -281,6 +280,11 @@ class FamilyLayout:
         raise_unknown(unread)
         return config
 
+    def own_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of a ``config.json`` with those of ``part`` at the top level."""
+        inner = values.get(self.part or "")
+        return {**values, **(inner if isinstance(inner, Mapping) else {})}
+
     def config_values(self, config: AnyModelConfig) -> dict[str, Any]:
         """Convert our config to the values of ``config.json``, with the image processor under ``preprocessor_config``.
 
@@ -291,7 +295,7 @@ class FamilyLayout:
             raise CheckpointError(f"{self.model_type} holds {_HELD[self.kind]}")
         values = {"model_type": self.model_type, "architectures": [self.architecture], **self.to_keys(config)}
         again = self.model_config(values, f"{self.model_type} configuration")
-        if different := list(_differences("model", forward_config(config), forward_config(again))):
+        if different := list(differences("model", forward_config(config), forward_config(again))):
             raise CheckpointError(f"{self.model_type} cannot express {'; '.join(different[:_MOST_DIFFERENCES])}")
         return values
 
@@ -388,7 +392,8 @@ _NEVER_COPIED = {
     *("model_type", "architectures", "dtype", "torch_dtype", "name_or_path", PREPROCESSOR),
     # With two of them in a file, readers differ in the one that they use.
     *("rope_theta", "rope_scaling", "rope_parameters"),
-    "vision_use_head",  # SigLIP's pooling head is not exported.
+    # SigLIP's pooling head and the parts of Qwen2.5-Omni that speak are not exported.
+    *("vision_use_head", "enable_audio_output"),
 }
 """Keys that ``with_keys_of`` does not copy."""
 _COPIED_WHOLE = {"vocabulary_map"}
@@ -431,70 +436,3 @@ def _hf_tensor(name: str, matches: list[tuple[NameRule, TensorPart]]) -> HfTenso
         open_size = math.prod(shape) // abs(math.prod(wanted))
         shape = tuple(open_size if size == -1 else size for size in wanted)
     return HfTensor(name, shape, parts)
-
-
-def forward_config(config: AnyModelConfig) -> dict[str, Any]:
-    """Return the config values that change the forward computation.
-
-    Defaults are filled in, and the tokens of all tables are counted in ``decoder.vocab_size``.
-    """
-    values = config.model_dump(mode="json")
-    if isinstance(config.vision, VisionConfig):
-        _fill_attention(values["vision"], config.vision)
-        values["vision"]["layer_scale"] = config.vision.layer_scale is not None
-        del values["vision"]["init_std"]
-        for gate in ("gate_init", "global_gate_init"):
-            (values["vision"]["tiles"] or {}).pop(gate, None)
-    if config.audio is not None and isinstance(config.audio.tower, WhisperConfig):
-        _fill_attention(values["audio"]["tower"], config.audio.tower)
-        del values["audio"]["tower"]["init_std"]
-    if isinstance(config, ModelConfig | TokenizerConfig) and config.image_tokenizer is not None:
-        for name in ("codebook_update", "idle_counts"):  # Used in training only.
-            del values["image_tokenizer"][name]
-        if values["image_tokenizer"].get("normalized_codes") == "always":
-            # An export scales these codes to length 1. The search then finds the same ones with latents of any length.
-            values["image_tokenizer"]["normalized_codes"] = "decoding"
-    for name in ("image_size", "discriminator"):  # Of the run that trains an image tokenizer.
-        values.pop(name, None)
-    if not isinstance(config, ModelConfig):
-        return values
-    decoder, block = config.decoder, values["decoder"]
-    block["vocab_size"] = decoder.num_ids
-    _fill_attention(block, decoder)
-    # ``extra_tokens`` matters only if the model predicts tokens and cannot predict some of the extra ids.
-    if not config.predicts_tokens or decoder.predicted_rows == decoder.num_ids - decoder.vocab_size:
-        del block["extra_tokens"]
-    for name in ("dropout", "attention_dropout", "dropout_rows", "init_std"):  # Of training or initial values only.
-        del block[name]
-    if decoder.rope is not None:
-        # Positions of text after a video, which the data pipeline makes. The weights fit both values.
-        del block["rope"]["text_after_video"]
-    if decoder.separate_image_tokens is None:
-        del block["image_tokens"]  # Names rows of the vocabulary, which the computation does not need.
-    for name in decoder.mlp.training_fields:
-        del block["mlp"][name]
-    if config.connector is not None:
-        # The weights fit both values of ``unseen_text``, and transformers implements one of them.
-        for name in (*config.connector.training_fields, "unseen_text"):
-            values["connector"].pop(name, None)
-    projector = config.connector.projector if isinstance(config.connector, FeatureConnectorBase) else None
-    if isinstance(projector, MlpProjectorConfig):
-        values["connector"]["projector"]["hidden_dim"] = projector.hidden_dim or decoder.hidden_dim
-    return values
-
-
-def _fill_attention(block: dict[str, Any], config: DecoderConfig | VisionConfig | WhisperConfig) -> None:
-    attention = config.attention
-    block["attention"]["num_kv_heads"] = attention.kv_heads
-    block["attention"]["head_dim"] = attention.resolved_head_dim(config.hidden_dim)
-    block["attention"]["qk_norm_config"] = (attention.qk_norm_config or config.norm).model_dump(mode="json")
-    if block["attention"]["qk_norm"] == "none":
-        del block["attention"]["qk_norm_config"]
-
-
-def _differences(path: str, ours: Any, theirs: Any) -> Iterator[str]:
-    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        for key in [*ours, *(key for key in theirs if key not in ours)]:
-            yield from _differences(f"{path}.{key}", ours.get(key), theirs.get(key))
-    elif ours != theirs:
-        yield f"{path}={ours!r} (only {theirs!r})"

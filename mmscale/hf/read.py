@@ -31,9 +31,9 @@ COMPANION_FILES = (
 )
 """Files that belong to the weights: tokenizer, image processor and sampling options."""
 PREPROCESSOR = "preprocessor_config"
-"""Key that ``read_config`` adds for the values of the image processor or, in a model without one, of the feature
-extractor of sounds, from whichever file holds them."""
-_PROCESSOR, _NESTED = "processor_config.json", ("image_processor", "feature_extractor")
+"""Key that ``read_config`` adds for the values of the image processor and of the feature extractor of sounds, from
+whichever file holds them. Their keys differ."""
+_PROCESSOR, _NESTED = "processor_config.json", ("feature_extractor", "image_processor")
 
 
 class HfFolder:
@@ -85,10 +85,10 @@ class HfFolder:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return ``config.json`` of a folder, with the image processor's values under ``preprocessor_config`` if any.
+    """Return ``config.json`` of a folder, with the values of its processors under ``preprocessor_config`` if any.
 
-    Version 5 of transformers nests the image processor in ``processor_config.json``. These nested values take
-    precedence over ``preprocessor_config.json``, as in transformers.
+    Version 5 of transformers nests image processor and feature extractor in ``processor_config.json``. These nested
+    values take precedence over ``preprocessor_config.json``, as in transformers.
 
     Raises:
         CheckpointError: ``config.json`` is missing or has no ``model_type``, or a file is damaged.
@@ -97,14 +97,14 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values.get("model_type"), str):
         raise CheckpointError(f"{path / CONFIG}: no model_type: not a model of Hugging Face's transformers")
     processor = read_processor(path)
-    name = next((name for name in _NESTED if processor.get(name) is not None), "")
-    nested = processor.get(name)
-    if nested is not None and not isinstance(nested, dict):
-        raise CheckpointError(f"{path / _PROCESSOR}: {name} is no JSON object")
-    if nested is None and (path / f"{PREPROCESSOR}.json").is_file():
-        nested = _read_json(path / f"{PREPROCESSOR}.json")
-    if nested is not None:
-        values[PREPROCESSOR] = nested
+    nested = {name: processor[name] for name in _NESTED if processor.get(name) is not None}
+    for name, block in nested.items():
+        if not isinstance(block, dict):
+            raise CheckpointError(f"{path / _PROCESSOR}: {name} is no JSON object")
+    if nested:
+        values[PREPROCESSOR] = {key: value for block in nested.values() for key, value in block.items()}
+    elif (path / f"{PREPROCESSOR}.json").is_file():
+        values[PREPROCESSOR] = _read_json(path / f"{PREPROCESSOR}.json")
     return values
 
 

@@ -49,7 +49,8 @@ class WhisperConfig(AudioTowerBase):
     length; the convolutions read two frames of the silence after the sound (Qwen2-Audio)."""
     block_frames: Annotated[Side, ShrunkTo(20)] | None = None
     """Frames after which convolutions, positions and attention start anew (Qwen2.5-Omni: 200). Must be even. Null: once
-    for each chunk. Requires ``padded=false``."""
+    for each chunk. Requires ``padded=false``. The sinusoids are then computed; without blocks they are a table of
+    ``max_frames / 2`` rows that checkpoints contain and no stage trains, as in Whisper's weights."""
     hidden_dim: Width
     """Width of the tower, an even number."""
     num_layers: Layers
@@ -150,7 +151,8 @@ class WhisperTower(ModalityTower):
         super().__init__()
         self.config = config
         self.embed = FrameEmbed(config.num_bins, config.hidden_dim)
-        self.positions = Sinusoids(config.max_frames // STRIDE, config.hidden_dim)
+        stored = None if config.block_frames else config.max_frames // STRIDE
+        self.positions = Sinusoids(stored, config.hidden_dim)
         self.layers = nn.ModuleList(
             TransformerBlock(config.hidden_dim, config.attention, config.mlp, config.norm, backend, causal=False)
             for _ in range(config.num_layers)

@@ -1,4 +1,4 @@
-"""Input layers of audio towers: convolutions over packed log-mel frames of unequal lengths, and stored sinusoids.
+"""Input layers of audio towers: convolutions over packed log-mel frames of unequal lengths, and sinusoids.
 
     values (P, bins) --FrameLayout.source--> spaced (T, bins) --conv, mask, strided conv--> (T / 2, D)
                                              --FrameLayout.rows--> packed rows (R, D)
@@ -127,23 +127,34 @@ def sinusoids(rows: int, dim: int) -> Float[Tensor, "rows dim"]:
 
     Source: Vaswani et al. 2017, section 3.5; order and scale as in OpenAI's whisper/model.py.
     """
-    steps = torch.arange(dim // 2, dtype=torch.float32, device="cpu") * (-math.log(10_000) / (dim // 2 - 1))
-    angles = torch.arange(rows, dtype=torch.float32, device="cpu")[:, None] * steps.exp()
+    return _sinusoids_at(torch.arange(rows, device="cpu"), dim)
+
+
+def _sinusoids_at(positions: Int[Tensor, " R"], dim: int) -> Float[Tensor, "R dim"]:
+    steps = torch.arange(dim // 2, dtype=torch.float32, device=positions.device) * (-math.log(10_000) / (dim // 2 - 1))
+    angles = positions.float()[:, None] * steps.exp()
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class Sinusoids(nn.Module):
-    """Adds a stored vector to each row. The table is a parameter that no stage trains, as in published weights.
+    """Adds a vector to each row: a row of a table that no stage trains, or sinusoids.
 
     Args:
-        rows: Number of positions.
+        rows: Rows of the table, a parameter as in the weights of Whisper. None for sinusoids that are computed in each
+            call, for weights without a table.
         dim: Channels.
     """
 
-    def __init__(self, rows: int, dim: int) -> None:
+    def __init__(self, rows: int | None, dim: int) -> None:
         super().__init__()
+        self.weight: nn.Parameter | None
+        if rows is None:
+            self.register_parameter("weight", None)
+            return
         self.weight = nn.Parameter(torch.zeros(rows, dim), requires_grad=False)
         self.fixed_init = {"weight": sinusoids}
 
     def forward(self, hidden: Float[Tensor, "R D"], positions: Int[Tensor, " R"]) -> Float[Tensor, "R D"]:
+        if self.weight is None:
+            return hidden + _sinusoids_at(positions, hidden.shape[1]).to(hidden.dtype)
         return hidden + F.embedding(positions, self.weight)

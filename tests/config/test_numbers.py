@@ -87,6 +87,7 @@ CrossAttentionConnectorConfig.gate_init DataConfig.workers DecoderConfig.attenti
 DrawingTemplate.text_weight
 DrawingTemplate.image_weight DrawingTemplate.mark_weight DrawingTemplate.caption_last DrawingTemplate.text_dropout
 EngineConfig.zero_stage
+AudioModalityConfig.idle_rows
 AudioConfig.min_seconds AudioConfig.silence_peak AudioConfig.max_clipped ConvGmlpProjectorConfig.norm_eps
 EngineConfig.gather_bucket_elements EngineConfig.persistent_parameter_elements EngineConfig.live_parameter_elements
 DrawingSet.seed GenerationSet.seed HeldOutSet.seed HybridConnectorConfig.gate_init ImageTokensConfig.first_id
@@ -143,7 +144,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "AdaptersConfig": {"dropout": 0.1},
     "AdversarialConfig": {},
     "AnnotationsTemplate": {"max_annotations": 2},
-    "AudioConfig": {},
+    "AudioConfig": {"from_video": True, "interleave_seconds": 2},
     "ConvGmlpProjectorConfig": {"kind": "conv_gmlp"},
     "FramesConfig": {"kind": "frames"},
     "BestConfig": {"metric": "a/score", "stop_after": 2},

@@ -42,6 +42,7 @@ HALVED = SquarePooling(2, pads_columns=True)
         ("MM1.5", MediaSpec(ANY, 14, fixed_grid=(48, 48), pooled_side=12), (1344, 1344), [144] * 5),
         # 64 features for 224 x 224 pixels: the paper, section 2.1.
         ("Qwen2-VL, 2.5-VL", MediaSpec(ANY, 14, 2), (224, 224), [64]),
+        ("Qwen2.5-Omni", MediaSpec(ANY, 14, 2), (224, 224), [64]),
         ("Pixtral", MediaSpec(ANY, 16), (1024, 512), [64 * 32]),
         # 256 queries at 980 pixels.
         ("Aria", MediaSpec(ANY, 14, query_sizes=((35, 128), (70, 256))), (700, 900), [256]),

@@ -85,6 +85,13 @@ QWEN2_VL = (
     "{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% endif %}"
 )
+QWEN2_5_OMNI = QWEN2_VL.replace("<|vision_start|>", "<|vision_bos|>").replace("<|vision_end|>", "<|vision_eos|>")
+QWEN2_5_OMNI = QWEN2_5_OMNI.replace("<|image_pad|>", "<|IMAGE|>").replace("<|video_pad|>", "<|VIDEO|>")
+QWEN2_5_OMNI = QWEN2_5_OMNI.replace(
+    "{% elif content['type'] == 'video'",
+    "{% elif content['type'] == 'audio' or 'audio' in content or 'audio_url' in content %}"
+    "{% if add_audio_id %}Audio 1: {% endif %}<|audio_bos|><|AUDIO|><|audio_eos|>{% elif content['type'] == 'video'",
+)
 ARIA = (
     "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"

@@ -11,7 +11,7 @@ import transformers
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.class_defaults import CLASS_DEFAULTS
-from mmscale.hf.layout import forward_config
+from mmscale.hf.forward_config import forward_config
 from mmscale.hf.layouts import LAYOUTS, layout_of
 
 pytestmark = pytest.mark.parity
@@ -80,6 +80,16 @@ TINY: dict[str, dict[str, Any]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 5e4, "mrope_section": [2, 3, 3]},
         },
         "vision_config": {"depth": 2, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64},
+    },
+    "qwen2_5_omni_thinker": {
+        "text_config": {
+            **_TEXT,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e4, "mrope_section": [2, 3, 3]},
+        },
+        "vision_config": {"depth": 2, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64},
+        "audio_config": {**_SOUND, "n_window": 5, "output_dim": 64},
+        "position_id_per_seconds": 20,
     },
     "llava": {
         "text_config": {**_TEXT, **_FULL, "model_type": "mistral", "num_key_value_heads": 2, "head_dim": 32},

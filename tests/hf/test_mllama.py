@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from data_pipeline.batch import MultimodalBatch
 from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.config import load
-from mmscale.hf.layout import forward_config
+from mmscale.hf.forward_config import forward_config
 from mmscale.hf.layouts import layout_of
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig

@@ -28,7 +28,7 @@ from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.errors import CheckpointError
-from mmscale.hf.layout import forward_config
+from mmscale.hf.forward_config import forward_config
 from mmscale.hf.layouts import layout_of
 from mmscale.models.build import media_spec
 from mmscale.models.config import ModelConfig

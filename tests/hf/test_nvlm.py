@@ -25,7 +25,7 @@ from mmscale.checkpoint.imports import import_folder
 from mmscale.checkpoint.manifest import newest_of
 from mmscale.cli.main import main
 from mmscale.errors import CheckpointError
-from mmscale.hf.layout import forward_config
+from mmscale.hf.forward_config import forward_config
 from mmscale.hf.layouts import layout_for, layout_of
 from mmscale.models.build import build_model, build_weights
 from tests.hf.reference_models import imported, tensors_of

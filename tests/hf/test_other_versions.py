@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from mmscale.errors import CheckpointError
-from mmscale.hf.layout import forward_config
+from mmscale.hf.forward_config import forward_config
 from mmscale.hf.layouts import layout_of
 from tests.hf.test_class_defaults import TINY
 from tests.hf.test_nvlm import configuration

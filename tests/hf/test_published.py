@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmscale.config import load
-from mmscale.hf.layout import forward_config
+from mmscale.hf.forward_config import forward_config
 from mmscale.hf.layouts import layout_of
 from mmscale.hf.read import PREPROCESSOR
 from mmscale.models.build import build_model
@@ -32,6 +32,7 @@ FAMILIES = {
     "qwen2-vl-72b": "qwen2_vl",
     **{f"qwen2.5-vl-{size}": "qwen2_5_vl" for size in ("3b", "7b", "32b", "72b")},
     "qwen2-audio-7b": "qwen2_audio",
+    "qwen2.5-omni-7b": "qwen2_5_omni_thinker",
     "pixtral-12b": "llava",
     "llava-1.5-7b": "llava",
     "internvl3-1b": "internvl",

@@ -18,7 +18,7 @@ from data_pipeline.images.video import RateChoice, VideoConfig, VideoTransform
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import VideoSize
 from mmscale.errors import CheckpointError
-from mmscale.hf.layout import forward_config
+from mmscale.hf.forward_config import forward_config
 from mmscale.hf.layouts import layout_of
 from mmscale.models.build import media_spec
 from mmscale.models.config import ModelConfig

@@ -33,7 +33,7 @@ from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.cli.trained import open_trained
 from mmscale.engine.graph import recompute
 from mmscale.errors import CheckpointError
-from mmscale.hf.layout import forward_config
+from mmscale.hf.forward_config import forward_config
 from mmscale.hf.layouts import layout_of
 from mmscale.models.build import media_spec
 from mmscale.optim.schedule import freeze, trained_components

@@ -49,6 +49,7 @@ COUNTS = {  # Counted in the reference implementations (transformers; Molmo's ow
     "qwen2.5-vl-7b": 8_292_166_656,
     "qwen2.5-vl-32b": 33_452_718_336,
     "qwen2.5-vl-72b": 73_410_777_344,
+    "qwen2.5-omni-7b": 8_931_813_888,
     "whisper-large-v3": 636_968_960,
     "pixtral-12b": 12_682_739_712,
     "llava-1.5-7b": 7_063_427_072,

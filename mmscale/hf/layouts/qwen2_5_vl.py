@@ -29,7 +29,21 @@ def _rules(config: ModelConfig) -> NameRules:
 def _to_model(keys: Keys) -> ModelConfig:
     model = qwen2_vl.to_text(keys, _TEXT)
     tower = keys.required_object("vision_config", "qwen2_5_vl_vision")
-    per_second = tower.read("tokens_per_second", int)
+    return ModelConfig.model_validate(to_values(keys, model, tower, tower.read("tokens_per_second", int)))
+
+
+def to_values(keys: Keys, model: ModelConfig, tower: Keys, per_second: int) -> dict[str, Any]:
+    """Return ``decoder``, ``vision`` and ``connector`` of Qwen2.5-VL or of a model with its tower.
+
+    Args:
+        keys: Keys of the folder.
+        model: The decoder.
+        tower: ``vision_config``; all of its keys but ``tokens_per_second`` are read here.
+        per_second: Time positions of a second.
+
+    Raises:
+        CheckpointError: a key is missing or needs a computation that our models lack.
+    """
     vision, merge = _vision(tower, model.decoder.hidden_dim)
     decoder_values = model.decoder.model_dump()
     decoder_values["rope"]["tokens_per_second"] = per_second
@@ -41,13 +55,11 @@ def _to_model(keys: Keys) -> ModelConfig:
         "norm_eps": _EPS,
         "hidden_dim": vision["hidden_dim"] * merge**2,
     }
-    return ModelConfig.model_validate(
-        {
-            "decoder": decoder_values,
-            "vision": {**vision, **pixels.to_model(keys, pixels.CLIP)},
-            "connector": {"kind": "embedding", "projector": projector},
-        }
-    )
+    return {
+        "decoder": decoder_values,
+        "vision": {**vision, **pixels.to_model(keys, pixels.CLIP)},
+        "connector": {"kind": "embedding", "projector": projector},
+    }
 
 
 def _vision(keys: Keys, text_dim: int) -> tuple[dict[str, Any], int]:
@@ -81,18 +93,43 @@ def _vision(keys: Keys, text_dim: int) -> tuple[dict[str, Any], int]:
 
 
 def _to_keys(config: ModelConfig) -> dict[str, Any]:
-    vision, connector, rope = config.vision, config.connector, config.decoder.rope
-    if not isinstance(vision, VisionConfig) or not isinstance(connector, EmbeddingConnectorConfig):
-        raise CheckpointError("qwen2_5_vl holds models with a vision tower and connector.kind=embedding")
-    per_second = None if rope is None else rope.tokens_per_second
+    per_second = positions_per_second(config, "qwen2_5_vl")
+    values = keys_of(config, _TEXT, "qwen2_5_vl")
+    values["vision_config"] |= {"model_type": "qwen2_5_vl_vision", "tokens_per_second": per_second}
+    return values
+
+
+def positions_per_second(config: ModelConfig, family: str) -> int:
+    """Return ``decoder.rope.tokens_per_second``.
+
+    Raises:
+        CheckpointError: it is no whole number; ``family`` is named in the message.
+    """
+    per_second = None if config.decoder.rope is None else config.decoder.rope.tokens_per_second
     if per_second is None or per_second != int(per_second):
         raise CheckpointError(
-            f"qwen2_5_vl needs a whole number of time positions a second; decoder.rope.tokens_per_second={per_second}"
+            f"{family} needs a whole number of time positions a second; decoder.rope.tokens_per_second={per_second}"
         )
+    return int(per_second)
+
+
+def keys_of(config: ModelConfig, text_family: str, family: str) -> dict[str, Any]:
+    """Return the keys of decoder, tower and image processor, without ``vision_config.tokens_per_second``.
+
+    Args:
+        config: A model with this tower; its sound, if any, is ignored.
+        text_family: ``model_type`` of ``text_config``.
+        family: ``model_type`` of the folder, for messages.
+
+    Raises:
+        CheckpointError: the family cannot express the tower.
+    """
+    vision, connector = config.vision, config.connector
+    if not isinstance(vision, VisionConfig) or not isinstance(connector, EmbeddingConnectorConfig):
+        raise CheckpointError(f"{family} holds models with a vision tower and connector.kind=embedding")
     merge = connector.projector.merge
     windows = vision.windows or WindowsConfig(frame_layers=tuple(range(vision.num_layers)))
     tower = {
-        "model_type": "qwen2_5_vl_vision",
         "depth": vision.num_layers,
         "hidden_size": vision.hidden_dim,
         "out_hidden_size": config.decoder.hidden_dim,
@@ -103,12 +140,11 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
         "patch_size": vision.patch_size,
         "spatial_merge_size": merge,
         "temporal_patch_size": vision.temporal_patch,
-        "tokens_per_second": int(per_second),
         "window_size": windows.side * vision.patch_size,
         "fullatt_block_indexes": list(windows.frame_layers),
         **axial.to_keys(vision),
     }
-    return {**qwen2_vl.text_keys(config, _TEXT), "vision_config": tower, **qwen2_vl.processor_keys(vision, merge)}
+    return {**qwen2_vl.text_keys(config, text_family), "vision_config": tower, **qwen2_vl.processor_keys(vision, merge)}
 
 
 LAYOUT = FamilyLayout(

@@ -66,7 +66,8 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _sounds(source: ImageSource) -> dict[str, Any]:
+def sounds(source: ImageSource) -> dict[str, Any]:
+    """Return the tokens of a folder's sounds."""
     return {
         "start": source.name("audio_bos_token", "<|audio_bos|>"),
         "end": source.name("audio_eos_token", "<|audio_eos|>"),
@@ -92,5 +93,5 @@ LAYOUT = FamilyLayout(
         (r"^model\.(audio_tower|multi_modal_projector)\.", r"\1."),
     ),
     auto_class="AutoModelForMultimodalLM",
-    sounds=_sounds,
+    sounds=sounds,
 )

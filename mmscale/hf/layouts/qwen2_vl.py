@@ -175,14 +175,27 @@ def images(source: ImageSource) -> ImageInput:
 
     The authors' code takes two frames a second, 4 to 768 of them. The class of transformers samples none by default.
     """
-    before, after = "<|vision_start|>", "<|vision_end|>"
+    video = {"placeholder": "<|video_pad|>", **_frame_pixels(source)}
+    return native_images(source, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", video)
+
+
+def native_images(source: ImageSource, before: str, after: str, image: str, video: dict[str, Any]) -> ImageInput:
+    """Return images and videos of native size.
+
+    Args:
+        source: The folder.
+        before: Token before an image or a video.
+        after: Token after it.
+        image: Placeholder of a feature of an image.
+        video: Further values of ``data.video``.
+    """
     found = pixels.transforms(source.values, source.where)
     return ImageInput(
         {"kind": "native", "interpolation": "bicubic", **found, "layout": {"start": before, "end": after}},
-        tokens=("<|image_pad|>",),
+        tokens=(image,),
         before=before,
         after=after,
-        video={"start": before, "end": after, "placeholder": "<|video_pad|>", **_frame_pixels(source)},
+        video={"start": before, "end": after, **video},
     )
 
 

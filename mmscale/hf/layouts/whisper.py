@@ -20,15 +20,15 @@ from mmscale.nn.audio_embed import KERNEL, STRIDE
 _DECODER_KEYS = (
     *("vocab_size", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "decoder_layerdrop"),
     *("max_target_positions", "suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids", "tie_word_embeddings"),
-    *("use_weighted_layer_sum", "classifier_proj_size", "median_filter_width", "init_std"),
+    *("use_weighted_layer_sum", "classifier_proj_size", "median_filter_width"),
     *(f"mask_{axis}_{key}" for axis in ("time", "feature") for key in ("prob", "length", "min_masks")),
 )
 """Keys of the decoder, of a classifier, or of augmentation, which ``apply_spec_augment`` switches on."""
-_FRAME_RATE = 100
+FRAME_RATE = 100
 """Mel frames of a second."""
 _EXTRACTOR = {"sampling_rate": 16_000, "hop_length": 160, "n_fft": 400, "padding_value": 0.0, "dither": 0.0}
 """Values of a feature extractor that the data pipeline fixes."""
-_ZERO = ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop")
+_ZERO = ("dropout", "attention_dropout", "activation_dropout")
 
 
 def encoder_rules(config: WhisperConfig) -> NameRules:
@@ -64,10 +64,9 @@ def to_tower(keys: Keys, **more: Any) -> dict[str, Any]:
     Raises:
         CheckpointError: a key is missing or needs a computation that our models lack.
     """
-    for name in _ZERO:
+    for name in (*_ZERO, "encoder_layerdrop"):
         keys.must_be(name, 0.0)
     keys.must_be("scale_embedding", False)
-    keys.read("init_std", float, None)
     layers = keys.read("encoder_layers", int)
     keys.must_be("num_hidden_layers", layers)  # Published files repeat the value.
     return {
@@ -105,7 +104,7 @@ def check_extractor(keys: Keys, tower: dict[str, Any]) -> None:
     block = keys.optional_object(PREPROCESSOR)
     if block is not None:
         block.must_be("feature_size", tower["num_bins"])
-        block.must_be("chunk_length", tower["max_frames"] / _FRAME_RATE)
+        block.must_be("chunk_length", tower["max_frames"] / FRAME_RATE)
         for name, value in _EXTRACTOR.items():
             block.must_be(name, value)
 
@@ -116,11 +115,11 @@ def extractor_keys(tower: WhisperConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: chunks are not of whole seconds, as those of transformers are.
     """
-    seconds, rest = divmod(tower.max_frames, _FRAME_RATE)
+    seconds, rest = divmod(tower.max_frames, FRAME_RATE)
     if rest:
         raise CheckpointError(
             f"audio.tower.max_frames={tower.max_frames}: processors of transformers have chunks of whole seconds, "
-            f"which are {_FRAME_RATE} frames each"
+            f"which are {FRAME_RATE} frames each"
         )
     return {
         PREPROCESSOR: {

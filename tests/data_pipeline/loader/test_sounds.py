@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import SampleError
+from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.history.digest import digest
 from data_pipeline.history.text_spans import text_spans
 from data_pipeline.io.columns import read_columns, write_columns
@@ -157,6 +158,50 @@ def test_the_sound_track_of_a_video_follows_its_frames(write_set: WriteSet, toke
             with pytest.raises(Exception, match=r"the video mp4 has no sound track"):
                 builder(mute)
         reader.close()
+
+
+TIMED = replace(SPEC, position_axes=3, tokens_per_second=4)
+
+
+def test_frames_and_sound_of_a_video_take_turns(write_set: WriteSet, tokenizer_path: Path) -> None:
+    """Two groups of two frames in one second, and eight positions of sound: a turn of each, then the second of each."""
+    manifest = write_set("films", [{"mp4": _film(number == 0), "txt": b"a film"} for number in range(2)])
+    config = _config(manifest, tokenizer_path, from_video=True, interleave_seconds=0.5)
+    dataset = config.datasets[0].model_copy(update={"template": _caption()})
+    builder = DocumentBuilder(dataset, load_tokenizer(config.tokenizer), TIMED)
+    reader = SampleReader(Manifest.open(dataset.indexed), "films")
+    document, plan = builder(reader.read(0)), builder.dry_run(reader.read_without_images(0))
+    for name in ("token_ids", "labels", "position_ids", "scatter_index"):
+        np.testing.assert_array_equal(getattr(plan, name), getattr(document, name))
+    video, sound = document.items
+    assert (video.modality, sound.modality, video.image, sound.image) == ("image", "audio", 0, 0)
+    of_video, of_sound = np.split(document.scatter_index, [video.num_features(TIMED)])
+    (film,) = document.images
+    times = document.position_ids[:, 0] - document.position_ids[film.start, 0]
+    assert times[of_video].tolist() == [0] * 4 + [2] * 4
+    assert times[of_sound].tolist() == [*range(sound.num_features(TIMED))]
+    kinds = ["v" if slot in of_video else "s" for slot in range(film.start, film.stop)]
+    assert "".join(kinds) == "vvvvssvvvvss" + "s" * (len(of_sound) - 4)
+    (span,) = [span for span in text_spans(document, builder.tokenizer, TIMED) if not span.is_text]
+    assert (span.kind, span.num_tokens) == ("video", film.stop - film.start)
+    assert [item.modality for item in builder(reader.read(1)).items] == ["image"]
+    reader.close()
+
+
+def test_turns_that_no_document_can_have_are_rejected(tokenizer_path: Path) -> None:
+    config = _config(Path("x"), tokenizer_path, from_video=True, interleave_seconds=0.5)
+    tokenizer = load_tokenizer(config.tokenizer)
+    for spec in (SPEC, replace(TIMED, tokens_per_second=1)):
+        with pytest.raises(
+            DataConfigError, match=r"data\.audio\.interleave_seconds=0\.5: needs a model with at least one"
+        ):
+            DocumentBuilder(config.datasets[0], tokenizer, spec)
+    assert config.datasets[0].video is not None
+    timed = config.datasets[0].video.model_copy(update={"timestamps": "{seconds}"})
+    with pytest.raises(DataConfigError, match=r"interleave_seconds: excludes data\.video\.timestamps"):
+        DocumentBuilder(config.datasets[0].model_copy(update={"video": timed}), tokenizer, TIMED)
+    with pytest.raises(ValueError, match="set from_video: true"):
+        _config(Path("x"), tokenizer_path, interleave_seconds=2)
 
 
 def test_an_index_of_an_earlier_version_hides_no_sound_track(write_set: WriteSet, tokenizer_path: Path) -> None:
