@@ -27,7 +27,8 @@ from benchmarks.peers.job import photo
 from benchmarks.report import Case, main
 from data_pipeline.audio.transform import AudioConfig, AudioTransform
 from data_pipeline.images.decode import decode_image
-from data_pipeline.images.video import UniformChoice, VideoConfig, VideoTransform
+from data_pipeline.images.frame_choice import UniformChoice
+from data_pipeline.images.video import VideoConfig, VideoTransform
 from data_pipeline.media_spec import AudioSpec, MediaSpec, Placement
 from data_pipeline.sample import AudioPart, AudioSize, VideoPart, VideoSize
 

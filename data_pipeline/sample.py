@@ -118,6 +118,8 @@ class VideoPart:
         size: From the shard's index; None if no index gives it.
         sound: Size of its sound track, from the index: (0, 0, 0) if it has none, 0 samples at another rate if the track
             is damaged; None if no index gives it.
+        grid: The video as token ids, as ``shards.token_grid`` stores it; None if the sample has none. ``data`` is empty
+            if the shards hold only the token ids.
     """
 
     kind: ClassVar[str] = "video"
@@ -126,6 +128,7 @@ class VideoPart:
     name: str
     size: VideoSize | None = None
     sound: AudioSize | None = None
+    grid: bytes | None = None
 
     def __repr__(self) -> str:
         return f"VideoPart(data=<{len(self.data)} bytes>, name={self.name!r}, size={self.size})"

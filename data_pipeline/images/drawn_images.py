@@ -1,6 +1,7 @@
-"""Images as token ids of the decoder: codes of an image tokenizer, and the marks around them.
+"""Images and videos as token ids of the decoder: codes of an image tokenizer, and the marks around them.
 
-    start | size | content | codes of row 1, row_end | codes of row 2, row_end | ... | frame_end | end
+    start | size       | content | codes of row 1, row_end | codes of row 2, row_end | ... | frame_end | end
+    start | video_size | content | rows of grid 1 | frame_end | rows of grid 2 | frame_end | ...       | end
 
 ``shards/token_grid`` stores the codes, or the model computes them in each step from the pixels; a template decides
 whether the model learns them. Not for: images that a vision tower encodes (``transforms``).
@@ -17,14 +18,19 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from data_pipeline.errors import DataConfigError, SampleError
+from data_pipeline.images.transforms import ImageTransform, ScaledTransform, TilesTransform, TransformConfig
 from data_pipeline.io.strict import StrictConfig
-from data_pipeline.sample import ImagePart
-from data_pipeline.shards.token_grid import decode_grid
+from data_pipeline.media_spec import MediaSpec
+from data_pipeline.sample import ImagePart, VideoPart
+from data_pipeline.shards.token_grid import GridTimes, decode_grid
 from data_pipeline.text.tokenizer import Tokenizer
 
 _MAX_ID = 2**31 - 1
 _MARKS = ("start", "content", "row_end", "frame_end", "end")
 """Fields that name one token."""
+_BRACES = re.compile(r"{[^}]*}?|}")
+_VIDEO_FIELDS = frozenset({"{height}", "{width}", "{frames}", "{fps}", "{seconds}"})
+"""Fields that ``video_size`` may contain."""
 
 TokenId = Annotated[int, Field(ge=0, le=_MAX_ID)]
 Side = Annotated[int, Field(ge=1, le=1 << 16)]
@@ -48,23 +54,29 @@ class ImageTokensConfig(StrictConfig):
     ids: tuple[TokenId, ...] | None = None
     """Id of each code in the decoder, if they are not consecutive; ``codebook_size`` different ids."""
     grid: tuple[Side, Side] | None = None
-    """Rows and columns of every image, for models that draw one size: [24, 24] (Janus). null accepts any size."""
+    """Rows and columns of every image, and of every grid of a video, for models that draw one size: [24, 24] (Janus).
+    null accepts any size."""
     encoded: Literal["stored", "in_step"] = "stored"
     """Where the codes come from. ``stored``: the shards hold token grids (``mmscale data encode``). ``in_step``: the
     frozen tokenizer of the model (``model.image_tokenizer``) encodes the pixels in each step, after ``transforms``.
-    This needs no second copy of the data and allows augmentation, but every epoch pays for the encoder."""
+    This needs no second copy of the data and allows augmentation, but every epoch pays for the encoder. Videos need
+    ``stored``."""
     start: str | None = None
-    """Token before each image: ``<|image start|>`` (Emu3), ``<begin_of_image>`` (Janus). null for none."""
+    """Token before each image or video: ``<|image start|>`` (Emu3), ``<begin_of_image>`` (Janus). null for none."""
     size: str | None = None
-    """Text after ``start`` with the size in codes: ``{height}*{width}`` (Emu3). null for none."""
+    """Text after ``start`` with the size of an image in codes: ``{height}*{width}`` (Emu3). null for none."""
+    video_size: str | None = None
+    """Text after ``start`` of a video: ``{height}*{width}*{frames} {fps}fps {seconds}s``. ``{height}``, ``{width}`` and
+    ``{frames}`` are the size in codes, ``{fps}`` is the rate of the encoded frames and ``{seconds}`` the duration.
+    Emu3 has such a text with resolution, rate and duration, whose form is not published. null for none."""
     content: str | None = None
     """Token between size and codes: ``<|image token|>`` (Emu3). null for none."""
     row_end: str | None = None
     """Token after each row of codes: ``<|extra_200|>`` (Emu3). null for none."""
     frame_end: str | None = None
-    """Token after all rows: ``<|extra_201|>`` (Emu3). null for none."""
+    """Token after all rows of an image, or of each grid of a video: ``<|extra_201|>`` (Emu3). null for none."""
     end: str | None = None
-    """Last token of an image: ``<|image end|>`` (Emu3), ``<end_of_image>`` (Janus). null for none."""
+    """Last token of an image or video: ``<|image end|>`` (Emu3), ``<end_of_image>`` (Janus). null for none."""
 
     @model_validator(mode="after")
     def _check_ids(self) -> ImageTokensConfig:
@@ -79,8 +91,11 @@ class ImageTokensConfig(StrictConfig):
                 "encoded=in_step: the model's own tokenizer encodes and gives code k the id first_id + k; set "
                 "first_id, and leave out ids and tokenizer"
             )
-        if self.size is not None and set(re.findall("{[^}]*}?", self.size)) != {"{height}", "{width}"}:
+        if self.size is not None and set(_BRACES.findall(self.size)) != {"{height}", "{width}"}:
             raise ValueError(f"size={self.size!r}: expected {{height}} and {{width}}, and nothing else in braces")
+        if not set(_BRACES.findall(self.video_size or "")) <= _VIDEO_FIELDS:
+            known = ", ".join(sorted(_VIDEO_FIELDS))
+            raise ValueError(f"video_size={self.video_size!r}: only {known} are allowed in braces")
         return self
 
     @property
@@ -91,11 +106,11 @@ class ImageTokensConfig(StrictConfig):
 
 @dataclass(frozen=True)
 class DrawnTokens:
-    """The tokens of one image.
+    """The tokens of one image or video.
 
     Attributes:
         ids: int32 ``(T,)``, marks included.
-        is_code: bool ``(T,)``: whether each token is a code of the image; False for marks.
+        is_code: bool ``(T,)``: whether each token is a code; False for marks.
     """
 
     ids: npt.NDArray[np.int32]
@@ -146,7 +161,10 @@ class DrawnImages:
     def opening(self, height: int, width: int) -> list[int]:
         """Return the ids before the codes of an image of ``height`` rows and ``width`` columns."""
         size = self.config.size
-        text = [] if size is None else self._tokenizer.encode(size.format(height=height, width=width))
+        return self._opened("" if size is None else size.format(height=height, width=width))
+
+    def _opened(self, size: str) -> list[int]:
+        text = self._tokenizer.encode(size) if size else []
         return [*self._mark("start"), *text, *self._mark("content")]
 
     @property
@@ -156,29 +174,38 @@ class DrawnImages:
 
     @property
     def closing(self) -> list[int]:
-        """The ids after the last row."""
+        """The ids after the last row of an image."""
         return [*self._mark("frame_end"), *self._mark("end")]
 
-    def tokens(self, image: ImagePart) -> DrawnTokens:
-        """Return the tokens of an image.
+    def tokens(self, part: ImagePart | VideoPart) -> DrawnTokens:
+        """Return the tokens of an image or a video.
 
         Raises:
-            SampleError: the sample has no token grid of the image, or a damaged one; the grid is of another tokenizer
-                or does not have the size ``grid``; or a code is outside the codebook.
+            SampleError: the sample has no token grid of it, or a damaged one; the grid is of another tokenizer or does
+                not have the size ``grid``; a code is outside the codebook; or the model itself encodes images, and this
+                is a video.
         """
-        config = self.config
-        if image.grid is None:
-            raise SampleError(f"image {image.name} has no token grid; write token grids with: mmscale data encode")
-        codes, made_by = decode_grid(image.grid, image.name)
-        if config.tokenizer is not None and made_by != config.tokenizer:
-            raise SampleError(f"image {image.name}: {other_tokenizer(made_by, config.tokenizer)}")
-        self._check_grid(image.name, *codes.shape)
-        if codes.max() >= config.codebook_size:
+        config, name = self.config, f"{part.kind} {part.name}"
+        if part.grid is None:
+            raise SampleError(f"{name} has no token grid; write token grids with: mmscale data encode")
+        if config.encoded == "in_step":
             raise SampleError(
-                f"image {image.name} has the code {codes.max()}, but codes end at {config.codebook_size - 1} "
+                f"{name}: a step encodes images alone (image_tokens.encoded=in_step); set encoded: stored, and write "
+                "token grids with: mmscale data encode"
+            )
+        grid = decode_grid(part.grid, part.name)
+        if (grid.times is None) != isinstance(part, ImagePart):
+            raise SampleError(f"{name} has a token grid with {grid.codes.ndim} sides, which is none of {part.kind}s")
+        if config.tokenizer is not None and grid.tokenizer != config.tokenizer:
+            raise SampleError(f"{name}: {other_tokenizer(grid.tokenizer, config.tokenizer)}")
+        self._check_grid(name, *grid.codes.shape[-2:])
+        if grid.codes.max() >= config.codebook_size:
+            raise SampleError(
+                f"{name} has the code {grid.codes.max()}, but codes end at {config.codebook_size - 1} "
                 f"(image_tokens.codebook_size={config.codebook_size})"
             )
-        return self._with_marks(self.code_ids[codes])
+        ids = self.code_ids[grid.codes]
+        return self._with_marks(ids[None] if grid.times is None else ids, grid.times)
 
     def uncoded_tokens(self, name: str, height: int, width: int) -> DrawnTokens:
         """Return the tokens of an image whose codes are not known yet: each is code 0 until the model encodes it.
@@ -191,27 +218,37 @@ class DrawnImages:
         Raises:
             SampleError: the image does not have the size ``grid``.
         """
-        self._check_grid(name, height, width)
-        return self._with_marks(np.full((height, width), self.code_ids[0]))
+        self._check_grid(f"image {name}", height, width)
+        return self._with_marks(np.full((1, height, width), self.code_ids[0]))
 
     def _check_grid(self, name: str, height: int, width: int) -> None:
         if self.config.grid is not None and self.config.grid != (height, width):
             rows, columns = self.config.grid
-            advice = "encode the image at" if self.config.encoded == "stored" else "choose transforms that give"
+            advice = "encode it at" if self.config.encoded == "stored" else "choose transforms that give"
             raise SampleError(
-                f"image {name} is a grid of {height}x{width} codes, but the model draws {rows}x{columns} "
+                f"{name} is a grid of {height}x{width} codes, but the model draws {rows}x{columns} "
                 f"(image_tokens.grid); {advice} that size"
             )
 
-    def _with_marks(self, code_ids: npt.NDArray[np.int32]) -> DrawnTokens:
-        """Return the tokens of an image with the ids ``(height, width)`` of its codes."""
-        height, width = code_ids.shape
-        end = np.tile(np.array(self.row_end, np.int32), (height, 1))
-        rows_of_ids = np.concatenate([code_ids, end], axis=1)
-        is_code = np.tile(np.arange(rows_of_ids.shape[1]) < width, height)
-        opening, closing = self.opening(height, width), self.closing
-        ids = [np.array(opening, np.int32), rows_of_ids.reshape(-1), np.array(closing, np.int32)]
-        return DrawnTokens(np.concatenate(ids), np.pad(is_code, (len(opening), len(closing))))
+    def _with_marks(self, code_ids: npt.NDArray[np.int32], times: GridTimes | None = None) -> DrawnTokens:
+        """Return the tokens of an image or a video with the ids ``(time, height, width)`` of its codes.
+
+        ``times`` are those of a video; None for an image, whose codes have one step in time.
+        """
+        frames, height, width = code_ids.shape
+        if times is None:
+            opening = self.opening(height, width)
+        else:
+            seconds, rate = (f"{value:g}" for value in times)
+            size = self.config.video_size or ""
+            opening = self._opened(size.format(height=height, width=width, frames=frames, fps=rate, seconds=seconds))
+        row_end, frame_end, end = (np.array(self._mark(each), np.int32) for each in ("row_end", "frame_end", "end"))
+        rows = np.concatenate([code_ids, np.tile(row_end, (frames, height, 1))], axis=2).reshape(frames, -1)
+        grids = np.concatenate([rows, np.tile(frame_end, (frames, 1))], axis=1).reshape(-1)
+        row = np.arange(width + len(row_end)) < width
+        grid = np.pad(np.tile(row, height), (0, len(frame_end)))
+        is_code = np.pad(np.tile(grid, frames), (len(opening), len(end)))
+        return DrawnTokens(np.concatenate([np.array(opening, np.int32), grids, end]), is_code)
 
     def _mark(self, field: str) -> list[int]:
         return [self.marks[field]] if field in self.marks else []
@@ -238,3 +275,19 @@ def other_tokenizer(found: str, expected: str) -> str:
         f"{expected[:12]}...; codes of different tokenizers mean different images, so encode the data again with: "
         "mmscale data encode"
     )
+
+
+def code_transform(config: TransformConfig, spec: MediaSpec) -> ImageTransform:
+    """Return the transform of the images that the model's tokenizer encodes.
+
+    Raises:
+        DataConfigError: the transform cuts an image into several crops or does not fit the size of a code, or the model
+            has no tokenizer.
+    """
+    codes = spec.of_codes
+    if isinstance(config, TilesTransform) or (isinstance(config, ScaledTransform) and config.split is not None):
+        raise DataConfigError(
+            f"transforms.kind={config.kind}: cuts an image into several crops, but token ids are of one image; "
+            "use fixed or native"
+        )
+    return ImageTransform(config, codes)

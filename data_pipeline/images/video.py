@@ -5,8 +5,8 @@
 
 Number, size and grid of the frames depend on the index alone, so a document is planned without decoding, as with
 images. A tower whose patches span several frames (Qwen2-VL: 2) gets groups of consecutive chosen frames; the last one
-is repeated to fill its group. With ``tiling``, each frame becomes the crops that an image of its size becomes, and each
-crop of each frame is an item. Nothing is random: the same video gives the same item in every epoch.
+is repeated to fill its group. With ``tiling`` or ``scaled``, each frame becomes the crops that an image of its size
+becomes, and each crop of each frame is an item. Nothing is random: the same video gives the same item in every epoch.
 """
 
 from __future__ import annotations
@@ -14,159 +14,55 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from pydantic import Field, model_validator
 
 from data_pipeline.document import MediaItem
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.images.crops import ImagePlan, patchify, render, resize
 from data_pipeline.images.decode import Pixels
+from data_pipeline.images.frame_choice import FrameChoice, RateChoice, frame_rate
 from data_pipeline.images.image_tokens import ImageLayout
 from data_pipeline.images.native_sizes import Size, area_size
 from data_pipeline.images.stored_frames import open_video
-from data_pipeline.images.tilings import TilingConfig
-from data_pipeline.images.transforms import ImageTransform, TilesTransform
-from data_pipeline.images.video_layout import VideoLayout, check_pattern, filled, group_times
+from data_pipeline.images.tilings import Idefics3Tiling, TilingConfig
+from data_pipeline.images.transforms import ImageTransform, ScaledTransform, TilesTransform
+from data_pipeline.images.video_layout import VideoLayout, check_intro, check_pattern, filled, group_times, introduced
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import Grid, MediaSpec, Placement
-from data_pipeline.sample import StoredFrames, VideoPart, VideoSize
+from data_pipeline.sample import MediaPart, StoredFrames, VideoPart, VideoSize
 from data_pipeline.shards.video_file import MAX_FRAME_PIXELS, video_size
 from data_pipeline.text.tokenizer import Tokenizer
 
 _BLACK = np.uint8(0)
-_MICROSECOND = 1e-6
-_IRREGULAR = 0.25
-"""A frame rate is variable if a frame starts by more than this share of a mean frame before or after its regular time.
-WebM rounds times to milliseconds, which is below this share up to 500 frames a second."""
 _FLOOR = 1.05
 """With ``max_tokens``, a frame keeps at least this multiple of ``min_pixels``, and one merged patch."""
 
 
-class _Spread(StrictConfig):
-    """Base class of choices of evenly spread frames."""
+class ScaledFrames(StrictConfig):
+    """Sides of frames with one length of the longer side; see ``ScaledTransform``."""
 
-    spread: Literal["ends", "starts", "middles"] = "ends"
-    """``ends``: from the first to the last frame (the code of Qwen2-VL's authors). ``starts``: the first frame of each
-    of as many equal parts (transformers). ``middles``: the middle frame of each (InternVL). In a video with a variable
-    frame rate, frames are spread evenly in time."""
-
-    def numbers(self, times: npt.NDArray[np.float64], count: int) -> list[int]:
-        """Return the numbers of ``count`` frames, ascending. ``times``: start of each frame, seconds."""
-        total = len(times)
-        mean = float(times[-1]) / max(1, total - 1)
-        is_regular = bool((np.abs(times - mean * np.arange(total)) <= _IRREGULAR * mean).all())
-        if is_regular:
-            return self._regular_numbers(total, count)
-        if self.spread != "ends":
-            targets = (np.arange(count) + (0.5 if self.spread == "middles" else 0)) * (total * mean / count)
-            return [int(i) for i in np.searchsorted(times, targets + _MICROSECOND, side="right") - 1]
-        # The nearest frame, or the earlier one of two; by bisection, because a file may have a million frames.
-        targets = mean * _places(total, count).numpy().astype(np.float64)
-        later = np.searchsorted(times, targets).clip(1, total - 1)
-        is_later = times[later] - targets < targets - times[later - 1]
-        return [int(i) for i in later - 1 + is_later]
-
-    def _regular_numbers(self, total: int, count: int) -> list[int]:
-        if self.spread != "ends":
-            half = int(self.spread == "middles")
-            return [(2 * i + half) * total // (2 * count) for i in range(count)]
-        return [int(i) for i in _places(total, count).round()]
-
-    def planned_times(self, size: VideoSize, count: int) -> list[float]:
-        """Return the times of the frames in seconds, as if the frame rate were constant."""
-        rate = frame_rate(size)
-        return [number / rate for number in self._regular_numbers(size.num_frames, count)]
-
-
-def _places(total: int, count: int) -> torch.Tensor:
-    """Return ``count`` evenly spread places among ``total`` frames."""
-    return torch.linspace(0, total - 1, count)  # float32, as in the authors' code: it decides which frame is nearer.
-
-
-class RateChoice(_Spread):
-    """A number of frames for each second of the video.
-
-    Source: Qwen2-VL (arXiv 2409.12191), section 2.1, and ``smart_nframes`` of the package qwen-vl-utils.
-    """
-
-    kind: Literal["rate"] = "rate"
-    per_second: float = Field(default=2.0, gt=0, le=1e4)
-    """Frames for each second, above 0, at most 1e4."""
-    min_frames: int = Field(default=4, ge=1, le=1 << 16)
-    """Least number of frames, 1 to 65536; a video with fewer frames gives all of them."""
-    max_frames: int = Field(default=768, ge=1, le=1 << 16)
-    """Largest number of frames, from ``min_frames`` to 65536."""
+    longer: int = Field(default=490, ge=1, le=1 << 16)
+    """Longer side of a frame in pixels, 1 to 65536, a multiple of patch size times merge. The aspect is kept."""
+    shorter: int = Field(default=336, ge=1, le=1 << 16)
+    """Least shorter side in pixels, from 1, at most ``longer``. A narrower frame is stretched to it."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> RateChoice:
-        if self.max_frames < self.min_frames:
-            raise ValueError(f"max_frames={self.max_frames} is below min_frames={self.min_frames}")
+    def _ordered(self) -> ScaledFrames:
+        if self.shorter > self.longer:
+            raise ValueError(f"shorter={self.shorter} is above longer={self.longer}")
         return self
-
-    def count(self, size: VideoSize, multiple: int) -> int:
-        """Return the number of frames: a multiple of ``multiple``, unless the video has fewer frames than that."""
-        most = min(self.max_frames, size.num_frames) // multiple * multiple
-        least = -(-self.min_frames // multiple) * multiple
-        wanted = min(max(size.microseconds / 1e6 * self.per_second, least), most)
-        return max(math.floor(wanted / multiple) * multiple, min(multiple, size.num_frames))
-
-
-class UniformChoice(_Spread):
-    """A number of frames, whatever the length of the video."""
-
-    kind: Literal["uniform"] = "uniform"
-    num_frames: int = Field(default=16, ge=1, le=1 << 16)
-    """Number of frames, 1 to 65536; a video with fewer frames gives all of them."""
-
-    def count(self, size: VideoSize, multiple: int) -> int:
-        """Return the number of frames."""
-        return min(self.num_frames, size.num_frames)
-
-
-class TimesChoice(StrictConfig):
-    """The frames that are shown at given times."""
-
-    kind: Literal["times"] = "times"
-    seconds: tuple[Annotated[float, Field(ge=0, le=1e6)], ...] = Field(min_length=1, max_length=1 << 16)
-    """Times after the first frame, ascending, 0 to 1e6 seconds. A video that ends before one of them is a bad
-    sample."""
-
-    @model_validator(mode="after")
-    def _ascending(self) -> TimesChoice:
-        if list(self.seconds) != sorted(self.seconds):
-            raise ValueError(f"seconds={list(self.seconds)}: must be ascending")
-        return self
-
-    def count(self, size: VideoSize, multiple: int) -> int:
-        """Return the number of frames. Raises ``SampleError`` if the video ends before the last of ``seconds``."""
-        if self.seconds[-1] * 1e6 >= size.microseconds:
-            raise SampleError(
-                f"a video of {size.microseconds / 1e6:g} seconds has no frame at {self.seconds[-1]:g} (frames.seconds)",
-                kind=FaultKind.DECODE,
-            )
-        return len(self.seconds)
-
-    def numbers(self, times: npt.NDArray[np.float64], count: int) -> list[int]:
-        """Return the numbers of the frames, ascending; a number may occur more than once."""
-        return [int(i) for i in np.searchsorted(times, np.array(self.seconds) + _MICROSECOND, side="right") - 1]
-
-    def planned_times(self, size: VideoSize, count: int) -> list[float]:
-        """Return the times of the frames in seconds, as if the frame rate were constant."""
-        rate = frame_rate(size)
-        return [min(int((time + _MICROSECOND) * rate), size.num_frames - 1) / rate for time in self.seconds]
 
 
 class VideoConfig(StrictConfig):
     """How a video becomes frames, patches and tokens."""
 
-    frames: Annotated[RateChoice | UniformChoice | TimesChoice, Field(discriminator="kind")] = RateChoice()
-    """Which frames are used: a ``rate`` in frames per second, a ``uniform`` number, or the frames at given
-    ``times``."""
+    frames: FrameChoice = RateChoice()
+    """Which frames are used: a ``rate`` in frames per second, a ``uniform`` number, the frames at given ``times``, or a
+    rate up to a largest number, ``trimmed`` at both ends (SmolVLM)."""
     min_pixels: int = Field(default=128 * 28 * 28, ge=1)
     """Frames with fewer pixels are enlarged to at least this many; at least 1. A tower with a fixed size has frames of
     that size, and ignores this key, ``max_pixels`` and ``max_tokens``."""
@@ -179,6 +75,11 @@ class VideoConfig(StrictConfig):
     """Rule by which every frame is cut into tiles of the tower's size, most with an overview, as in ``transforms``
     (Baichuan-Omni). Each crop of each frame is then an item. Needs a tower with a fixed square size that reads single
     frames. null: a frame is one crop."""
+    tile_size: int | None = Field(default=None, ge=1, le=1 << 16)
+    """Side of a tile of ``tiling`` in pixels, 1 to 65536, as ``transforms.size``; null uses the tower's fixed size."""
+    scaled: ScaledFrames | None = None
+    """Resize and pad each frame as ``transforms.kind: scaled`` does an image (Aria), instead of by ``min_pixels`` and
+    ``max_pixels``. Each frame is then an item. Needs a tower that reads single frames of any size. null: do not."""
     max_aspect: float = Field(default=200.0, ge=1)
     """Largest ratio of the longer side to the shorter side, at least 1. A sample above it is a bad sample."""
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
@@ -189,8 +90,8 @@ class VideoConfig(StrictConfig):
     max_decoded_frames: int = Field(default=1 << 16, ge=1)
     """Largest number of stored frames to decode for one video, at least 1. Decoding starts at the key frame before each
     used frame. A video that needs more is a bad sample."""
-    start: str | None = None
-    """Token before each video: ``<|vision_start|>`` (Qwen2-VL). null for none."""
+    start: str | tuple[str, ...] | None = None
+    """Token before each video: ``<|vision_start|>`` (Qwen2-VL), or a list of them. null for none."""
     end: str | None = None
     """Token after each video: ``<|vision_end|>``. null for none."""
     placeholder: str | None = None
@@ -203,16 +104,34 @@ class VideoConfig(StrictConfig):
     frame_break: str | None = None
     """Text between two frames, or groups; needs ``timestamps``, which may be empty: a line break (InternVL). null for
     none."""
+    intro: str | None = None
+    """Text before the first frame; needs ``timestamps``. ``{frames}`` is the number of frames, ``{words}`` the same in
+    English words, and ``{duration}`` that of the video in hours, minutes and seconds: 0:01:05 (SmolVLM). null for
+    none."""
+    outro: str | None = None
+    """Text after the last frame; needs ``timestamps``: two line breaks (SmolVLM). null for none."""
+
+    def names_of(self, key: str) -> tuple[str, ...]:
+        """Return the names of the tokens of ``start``, ``end`` or ``placeholder``."""
+        value = getattr(self, key)
+        return (value,) if isinstance(value, str) else value or ()
 
     @model_validator(mode="after")
     def _ordered(self) -> VideoConfig:
         if self.max_pixels < self.min_pixels:
             raise ValueError(f"max_pixels={self.max_pixels} is below min_pixels={self.min_pixels}")
         check_pattern(self.timestamps or "")
-        if self.frame_break is not None and self.timestamps is None:
-            raise ValueError("frame_break needs timestamps; for a break without a text before each frame, set it to ''")
-        if self.timestamps is not None and self.tiling is not None:
+        check_intro(self.intro or "")
+        for name in ("frame_break", "intro", "outro"):
+            if getattr(self, name) is not None and self.timestamps is None:
+                raise ValueError(f"{name} needs timestamps; for no text before each frame, set them to ''")
+        one_crop = self.tiling is None or (isinstance(self.tiling, Idefics3Tiling) and not self.tiling.split)
+        if self.timestamps is not None and not one_crop:
             raise ValueError("timestamps and tiling exclude each other: texts before the tiles of a frame are unknown")
+        if self.tile_size is not None and self.tiling is None:
+            raise ValueError("tile_size needs tiling")
+        if self.scaled is not None and self.tiling is not None:
+            raise ValueError("scaled and tiling exclude each other: both resize a frame")
         return self
 
 
@@ -242,14 +161,13 @@ class VideoTransform:
                 f"{spec.size_multiple**2} pixels"
             )
         self.frames: ImageTransform | None = None
-        if config.tiling is not None:
+        if config.tiling is not None or config.scaled is not None:
             if spec.frames_per_patch > 1:
                 raise DataConfigError(
-                    "data.video.tiling: cuts single frames, and a patch of the model spans several "
-                    "(vision.temporal_patch); leave it out"
+                    f"data.video.{'scaled' if config.tiling is None else 'tiling'}: cuts single frames, and a patch of "
+                    "the model spans several (vision.temporal_patch); leave it out"
                 )
-            tiles = TilesTransform(tiling=config.tiling, interpolation=config.interpolation)
-            self.frames = ImageTransform(tiles, spec)
+            self.frames = ImageTransform(_frame_transform(config), spec)
 
     def decode_task(self, part: VideoPart) -> VideoTask:
         """Plan a video, and return a task that decodes it later.
@@ -338,6 +256,14 @@ class VideoTransform:
         )
 
 
+def _frame_transform(config: VideoConfig) -> TilesTransform | ScaledTransform:
+    """Return the transform by which each frame becomes the crops of an image."""
+    if config.tiling is not None:
+        return TilesTransform(tiling=config.tiling, size=config.tile_size, interpolation=config.interpolation)
+    assert config.scaled is not None, "one of both is set"
+    return ScaledTransform(**config.scaled.model_dump(), interpolation=config.interpolation)
+
+
 @dataclass(frozen=True)
 class VideoTask:
     """A planned video that is not decoded yet.
@@ -377,7 +303,7 @@ class VideoTask:
         frame_size = (rows * spec.patch_size, columns * spec.patch_size)
         with open_video(self.data, config.max_frame_pixels) as file:
             self._check(VideoSize(file.num_frames, file.microseconds, *self.size[2:]))
-            numbers = config.frames.numbers(file.times, self.count)
+            numbers = config.frames.numbers(file.times, self.size, self.count)
             if (needed := file.num_decoded(numbers)) > config.max_decoded_frames:
                 raise SampleError(
                     f"a video of which {needed} frames must be decoded, the limit is {config.max_decoded_frames} "
@@ -433,20 +359,6 @@ class VideoTask:
             out[:] = patches
 
 
-def frame_rate(size: VideoSize) -> float:
-    """Return the mean number of frames for each second.
-
-    The index holds the duration in whole microseconds, so several rates are possible. Rates of films are whole numbers,
-    these times 1000/1001, or fractions with a small denominator; the first of these with the same duration is returned.
-    """
-    exact = Fraction(10**6 * size.num_frames, max(1, size.microseconds))
-    whole, ntsc = Fraction(round(exact)), Fraction(1000 * round(exact * 1001 / 1000), 1001)
-    for rate in (whole, ntsc, exact.limit_denominator(1001)):
-        if rate > 0 and round(10**6 * size.num_frames / rate) == size.microseconds:
-            return float(rate)
-    return float(exact)
-
-
 def _words(size: VideoSize) -> str:
     return f"{size.num_frames} frames of {size.width}x{size.height} pixels in {size.microseconds / 1e6:g} s"
 
@@ -464,16 +376,33 @@ class Videos:
 
     def __init__(self, config: VideoConfig, tokenizer: Tokenizer, spec: MediaSpec) -> None:
         self.transform = VideoTransform(config, spec)
-        names = {key: getattr(config, key) for key in ("start", "end", "placeholder")}
-        ids = {key: tokenizer.special_id(name, f"data.video.{key}") for key, name in names.items() if name is not None}
-        self.placeholder = ids.get("placeholder", tokenizer.image_id)
-        start, end = (((ids[key],) if key in ids else ()) for key in ("start", "end"))
-        if {self.placeholder, tokenizer.image_id} & {*start, *end}:
+        named = {key: config.names_of(key) for key in ("start", "end", "placeholder")}
+        ids = {
+            key: tuple(tokenizer.special_id(name, f"data.video.{key}") for name in names)
+            for key, names in named.items()
+        }
+        self.placeholder = next(iter(ids["placeholder"]), tokenizer.image_id)
+        if {self.placeholder, tokenizer.image_id} & {*ids["start"], *ids["end"]}:
             raise DataConfigError("data.video: start and end must differ from the tokens that stand for features")
-        self.start, self.end = start, end
-        self._layout = ImageLayout(start, end)
+        self.start, self.end = ids["start"], ids["end"]
+        self._layout = ImageLayout(self.start, self.end)
         self._encode = functools.lru_cache(maxsize=1 << 16)(lambda words: tuple(tokenizer.encode(words)))
-        self.reserved = {names[key]: token for key, token in ids.items() if token != tokenizer.image_id}
+        pairs = ((name, token) for key in ids for name, token in zip(named[key], ids[key], strict=True))
+        self.reserved = {name: token for name, token in pairs if token != tokenizer.image_id}
+
+    def dry_run(self, part: MediaPart) -> tuple[MediaItem, ...]:
+        """Return the items of a video without decoding it; without a size from the index, its header is read.
+
+        Raises:
+            SampleError: as ``VideoTransform.dry_run``.
+        """
+        assert isinstance(part, VideoPart), "no other part is a video"
+        return self.transform.dry_run(part.size or video_size(part.data))
+
+    def decode_task(self, part: MediaPart) -> VideoTask:
+        """Plan a video, as ``VideoTransform.decode_task``."""
+        assert isinstance(part, VideoPart), "no other part is a video"
+        return self.transform.decode_task(part)
 
     def layout_of(self, part: VideoPart) -> ImageLayout | VideoLayout:
         """Return the layout of a video. Times in it are those of a constant frame rate, which the index gives.
@@ -487,5 +416,26 @@ class Videos:
         size = part.size or video_size(part.data)
         times = config.frames.planned_times(size, config.frames.count(size, transform.spec.frames_per_patch))
         groups = group_times(times, transform.spec.frames_per_patch)
-        texts = tuple(self._encode(filled(config.timestamps, time, i)) for i, time in enumerate(groups, 1))
-        return VideoLayout(self._layout.start, self._layout.end, texts, self._encode(config.frame_break or ""))
+        texts = [filled(config.timestamps, time, i) for i, time in enumerate(groups, 1)]
+        if config.intro is not None or config.outro is not None:
+            texts[0] = ""  # It belongs to ``texts_around``.
+        # Neighbouring texts are encoded as one, because a tokenizer may join letters across their border.
+        whole = [texts[0], *((config.frame_break or "") + text for text in texts[1:])]
+        return VideoLayout(self._layout.start, self._layout.end, tuple(map(self._encode, whole)))
+
+    def texts_around(self, part: VideoPart) -> tuple[str, str]:
+        """Return the texts before and after a video with ``intro`` or ``outro``; empty without both.
+
+        They are ordinary text, so that a template may join them with the text of a turn.
+
+        Raises:
+            SampleError: as ``VideoTransform.decode_task``.
+        """
+        config = self.transform.config
+        if config.timestamps is None or (config.intro is None and config.outro is None):
+            return "", ""
+        size = part.size or video_size(part.data)
+        times = config.frames.planned_times(size, config.frames.count(size, self.transform.spec.frames_per_patch))
+        first = group_times(times, self.transform.spec.frames_per_patch)[0]
+        intro = introduced(config.intro or "", len(times), size.microseconds / 1e6)
+        return intro + filled(config.timestamps, first, 1), config.outro or ""

@@ -17,6 +17,12 @@ from data_pipeline.images.image_tokens import Ids, LayoutElement, LayoutFeatures
 from data_pipeline.media_spec import MediaSpec
 
 _FIELD = re.compile(r"\{(?:(n)|(clock)|seconds(?::\.([0-3])f)?)\}")
+_INTRO_FIELD = re.compile(r"\{(frames|words|duration)\}")
+_UNITS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *(f"{stem}teen" for stem in ("thir", "four", "fif", "six", "seven", "eigh", "nine")),
+)
+_TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
 def check_pattern(pattern: str) -> None:
@@ -52,6 +58,43 @@ def filled(pattern: str, seconds: float, number: int) -> str:
     return _FIELD.sub(value, pattern)
 
 
+def check_intro(pattern: str) -> None:
+    """Check a text with fields in braces, see ``introduced``.
+
+    Raises:
+        ValueError: a brace belongs to no known field.
+    """
+    if re.search(r"[{}]", _INTRO_FIELD.sub("", pattern)):
+        raise ValueError(f"intro={pattern!r}: only {{frames}}, {{words}} and {{duration}} are allowed in braces")
+
+
+def introduced(pattern: str, num_frames: int, seconds: float) -> str:
+    """Return the text before a video.
+
+    Args:
+        pattern: May contain ``{frames}`` (the number of frames), ``{words}`` (the same in English words) and
+            ``{duration}`` (hours, minutes and seconds, rounded down: ``0:01:05``).
+        num_frames: Number of frames, below a million.
+        seconds: Duration of the video.
+    """
+    minutes = int(seconds) // 60
+    duration = f"{minutes // 60}:{minutes % 60:02d}:{int(seconds) % 60:02d}"
+    values = {"frames": str(num_frames), "words": in_words(num_frames), "duration": duration}
+    return _INTRO_FIELD.sub(lambda match: values[match[1]], pattern)
+
+
+def in_words(number: int) -> str:
+    """Return a number from 0 to below a million in words, as the package num2words writes it in English."""
+    if number < 20:
+        return _UNITS[number]
+    if number < 100:
+        return _TENS[number // 10] + (f"-{_UNITS[number % 10]}" if number % 10 else "")
+    unit, name = (100, "hundred") if number < 1000 else (1000, "thousand")
+    rest = number % unit
+    joint = ", " if rest >= 100 else " and " if rest else ""
+    return f"{in_words(number // unit)} {name}{joint}{in_words(rest) if rest else ''}"
+
+
 def group_times(times: Sequence[float], size: int) -> list[float]:
     """Return the time of each group of ``size`` frames: the middle of its first and last; the last frame fills a group.
 
@@ -67,31 +110,32 @@ class VideoLayout:
 
     Attributes:
         start, end: Tokens before and after the features of each group.
-        texts: Tokens before each group's ``start``.
-        frame_break: Tokens between two groups.
+        texts: Tokens before each group's ``start``, those of the break included.
     """
 
     start: Ids
     end: Ids
     texts: tuple[Ids, ...]
-    frame_break: Ids
 
     def tagged(self, crops: Sequence[MediaItem], image: int) -> tuple[MediaItem, ...]:
         """Return the crops unchanged, see ``ImageLayout.tagged``."""
         return tuple(crops)
 
     def elements(self, crops: Sequence[MediaItem], image: int, spec: MediaSpec) -> Iterator[LayoutElement]:
-        """Yield the layout of a video, whose only crop has a group of frames for each text.
+        """Yield the layout of a video: one crop with a group of frames for each text, or one crop for each text.
 
         Raises:
-            SampleError: the grid of the crop does not fit the model.
+            SampleError: the grid of a crop does not fit the model.
         """
-        (crop,) = crops
-        assert crop.grid[0] == len(self.texts), "the texts are those of this video"
-        count = crop.num_features(spec) // len(self.texts)
+        num_groups = len(self.texts)
+        assert sum(crop.grid[0] for crop in crops) == num_groups, "the texts are those of this video"
         for group, words in enumerate(self.texts):
-            if before := (self.frame_break if group else ()) + words + self.start:
+            if before := words + self.start:
                 yield LayoutTokens(before)
-            yield LayoutFeatures(0, group * count, count)
+            if len(crops) == 1:
+                count = crops[0].num_features(spec) // num_groups
+                yield LayoutFeatures(0, group * count, count)
+            else:
+                yield LayoutFeatures(group, 0, crops[group].num_features(spec))
             if self.end:
                 yield LayoutTokens(self.end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from zlib_ng.zlib_ng import crc32
@@ -33,6 +34,22 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def sums_of(files: Mapping[str, Path]) -> str:
+    """Return a line for each file, as ``sha256sum`` prints it, with the names that are the keys.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    return "".join(f"{sha256_of(path)}  {name}\n" for name, path in files.items())
+
+
+def differing_sums(built: str, recorded: str) -> list[str]:
+    """Return the lines that only one of two texts of ``sums_of`` has, by file name, after ``built`` or ``recorded``."""
+    ours, theirs = set(built.splitlines()), set(recorded.splitlines())
+    lines = sorted(ours ^ theirs, key=lambda line: (line.partition("  ")[2], line in theirs))
+    return [("built    " if line in ours else "recorded ") + line for line in lines]
 
 
 def crc32_of(path: Path) -> int:

@@ -11,29 +11,24 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from data_pipeline.document import Document, MediaItem
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
-from data_pipeline.images.drawn_images import DrawnImages, ImageTokensConfig
+from data_pipeline.images.drawn_images import DrawnImages, ImageTokensConfig, code_transform
 from data_pipeline.images.image_tokens import ImageLayout
-from data_pipeline.images.transforms import (
-    ImageTransform,
-    ScaledTransform,
-    TilesTransform,
-    TransformConfig,
-)
+from data_pipeline.images.transforms import ImageTransform, TransformConfig
 from data_pipeline.images.video import VideoConfig, Videos
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.modality import DecodeTask, Film, ModalityConfig, ModalityInputs
 from data_pipeline.order.randomness import Rng
 from data_pipeline.packing.draft import Draft
 from data_pipeline.packing.stored_reference import reference_log_probs
-from data_pipeline.sample import ImagePart, MediaPart, Provenance, Sample, TextPart, VideoPart
+from data_pipeline.sample import ImagePart, MediaPart, Part, Provenance, Sample, TextPart, VideoPart
 from data_pipeline.shards.image_header import image_size
-from data_pipeline.shards.video_file import video_size
 from data_pipeline.text.templates import (
     BranchPiece,
+    DialogueTemplate,
     DrawingTemplate,
     DrawnPiece,
     EndPiece,
@@ -44,7 +39,7 @@ from data_pipeline.text.templates import (
     TextPiece,
     TokenPiece,
 )
-from data_pipeline.text.templates.base import media_of, share_weights
+from data_pipeline.text.templates.base import joined_texts, media_of, share_weights, text
 from data_pipeline.text.tokenizer import Tokenizer, check_unicode
 
 
@@ -142,6 +137,7 @@ class DocumentBuilder:
         self._draws_pixels = self._drawn is not None and self._drawn.config.encoded == "in_step"
         # Also without ``takes_images``: template drawing, which uses no tower. A tower's transform is not used here.
         uses_codes = dataset.template.draws or (dataset.template.takes_images and not takes_images)
+        self._reads_codes = self._drawn is not None and uses_codes
         self._code_transform = code_transform(transforms, spec) if self._draws_pixels and uses_codes else None
         self._video = Videos(dataset.video, tokenizer, spec) if takes_images and dataset.video is not None else None
         self._configs = dataset.modalities if dataset.template.takes_images else {}
@@ -174,11 +170,11 @@ class DocumentBuilder:
             self._placeholders.add(self._video.placeholder)
         for each in given:
             self._reserved |= each.reserved
-        has_turns = any(each.interleave_seconds is not None for each in given)
-        if has_turns and dataset.video is not None and (dataset.video.timestamps is not None or dataset.video.tiling):
+        has_turns, video = any(each.interleave_seconds is not None for each in given), dataset.video
+        if has_turns and video is not None and (video.timestamps is not None or video.tiling or video.scaled):
             raise DataConfigError(
-                "data.audio.interleave_seconds: excludes data.video.timestamps and tiling, because the order of their "
-                "tokens among those of the sound is not defined; leave one out"
+                "data.audio.interleave_seconds: excludes data.video.timestamps, tiling and scaled, because the order "
+                "of their tokens among those of the sound is not defined; leave one out"
             )
 
     def __call__(self, sample: Sample, rng: Rng | None = None) -> Document:
@@ -280,10 +276,10 @@ class DocumentBuilder:
                 f"{num_images} images, but a pair is one image and one text (connector.kind=contrastive)",
                 kind=FaultKind.DOCUMENT if num_images else FaultKind.NO_IMAGE,
             )
-        for piece in self._with_tracks(pieces):
-            if isinstance(piece, DrawnPiece) or (isinstance(piece, ImagePart) and self._transform is None):
-                # Without a vision tower, the model reads an image as tokens.
-                drawn = DrawnPiece(piece, 0.0, 0.0) if isinstance(piece, ImagePart) else piece
+        for piece in self._with_parts_of_videos(pieces):
+            if isinstance(piece, DrawnPiece) or self._is_coded(piece):
+                # Without a vision tower, the model reads an image or a video as tokens.
+                drawn = piece if isinstance(piece, DrawnPiece) else DrawnPiece(piece, 0.0, 0.0)
                 self._add_drawn(draft, drawn, rng, tasks)
             elif isinstance(piece, ImagePart):
                 assert self._transform is not None, "handled above"
@@ -291,9 +287,8 @@ class DocumentBuilder:
                 draft.add_image(crops, tokenizer.image_id, self._layout)
             elif isinstance(piece, VideoPart):
                 assert self._video is not None, "no video is left without it"
-                draft.add_image(
-                    _frames_of(self._video, piece, tasks), self._video.placeholder, self._video.layout_of(piece)
-                )
+                crops = _items_of(self._video, piece, tasks)
+                draft.add_image(crops, self._video.placeholder, self._video.layout_of(piece))
             elif isinstance(piece, Film):
                 self._add_film(draft, piece, tasks)
             elif (inputs := self._modalities.get(type(piece))) is not None:
@@ -328,14 +323,14 @@ class DocumentBuilder:
         return DocumentPlan(document, tuple(tasks or ()))
 
     def _add_drawn(self, draft: Draft, drawn: DrawnPiece, rng: Rng | None, tasks: list[DecodeTask] | None) -> None:
-        """Append an image as tokens.
+        """Append an image or a video as tokens.
 
         Raises:
             SampleError: the model reads no images as tokens, or the image is bad.
         """
         if self._drawn is None:
             raise SampleError(f"image {drawn.image.name}, but the model has no image tower")
-        if not self._draws_pixels:
+        if not self._draws_pixels or isinstance(drawn.image, VideoPart):
             draft.add_drawn(self._drawn.tokens(drawn.image), drawn.weight, drawn.mark_weight)
             return
         assert self._code_transform is not None, "every template with images as tokens has one"
@@ -348,7 +343,7 @@ class DocumentBuilder:
         video, track = self._video, film.inputs
         assert video is not None, "only a video that is read has turns"
         assert track.interleave_seconds is not None, "only with it is there a film"
-        (frames,) = _frames_of(video, film.video, tasks)
+        (frames,) = _items_of(video, film.video, tasks)
         draft.add_interleaved(
             frames,
             _items_of(track, film.track, tasks),
@@ -358,6 +353,12 @@ class DocumentBuilder:
             track.interleave_seconds,
         )
 
+    def _is_coded(self, piece: Piece | OpeningPiece | Film | Part) -> TypeGuard[ImagePart | VideoPart]:
+        """Return whether the model reads an image or a video as tokens, instead of through a tower."""
+        if isinstance(piece, VideoPart):
+            return self._reads_codes and piece.grid is not None
+        return isinstance(piece, ImagePart) and self._transform is None
+
     def _without_unread(self, sample: Sample) -> Sample:
         """Return the sample without the videos and other media that nothing here reads; images are kept.
 
@@ -366,23 +367,40 @@ class DocumentBuilder:
         """
         reads_videos = self._video is not None or any(each.reads_tracks for each in self._modalities.values())
         read = (TextPart, ImagePart, *([VideoPart] if reads_videos else []), *self._modalities)
-        rest = tuple(part for part in sample.parts if isinstance(part, read))
+
+        def is_read(part: Part) -> bool:
+            return isinstance(part, read) or self._is_coded(part)
+
+        rest = tuple(filter(is_read, sample.parts))
         if len(rest) == len(sample.parts):
             return sample
         if self._requires_images and all(isinstance(part, TextPart) for part in rest):
-            unread = next(part for part in sample.parts if not isinstance(part, read))
+            unread = next(itertools.filterfalse(is_read, sample.parts))
             kind = type(unread).__name__.removesuffix("Part").lower()
             takes = self.spec.placement is not Placement.NONE if kind == "video" else kind in self.spec.modalities
             reason = f"the data set has no block {kind} (data.{kind})" if takes else f"the model takes no {kind}"
+            if kind == "video" and self._reads_codes:
+                reason = "it has no token grid; write token grids with: mmscale data encode --video"
             raise SampleError(f"a {kind} and no image, but {reason}", kind=FaultKind.NO_IMAGE)
         return replace(sample, parts=rest)
 
-    def _with_tracks(self, pieces: Iterable[Piece | OpeningPiece]) -> Iterator[Piece | OpeningPiece | Film]:
-        """Yield the pieces, with the tracks that modalities read directly after each video or interleaved with it.
+    def _with_parts_of_videos(self, pieces: Iterable[Piece | OpeningPiece]) -> Sequence[Piece | OpeningPiece | Film]:
+        """Return the pieces, with the texts around each video, and the tracks that modalities read after or within it.
 
         Raises:
             SampleError: nothing of a video is read: the data set has no block video, and the video has no track.
         """
+        found = list[Piece | OpeningPiece | Film]()
+        for piece in self._with_tracks(pieces):
+            before = after = ""
+            if isinstance(piece, VideoPart) and self._video is not None:
+                before, after = self._video.texts_around(piece)
+            found += [*text(before), piece, *text(after)]
+        template = self.dataset.template.branch_template
+        return joined_texts(found) if isinstance(template, DialogueTemplate) and template.joined else found
+
+    def _with_tracks(self, pieces: Iterable[Piece | OpeningPiece]) -> Iterator[Piece | OpeningPiece | Film]:
+        """Yield the pieces, with the tracks that modalities read after or within each video; raises as its caller."""
         for piece in pieces:
             if not isinstance(piece, VideoPart):
                 yield piece
@@ -393,7 +411,7 @@ class DocumentBuilder:
             if self._video is not None and turns:
                 yield turns[0]
                 found = [(inputs, track) for inputs, track in found if inputs is not turns[0].inputs]
-            elif self._video is not None:
+            elif self._video is not None or self._is_coded(piece):
                 yield piece
             elif not found:
                 reason = f"the video {piece.name} has no sound track, and the data set has no block video (data.video)"
@@ -446,49 +464,25 @@ class DocumentBuilder:
                 )
 
 
-def code_transform(config: TransformConfig, spec: MediaSpec) -> ImageTransform:
-    """Return the transform of the images that the model's tokenizer encodes.
-
-    Raises:
-        DataConfigError: the transform cuts an image into several crops or does not fit the size of a code, or the model
-            has no tokenizer.
-    """
-    codes = spec.of_codes
-    if isinstance(config, TilesTransform) or (isinstance(config, ScaledTransform) and config.split is not None):
-        raise DataConfigError(
-            f"transforms.kind={config.kind}: cuts an image into several crops, but token ids are of one image; "
-            "use fixed or native"
-        )
-    return ImageTransform(config, codes)
-
-
 def _crops_of(
     transform: ImageTransform, image: ImagePart, rng: Rng | None, count: int, tasks: list[DecodeTask] | None
 ) -> tuple[MediaItem, ...]:
     """Return the crops of an image, and append the task that decodes them to ``tasks``; None makes a dry run."""
     if tasks is None:
-        return transform.dry_run(image.size or _size_of(image.data), rng, count)
+        size = image.size
+        if size is None:
+            header = image_size(image.data)
+            size = header.height, header.width
+        return transform.dry_run(size, rng, count)
     tasks.append(transform.decode_task(image.data, rng, image.size, count))
     return tasks[-1].crops
 
 
-def _frames_of(inputs: Videos, video: VideoPart, tasks: list[DecodeTask] | None) -> tuple[MediaItem, ...]:
-    """Return the items of a video, as ``_crops_of``."""
-    if tasks is None:
-        return inputs.transform.dry_run(video.size or video_size(video.data))
-    tasks.append(inputs.transform.decode_task(video))
-    return tasks[-1].crops
-
-
-def _items_of(inputs: ModalityInputs, part: MediaPart, tasks: list[DecodeTask] | None) -> tuple[MediaItem, ...]:
-    """Return the items of an input of another modality, as ``_crops_of``."""
+def _items_of(
+    inputs: Videos | ModalityInputs, part: MediaPart, tasks: list[DecodeTask] | None
+) -> tuple[MediaItem, ...]:
+    """Return the items of a video or of another modality, as ``_crops_of``."""
     if tasks is None:
         return inputs.dry_run(part)
     tasks.append(inputs.decode_task(part))
     return tasks[-1].crops
-
-
-def _size_of(data: bytes) -> tuple[int, int]:
-    """Return height and width of an encoded image, from its header."""
-    header = image_size(data)
-    return header.height, header.width

@@ -24,7 +24,7 @@ from data_pipeline.shards.media_kind import MEDIA_KINDS
 from data_pipeline.shards.page_images import image_member
 from data_pipeline.shards.pages import pop_page_parts, weight_of
 from data_pipeline.shards.sample_reader import MAX_TEXT_BYTES, assemble
-from data_pipeline.shards.token_grid import decode_grid, is_grid, with_encoded_images
+from data_pipeline.shards.token_grid import decode_grid, is_grid, with_encoded_media
 from data_pipeline.shards.video_file import VideoFile, is_video
 from data_pipeline.text.templates import CaptionTemplate, DialogueTemplate, Role
 from data_pipeline.text.templates.caption import check_answer
@@ -202,7 +202,7 @@ def _check_json(ext: str, content: memoryview, siblings: Collection[str], key: s
     except UnicodeEncodeError as error:  # A lone UTF-16 surrogate, written \\ud800.
         yield Problem.TEXT, f".{ext}: {error}"
         return
-    members = with_encoded_images(dict.fromkeys(siblings, b""))
+    members = with_encoded_media(dict.fromkeys(siblings, b""))
     for part in fields.get("parts") or ():
         for kind, is_kind in MEDIA_KINDS.items():
             name = part.get(kind)

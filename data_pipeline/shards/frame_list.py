@@ -15,6 +15,7 @@ from typing import Any
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.sample import StoredFrames, VideoPart, VideoSize
 from data_pipeline.shards.page_images import image_member
+from data_pipeline.shards.token_grid import grid_extension
 
 VIDEOS = "videos"
 """Field of a sample that is not a page: a list of objects ``{"video": ..., "fps": ...}``."""
@@ -33,6 +34,8 @@ def lists_frames(fields: Mapping[str, Any]) -> bool:
 def frame_members(item: Mapping[str, Any], members: Collection[str], key: str) -> tuple[str, ...]:
     """Return the member extension of each frame of ``{"video": [NAME, ...], "fps": RATE}``, in order.
 
+    If the sample has the token ids of the video, frames after the first need not be members.
+
     Args:
         item: The object of the JSON member.
         members: Extensions of the sample's members.
@@ -47,6 +50,8 @@ def frame_members(item: Mapping[str, Any], members: Collection[str], key: str) -
     found = list[str]()
     for name in names:
         ext = image_member(name, members, key) if isinstance(name, str) else None
+        if ext is None and found and grid_extension(found[0]) in members and isinstance(name, str):
+            ext = name.lower()
         if ext is None:
             raise _fault(f"a video names the frame {name!r:.80}, which is no image among the {len(members)} members")
         found.append(ext)
@@ -89,13 +94,13 @@ def stored_video(
         SampleError: as ``frame_members``.
     """
     names = frame_members(item, members, key)
-    frames = StoredFrames(tuple(members[name] for name in names), rate_of(item["fps"], len(names)))
-    known = {sizes.get(name) for name in names}
+    frames = StoredFrames(tuple(members.get(name, b"") for name in names), rate_of(item["fps"], len(names)))
+    known, grid = {sizes.get(name) for name in names}, members.get(grid_extension(names[0]))
     if None in known:
-        return VideoPart(frames, names[0])
+        return VideoPart(frames, names[0], grid=grid)
     (height, width), *others = ((one[0], one[1]) for one in known if one is not None)
     size = VideoSize(len(names), frames.microseconds, height, width)
-    return VideoPart(frames, names[0], size if height and not others else VideoSize(0, 0, 0, 0))
+    return VideoPart(frames, names[0], size if height and not others else VideoSize(0, 0, 0, 0), grid=grid)
 
 
 def _fault(reason: str) -> SampleError:

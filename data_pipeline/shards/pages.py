@@ -151,11 +151,11 @@ def _converted_parts(listed: list[dict[str, Any]], members: Mapping[str, bytes],
 
 
 def media_part(ext: str, members: Mapping[str, bytes], sizes: Sizes) -> MediaPart:
-    """Return the video or sound of the member ``ext``, or its image, with its token grid if the sample has one."""
+    """Return the sound of the member ``ext``, or its image or video, with its token grid if the sample has one."""
     data, size, kind = members[ext], sizes.get(ext), media_kind(ext)
     if kind == "audio":
         return AudioPart(data, ext, None if size is None else AudioSize(*size))
     if kind == "video":
         video, sound = (None, None) if size is None else size
-        return VideoPart(data, ext, video, sound)
+        return VideoPart(data, ext, video, sound, members.get(grid_extension(ext)))
     return ImagePart(data, ext, None if size is None else (size[0], size[1]), members.get(grid_extension(ext)))

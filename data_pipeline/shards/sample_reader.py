@@ -29,7 +29,7 @@ from data_pipeline.shards.index import Member, ShardIndex, extent, is_compressed
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.media_kind import media_kind
 from data_pipeline.shards.pages import PAGE_FIELDS, MediaSize, Sizes, media_parts, pop_page_parts
-from data_pipeline.shards.token_grid import is_grid, with_encoded_images
+from data_pipeline.shards.token_grid import is_grid, with_encoded_media
 from data_pipeline.storage.background import Background
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.objects import RemoteObject
@@ -292,8 +292,8 @@ def assemble(
     The JSON member of a page determines the parts (``pages``). Without a page, the parts are its media in the
     order of ``image_order``, then the caption. The caption is the JSON field ``caption``, else the ``txt`` member,
     else the first of ``captions``. A caption that is empty or not a string gives no part. A ``txt`` member also sets
-    the field ``caption`` if the JSON has none. A member ``jpg.tokens`` holds the token ids of the image ``jpg``, which
-    may be missing.
+    the field ``caption`` if the JSON has none. A member ``jpg.tokens`` holds the token ids of the image or video
+    ``jpg``, which may be missing.
 
     Args:
         members: Content of each member, by extension.
@@ -314,7 +314,7 @@ def assemble(
         )
         raise SampleError(reason, kind=FaultKind.TEXT, shard=origin.shard, key=origin.key)
     sizes = sizes or {}
-    members = with_encoded_images(members)
+    members = with_encoded_media(members)
     try:
         fields: Any = parse_member(members["json"]) if "json" in members else {}
         if not isinstance(fields, dict):

@@ -22,7 +22,7 @@ from emoji_pictures import EXTENSION, encode_picture
 from emoji_wording import dialogue, interleaved, page, record
 
 from data_pipeline.io.atomic import write_whole
-from data_pipeline.io.checksums import sha256_of
+from data_pipeline.io.checksums import differing_sums, sums_of
 from data_pipeline.prepare.choices import ModelType
 from data_pipeline.prepare.tokenizer_training import train_sentencepiece
 from data_pipeline.shards.manifest import write_manifest
@@ -151,8 +151,8 @@ def as_json(fields: dict[str, object]) -> bytes:
 
 def sums(output: Path, tokenizer: Path) -> str:
     """Return lines as of ``sha256sum``, with paths relative to this folder."""
-    lines = [f"{sha256_of(path)}  shards/{path.name}" for path in sorted(output.iterdir())]
-    return "\n".join([*lines, f"{sha256_of(tokenizer)}  tokenizer.model"]) + "\n"
+    shards = {f"shards/{path.name}": path for path in sorted(output.iterdir())}
+    return sums_of({**shards, "tokenizer.model": tokenizer})
 
 
 def check(packages: Path) -> int:
@@ -160,12 +160,9 @@ def check(packages: Path) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         build(packages, folder / "shards", folder / "tokenizer.model", num_quick=256)
-        built = set(sums(folder / "shards", folder / "tokenizer.model").splitlines())
-    recorded = set(SUMS.read_text().splitlines())
-    for line in sorted(built ^ recorded, key=lambda line: line[66:]):
-        print(("built    " if line in built else "recorded ") + line)
-    print(f"{len(built & recorded)} of {len(recorded)} files equal")
-    return 0 if built == recorded else 1
+        differences = differing_sums(sums(folder / "shards", folder / "tokenizer.model"), SUMS.read_text())
+    print("\n".join([*differences, f"{len(differences)} differences"]))
+    return 1 if differences else 0
 
 
 def main() -> int:

@@ -3,8 +3,9 @@
     python examples/omni/build.py              writes shards/ and SHA256SUMS
     python examples/omni/build.py --check      compares with SHA256SUMS, writes nothing
 
-Equal shards of examples/emoji, and equal versions of espeak-ng, PyAV and Pillow, give equal bytes. README.md in this
-folder describes the content of each shard.
+Equal shards of examples/emoji, and equal versions of PyAV and Pillow, give equal bytes of the clips. espeak-ng draws
+random numbers for breathy voices, so of speech only texts, voices and lengths are compared. README.md in this folder
+describes the content of each shard.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from omni_speech import HELDOUT_VOICES, TRAIN_VOICES, speak, transcripts, uttera
 from PIL import Image
 
 from data_pipeline.io.atomic import write_whole
-from data_pipeline.io.checksums import sha256_of
-from data_pipeline.sample import Sample
+from data_pipeline.io.checksums import differing_sums, sums_of
+from data_pipeline.sample import AudioPart, Sample
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.shards.writer import ShardWriter
@@ -45,6 +46,9 @@ HELDOUT_TEXTS = 0.15
 VOICES_PER_TEXT = 2
 NUM_UNHEARD = 96
 """Training texts that the held-out voices speak."""
+
+CLIP_TURNS = (("<video>\nWhat does it show?", "name"), ("How does it move?", "motion"))
+SPEECH_TURNS = (("<audio>\nWhat is said?", "transcript"),)
 
 Samples = Iterable[tuple[str, dict[str, bytes]]]
 Pictures = dict[str, dict[str, Sample]]
@@ -73,11 +77,11 @@ def build(
     unsaid = [text for text in texts if text not in said]
     unheard = sorted(said, key=lambda text: share("unheard:" + text))[:NUM_UNHEARD]
     sources: dict[str, Samples] = {
-        "clips": clips([(each, style) for each in seen.values() for style in STYLES[:-1]]),
+        "clips": with_turns(clips([(each, style) for each in seen.values() for style in STYLES[:-1]]), CLIP_TURNS),
         "clips-heldout-style": clips([(each, STYLES[-1]) for each in seen.values()]),
         "clips-heldout-concept": clips([(each, styles[code]) for code, each in unseen.items()]),
         "clips-heldout-both": clips([(each, STYLES[-1]) for each in unseen.values()]),
-        "speech": speech(said, TRAIN_VOICES, VOICES_PER_TEXT),
+        "speech": with_turns(speech(said, TRAIN_VOICES, VOICES_PER_TEXT), SPEECH_TURNS),
         "speech-heldout-voice": speech(unheard, HELDOUT_VOICES),
         "speech-heldout-text": speech(unsaid, TRAIN_VOICES),
         "speech-heldout-both": speech(unsaid, HELDOUT_VOICES),
@@ -130,6 +134,18 @@ def speech(texts: Sequence[str], voices: Sequence[str], count: int = 1) -> Itera
             yield key, {"ogg": sound, "json": as_json({"transcript": text, "voice": voice})}
 
 
+def with_turns(samples: Samples, turns: Sequence[tuple[str, str]]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield the samples with a dialogue; ``turns`` are questions, each with the field that has its answer."""
+    for key, members in samples:
+        fields = json.loads(members["json"])
+        messages = [
+            {"role": role, "content": words}
+            for question, field in turns
+            for role, words in (("user", question), ("assistant", fields[field]))
+        ]
+        yield key, {**members, "json": as_json({**fields, "messages": messages})}
+
+
 def as_json(fields: dict[str, object]) -> bytes:
     """Return compact JSON in UTF-8."""
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
@@ -137,19 +153,26 @@ def as_json(fields: dict[str, object]) -> bytes:
 
 def sums(output: Path) -> str:
     """Return lines as of ``sha256sum``, with paths relative to this folder."""
-    return "".join(f"{sha256_of(path)}  shards/{path.name}\n" for path in sorted(output.iterdir()))
+    return sums_of({f"shards/{path.name}": path for path in sorted(output.iterdir())})
+
+
+def said_in(manifest: Path) -> list[tuple[str, dict[str, object], object]]:
+    """Return key, fields and length of each utterance of a manifest."""
+    found = [(sample.provenance.key, sample.fields, sample.parts[0]) for sample in read_samples(manifest)]
+    return [(key, fields, part.size) for key, fields, part in found if isinstance(part, AudioPart)]
 
 
 def check() -> int:
-    """Build into a temporary folder and compare with SHA256SUMS; return 0 if every file is equal, else 1."""
+    """Build into a temporary folder and compare with what is stored; return 0 if all is equal, else 1."""
     with tempfile.TemporaryDirectory() as scratch:
         build(Path(scratch))
-        built = set(sums(Path(scratch)).splitlines())
-    recorded = set(SUMS.read_text().splitlines())
-    for line in sorted(built ^ recorded, key=lambda line: line[66:]):
-        print(("built    " if line in built else "recorded ") + line)
-    print(f"{len(built & recorded)} of {len(recorded)} files equal")
-    return 0 if built == recorded else 1
+        lines = differing_sums(sums(Path(scratch)), SUMS.read_text())
+        differences = [line for line in lines if "  shards/speech" not in line]
+        for manifest in sorted(Path(scratch).glob("speech*.manifest")):
+            if said_in(manifest) != said_in(HERE / "shards" / manifest.name):
+                differences.append(f"other texts, voices or lengths: {manifest.name}")
+    print("\n".join([*differences, f"{len(differences)} differences"]))
+    return 1 if differences else 0
 
 
 def main() -> int:

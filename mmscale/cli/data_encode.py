@@ -1,4 +1,4 @@
-"""``mmscale data encode``: store the token ids of images beside the text, for models that draw or read tokens."""
+"""``mmscale data encode``: store the token ids of images and videos, for models that draw or read tokens."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ _TRANSFORMS = typer.Option(
     help="How an image is resized and cropped, as data.transforms: '{kind: fixed, size: 256, crop: center}'. By "
     "default as in the tokenizer's own run, without augmentation.",
 )
+_VIDEO = typer.Option(
+    None,
+    "--video",
+    metavar="YAML",
+    help="Which frames of a video are encoded, and at which size, as data.video: "
+    "'{frames: {kind: rate, per_second: 8}, max_pixels: 65536}'. Without it, a sample with a video is a bad sample.",
+)
 
 
 @app.command(
@@ -34,19 +41,20 @@ def encode(
     output: Path = typer.Option(..., "--output", help="Folder for shards, indexes and manifest."),
     name: str = typer.Option("data", "--name", help="Prefix of the shards and name of the manifest."),
     transforms: str = _TRANSFORMS,
+    video: str = _VIDEO,
     grids_only: bool = typer.Option(
-        False, "--grids-only", help="Leave the images themselves out of the new shards; text and token ids stay."
+        False, "--grids-only", help="Leave the media themselves out of the new shards; text and token ids stay."
     ),
     shard_size: int = SHARD_SIZE,
     shard_samples: int = SHARD_SAMPLES,
     device: str = typer.Option("cpu", "--device", help="Device of the tokenizer: cpu, cuda or cuda:1."),
     jobs: int = JOBS,
     on_error: OnError = typer.Option(
-        "fail", "--on-error", help="Whether an image that cannot be encoded ends the command, or is skipped."
+        "fail", "--on-error", help="Whether a sample that cannot be encoded ends the command, or is skipped."
     ),
     json: bool = JSON,
 ) -> None:
-    """Encode the images of data sets with an image tokenizer, into new shards.
+    """Encode the images and videos of data sets with an image tokenizer, into new shards.
 
     The manifest names the tokenizer, and a run that names another one (data.image_tokens.tokenizer) is refused. After
     an interruption, run the same command to continue.
@@ -55,13 +63,13 @@ def encode(
     from data_pipeline.prepare.ingest import ingest
     from data_pipeline.prepare.reshard import NamedManifest, ReshardSource, Selection
     from mmscale.cli.trained import run_and_checkpoint
-    from mmscale.run.image_tokens import CheckpointEncoder, encoding_transforms
+    from mmscale.run.image_tokens import CheckpointEncoder, encoding_transforms, encoding_video
 
     run = run_and_checkpoint(tokenizer)
     encoder = CheckpointEncoder.open(tokenizer, device)
     chosen = encoding_transforms(None if run is None else run[0], transforms, encoder.image_size)
     samples = ReshardSource([NamedManifest(path.stem, path) for path in manifests], Selection())
-    source = EncodedSource(samples, encoder, chosen, grids_only=grids_only)
+    source = EncodedSource(samples, encoder, chosen, encoding_video(video), grids_only=grids_only)
     console.print(source.description, markup=False)
     with progress("encode", source.count()) as meter:
         report = ingest(

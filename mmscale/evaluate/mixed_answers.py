@@ -175,6 +175,6 @@ class _Writer:
         if not all(1 <= side <= most for side in grid):
             raise ConfigError(
                 f"the model began an image and wrote {written[:60]!r} as its size, expected codes as "
-                f"{self.images.config.size} up to {most}; give --size"
+                f"{self.images.config.size} up to {most}; give --size. Videos cannot be drawn"
             )
         return grid

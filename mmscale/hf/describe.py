@@ -128,16 +128,18 @@ def _with_text(
     if missing:
         raise CheckpointError(f"{files.path} has no token {missing[0]!r} for sounds; add it to the tokenizer")
     image_token, video = None, None if images is None else images.video
-    special = [video[key] for key in ("start", "end", "placeholder") if key in video] if video is not None else []
-    if any(files.id_of(name) is None for name in special):
-        video = None
+    if video is not None:
+        tokens = VideoConfig.model_validate(video)
+        special = [name for key in ("start", "end", "placeholder") for name in tokens.names_of(key)]
+        video = None if any(files.id_of(name) is None for name in special) else video
     if images is not None and config.predicts_tokens:
         image_token = files.image_token(ids, images.tokens)
     if files.chat_template is not None and config.predicts_tokens:
         marker = None if image_token is None or images is None else f"{images.before}{image_token}{images.after}"
         shown = heard = None
         if images is not None and video is not None:
-            shown = images.video_mark or f"{video['start']}{video['placeholder']}{video['end']}"
+            whole = f"{video['start']}{video['placeholder']}{video['end']}" if "placeholder" in video else None
+            shown = images.video_mark or whole
         if found.audio is not None:
             heard = f"{found.audio['start']}{found.audio['placeholder']}{found.audio['end']}"
         chat = derive_format(files.chat_template, files.names, files.added_tokens, marker, shown, heard)

@@ -44,7 +44,7 @@ class ImageInput:
         template: Template of a folder without a chat template; None for ``interleaved``.
         begin: Whether documents begin with the begin token; None if the tokenizer decides.
         video_mark: Text that a chat template writes for a video; empty for ``start``, ``placeholder`` and ``end`` of
-            ``video``.
+            ``video``, or if chat templates write none and ``video`` has no ``placeholder``.
         video: Values of ``data.video``; None for a model whose videos are not known here. Used if
             the vocabulary has its tokens.
         notes: A sentence for each difference from the folder's processor.

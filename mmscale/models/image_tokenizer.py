@@ -192,8 +192,10 @@ class ImageTokenizer(nn.Module):
         config: The configuration.
         codebook_size: K; tokens are below it.
         stride: Pixels of a token, a side.
+        temporal_factor: Frames of a token in a clip; 1 if each frame is an image.
     """
 
+    temporal_factor = 1
     quant_conv: nn.Module
     post_quant_conv: nn.Module
     decoder: Decoder
@@ -277,6 +279,15 @@ class ImageTokenizer(nn.Module):
             ValueError: a side is no multiple of ``stride``.
         """
         return self([images])[0]
+
+    @torch.no_grad()
+    def encode_clips(self, clips: Float[Tensor, "N frames channels H W"]) -> Int[Tensor, "N t h w"]:
+        """Return the tokens of clips with values in [-1, 1]; t = frames / temporal_factor.
+
+        Raises:
+            ValueError: a side or the number of frames is no multiple of the token's.
+        """
+        return self.encode(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
 
     @torch.no_grad()
     def decode(self, tokens: Int[Tensor, "N h w"]) -> Float[Tensor, "N channels H W"]:
@@ -401,11 +412,6 @@ class Movqgan(ImageTokenizer):
 
     @torch.no_grad()
     def encode_clips(self, clips: Float[Tensor, "N frames channels H W"]) -> Int[Tensor, "N t h w"]:
-        """Return the tokens of clips with values in [-1, 1].
-
-        Raises:
-            ValueError: a side or the number of frames is no multiple of the token's.
-        """
         self.check_sides(clips)
         latents = self.clip_latents(clips)
         tokens: Tensor = self.codebook(latents.permute(0, 2, 3, 4, 1).flatten(0, 3)).tokens

@@ -14,6 +14,7 @@ import torch
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataPipelineError
 from data_pipeline.images.transforms import FixedTransform, TransformConfig
+from data_pipeline.images.video import VideoConfig
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.loader.sample_source import with_image_tokenizer
 from data_pipeline.shards.manifest import Manifest
@@ -135,6 +136,7 @@ class CheckpointEncoder:
     image_size: int
     """Side of the square images that the tokenizer was trained on, pixels."""
     stride: int
+    frames_per_code: int
     codebook_size: int
     digest: str
     _tokenizer: ImageTokenizer | None = field(default=None, repr=False, compare=False)
@@ -153,7 +155,8 @@ class CheckpointEncoder:
         model = load_image_tokenizer(path)
         tokenizer, size = model.image_tokenizer, model.config.image_size
         digest = image_tokenizer_digest(tokenizer)
-        return cls(newest_of(path), device, size, tokenizer.stride, tokenizer.codebook_size, digest)
+        sizes = (tokenizer.stride, tokenizer.temporal_factor, tokenizer.codebook_size)
+        return cls(newest_of(path), device, size, *sizes, digest)
 
     @property
     def batch_pixels(self) -> int:
@@ -165,13 +168,16 @@ class CheckpointEncoder:
             torch.set_num_threads(1)
             torch.backends.cudnn.deterministic = True
             self._tokenizer = load_image_tokenizer(self.checkpoint, self.device).image_tokenizer
-        pixels = torch.from_numpy(images).to(self.device)
-        codes: npt.NDArray[np.int64] = self._tokenizer.encode(pixels.float() / 127.5 - 1).cpu().numpy()
+        pixels = torch.from_numpy(images).to(self.device).float() / 127.5 - 1
+        is_clip = pixels.ndim == 5
+        tokens = self._tokenizer.encode_clips(pixels)[:, 0] if is_clip else self._tokenizer.encode(pixels)
+        codes: npt.NDArray[np.int64] = tokens.cpu().numpy()
         return codes
 
 
 class _Chosen(StrictConfig):
     transforms: TransformConfig = FixedTransform()
+    video: VideoConfig = VideoConfig()
 
 
 def encoding_transforms(run: Path | None, given: str | None, image_size: int) -> TransformConfig:
@@ -196,3 +202,15 @@ def encoding_transforms(run: Path | None, given: str | None, image_size: int) ->
     if isinstance(transforms, FixedTransform) and transforms.size is None:
         transforms = transforms.model_copy(update={"size": image_size})
     return transforms
+
+
+def encoding_video(given: str | None) -> VideoConfig | None:
+    """Return how videos are encoded, from YAML; None leaves them unencoded.
+
+    Raises:
+        ConfigError: it is invalid.
+    """
+    if given is None:
+        return None
+    chosen, _ = validate(apply_overrides(ConfigNode({}, DEFAULT), [f"video={given}"]), _Chosen, "--video")
+    return chosen.video

@@ -20,6 +20,7 @@ directory.
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ def _shrink_dataset(dataset: DatasetConfig, old: MediaSpec, new: MediaSpec) -> D
         audio = dataset.audio.model_copy(update={"start": None, "end": None, "placeholder": None})
         manifest, template = _SPEECH, _speech(dataset.template)
     if video is not None:
-        manifest, template = _CLIPS, CaptionTemplate(answers=("{motion}",), loss_weight=dataset.template.loss_weight)
+        manifest, template = _CLIPS, _clips(dataset.template)
     if (video or audio) and Path(str(dataset.manifest)).is_relative_to("examples"):
         # Every data set of such a recipe may have both blocks, and its own bundled shards have pictures or one of both.
         manifest, template = Path(str(dataset.manifest)), dataset.template
@@ -252,8 +253,17 @@ def _preference(template: PreferenceTemplate, placement: Placement) -> tuple[Pat
     return _emoji("quick"), PreferenceTemplate(**fields, each=each, learn_special=template.learn_special)
 
 
+def _clips(template: TemplateConfig) -> TemplateConfig:
+    """Return the template of bundled clips: their dialogue, or their motion."""
+    if isinstance(template, DialogueTemplate):
+        return _dialogue(template)
+    return CaptionTemplate(answers=("{motion}",), loss_weight=template.loss_weight)
+
+
 def _speech(template: TemplateConfig) -> TemplateConfig:
-    """Return the template of bundled speech: its transcript, or the transcript against the name of the voice."""
+    """Return the template of bundled speech: its dialogue or transcript, or the transcript against the voice's name."""
+    if isinstance(template, DialogueTemplate):
+        return _dialogue(template)
     if not isinstance(template, PreferenceTemplate):
         return CaptionTemplate(answers=("{transcript}",), loss_weight=template.loss_weight)
     each = CaptionTemplate(prompts=("Say: ",), answers=("{answer}",), images="optional")
@@ -278,9 +288,7 @@ def _dialogue(template: DialogueTemplate) -> DialogueTemplate:
 def _shrink_transforms(transforms: TransformConfig, old: MediaSpec, new: MediaSpec) -> TransformConfig:
     """Return the same transforms with image sizes scaled in proportion to the grid of the smoke-test model."""
 
-    def side(pixels: int) -> int:
-        return shrunk_side(pixels // old.patch_size, new.merge) * new.patch_size
-
+    side = partial(_shrunk_side, old=old, new=new)
     changes: dict[str, Any] = {}
     for name in ("size", "longest", "longer", "shorter", "max_height", "max_width", "min_pixels", "max_pixels"):
         value = getattr(transforms, name, None)
@@ -299,6 +307,10 @@ def _shrink_transforms(transforms: TransformConfig, old: MediaSpec, new: MediaSp
     return transforms.model_copy(update=changes)
 
 
+def _shrunk_side(pixels: int, old: MediaSpec, new: MediaSpec) -> int:
+    return shrunk_side(pixels // old.patch_size, new.merge) * new.patch_size
+
+
 def _shrunk_area(pixels: int, old: MediaSpec, new: MediaSpec) -> int:
     return max(new.size_multiple**2, pixels * new.patch_size**2 // (4 * old.patch_size) ** 2)
 
@@ -308,7 +320,11 @@ def _shrink_video(video: VideoConfig, old: MediaSpec, new: MediaSpec) -> VideoCo
     sizes: dict[str, Any] = {
         name: _shrunk_area(getattr(video, name), old, new) for name in ("min_pixels", "max_pixels")
     }
+    if video.scaled is not None:
+        sides = {name: _shrunk_side(value, old, new) for name, value in video.scaled.model_dump().items()}
+        sizes["scaled"] = video.scaled.model_copy(update=sides)
     if video.tiling is not None:
+        sizes["tile_size"] = None
         sizes["tiling"] = _shrink_tiling(video.tiling, (new.fixed_grid or (1, 1))[0] * new.patch_size, new)
     return video.model_copy(update={**sizes, "start": None, "end": None, "placeholder": None})
 

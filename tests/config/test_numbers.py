@@ -101,7 +101,7 @@ ReconstructionConfig.commitment ReconstructionConfig.codebook RunConfig.seed Sam
 PreferenceConfig.label_smoothing PreferenceConfig.next_token
 SamplingConfig.min_p SamplingConfig.seed StageConfig.warmup_steps StageConfig.min_learning_rate StageConfig.z_loss
 StageConfig.clip StorageConfig.retry_seconds StorageConfig.gap_bytes StorageConfig.read_ahead_bytes
-TimesChoice.seconds
+TimesChoice.seconds TrimmedChoice.skip_seconds
 MovqganConfig.attention_levels TilesConfig.global_layers TilesConfig.gate_init TilesConfig.global_gate_init
 VisionConfig.mean VocabularyImageTokensConfig.first_id VqganConfig.attention_levels
 VisionConfig.layer_scale VisionConfig.feature_layers VisionConfig.idle_layers WeightFrom.weight WeightFrom.from_step
@@ -200,9 +200,11 @@ _MORE: dict[str, dict[str, Any]] = {
         "restart_delay_seconds": 120,
     },
     "RateChoice": {"kind": "rate"},
+    "ScaledFrames": {},
     "TimesChoice": {"kind": "times", "seconds": [1.0]},
+    "TrimmedChoice": {"kind": "trimmed"},
     "UniformChoice": {"kind": "uniform"},
-    "VideoConfig": {"max_tokens": 100},
+    "VideoConfig": {"max_tokens": 100, "tiling": {"kind": "mm1_5"}, "tile_size": 32},
     "WhisperConfig": {
         "kind": "whisper",
         "hidden_dim": 8,

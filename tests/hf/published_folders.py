@@ -10,6 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from data_pipeline.images.video_layout import in_words
 from tests.hf import (
     chat_templates,
     test_aria,
@@ -69,7 +70,7 @@ def save(family: str, folder: Path) -> Any:
     import transformers
     from transformers.models.smolvlm import processing_smolvlm
 
-    processing_smolvlm.num2words = str  # The package spells numbers in texts about videos.
+    processing_smolvlm.num2words = in_words  # The package spells numbers in texts about videos.
     one = FAMILIES[family]
     words = fuyu_tokenizer(one) if family == "fuyu" else tokenizer(one)
     model = one.model(words.get_vocab_size() - len(one.late))
@@ -92,7 +93,10 @@ def save(family: str, folder: Path) -> Any:
     videos = {"Qwen2_5_VLProcessor": "Qwen2VLVideoProcessor"}
     videos |= {f"{name}Processor": f"{name}VideoProcessor" for name in ("Qwen2VL", "InternVL", "SmolVLM")}
     if one.processor in videos:
-        parts.append(getattr(transformers, videos[one.processor])())
+        side = {"longest_edge": test_idefics3.CASES[test_idefics3.SECOND]["side"]}
+        frames = {"max_image_size": side, "video_sampling": {"fps": 1, "max_frames": 3, "video_size": side}}
+        changes = frames if one.processor == "SmolVLMProcessor" else {}
+        parts.append(getattr(transformers, videos[one.processor])(**changes))
     whole = getattr(transformers, one.processor)(*parts, **one.arguments)
     whole.chat_template = one.chat
     whole.save_pretrained(folder)

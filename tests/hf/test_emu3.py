@@ -7,14 +7,23 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data_pipeline.config import DatasetConfig
 from data_pipeline.media_spec import MediaSpec
+from data_pipeline.packing.collate import collate
+from data_pipeline.packing.document_builder import DocumentBuilder
+from data_pipeline.packing.packer import Pack
+from data_pipeline.sample import Provenance, Sample, TextPart, VideoPart
+from data_pipeline.shards.token_grid import GridTimes, encode_grid
 from mmscale.errors import CheckpointError
 from mmscale.hf.layouts import layout_of
+from mmscale.objectives.next_token import NextToken
+from tests.hf.pages import load, save_tokenizer
 from tests.hf.reference_models import assert_restored, import_reference, their_gradients, trained_parameters
 from tests.models.packs import Doc, pack
 from tests.models.reference_models import distance, randomise
@@ -94,6 +103,41 @@ def test_the_same_logits_loss_and_gradients(tmp_path: Path, parity: Recorder) ->
     for name, parameter in trained_parameters(ours):
         parity("emu3", "gradients", distance(parameter.grad, gradients.pop(name)), GRADIENT_BOUND)
     assert all(name.startswith("image_tokenizer.") for name in gradients)
+
+
+@pytest.mark.parametrize("draws", [False, True], ids=["read", "drawn"])
+def test_the_loss_of_videos_as_tokens(tmp_path: Path, parity: Recorder, draws: bool) -> None:
+    """Over the text after a video, or over its codes: by transformers' model on ids and weights written by hand."""
+    theirs = reference_model()
+    ours = import_reference(theirs, tmp_path)
+    marks = ["<sov>", "<sot>", "<eol>", "<eof>", "<eov>"]
+    text = load(save_tokenizer(tmp_path / "tokenizer.json", ["<image>", *marks]), "<image>")
+    sov, sot, eol, eof, eov = (text.special_id(name, "") for name in marks)
+    tokens = dict(zip(("start", "content", "row_end", "frame_end", "end"), marks, strict=True))
+    tokens |= {"video_size": "{frames}", "codebook_size": CODES, "first_id": FIRST}
+    template = {"kind": "drawing", "text_weight": 0, "image_weight": 0.5} if draws else {"kind": "caption"}
+    block = {"name": "x", "manifest": "x", "template": template, "image_tokens": tokens}
+    build = DocumentBuilder(DatasetConfig.model_validate(block), text, MediaSpec())
+    documents, reference, total = [], torch.zeros(()), 0.0
+    for number, frames in enumerate((1, 3)):
+        codes = np.random.default_rng(number).integers(0, CODES, (frames, 2, 3))
+        grid = encode_grid(codes, CODES, "ab" * 32, GridTimes(1, 4))
+        parts = (VideoPart(b"", "mp4", grid=grid), TextPart('"!#'))
+        documents.append(build(Sample(parts, {"caption": '"!#'}, Provenance("x", "shard", "key", number))))
+        rows = [[*(FIRST + row), eol] for plane in codes for row in plane]
+        planes = [token for plane in range(frames) for token in [*rows[2 * plane], *rows[2 * plane + 1], eof]]
+        video = [sov, *text.encode(str(frames)), sot, *planes, eov]
+        words = text.encode('"!#')
+        ids = [1, *words, *video, 2] if draws else [1, *video, *words, 2]
+        is_code = [FIRST <= token < FIRST + CODES for token in ids]
+        weights = [0.5 * code for code in is_code] if draws else [0.0] * (1 + len(video)) + [1.0] * (len(words) + 1)
+        logits = theirs(input_ids=torch.tensor([ids])).logits[0, :-1].double()
+        losses = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+        reference = reference + (losses * torch.tensor(weights[1:])).sum()
+        total += sum(weights)
+    batch = collate([Pack(tuple(documents), 0)], MediaSpec())
+    assert NextToken().weight(batch) == total
+    parity("emu3", "loss of videos as tokens", distance(NextToken()(ours.eval(), batch).loss_sum, reference), BOUND)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from data_pipeline.config import DatasetConfig
-from data_pipeline.images.video import UniformChoice
+from data_pipeline.images.frame_choice import UniformChoice
 from data_pipeline.packing.document_builder import DocumentBuilder
-from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart, VideoPart
+from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart, VideoPart, VideoSize
 from mmscale.models.build import media_spec
 from tests.hf.pages import BOS, EOS, Seen, compare, load, normalised, picture, save_tokenizer, stored
 from tests.hf.reference_models import import_reference
@@ -97,4 +97,5 @@ def test_middle_frames_are_theirs() -> None:
         for count in {1, 3, 8, 16, total} - {each for each in (3, 8, 16) if each > total}:
             expected = theirs.sample_frames(VideoMetadata(total, 8.0), num_frames=count).tolist()
             found = UniformChoice(num_frames=count, spread="middles")
-            assert found.numbers(torch.arange(total).double().numpy(), count) == expected
+            size = VideoSize(total, total * 125_000, 32, 32)
+            assert found.numbers(torch.arange(total).double().numpy(), size, count) == expected

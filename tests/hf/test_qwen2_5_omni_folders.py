@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from data_pipeline.images.video import VideoConfig
 from data_pipeline.packing.document_builder import DocumentBuilder
@@ -52,21 +53,29 @@ pytestmark = pytest.mark.parity
 TALKER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
 
 
+SPEECH = {"talker.codec_head.weight": torch.ones(20, 16), "token2wav.code2wav_dit_model.a.weight": torch.ones(2)}
+
+
+def _save_whole(thinker: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """Write a folder of the whole model with this thinker; return the tensors of the thinker."""
+    from transformers import Qwen2_5OmniConfig
+
+    thinker.save_pretrained(folder)
+    held = {f"thinker.{name}": values.clone() for name, values in tensors_of(folder).items()}
+    save_file({**held, **SPEECH}, folder / "model.safetensors", {"format": "pt"})
+    talker = dict(TALKER, vocab_size=20, embedding_size=64, num_key_value_heads=2)
+    Qwen2_5OmniConfig(thinker_config=thinker.config.to_dict(), talker_config=talker).save_pretrained(folder)
+    return held
+
+
 def test_the_whole_folder_gives_the_thinker(tmp_path: Path) -> None:
     """What speaks is left out by name. An export like the folder holds the thinker, which their class opens."""
-    from safetensors.torch import save_file
-    from transformers import Qwen2_5OmniConfig, Qwen2_5OmniThinkerForConditionalGeneration
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
     thinker, folder = reference_model(), tmp_path / "whole"
-    thinker.save_pretrained(tmp_path / "thinker")
-    held = {f"thinker.{name}": values for name, values in tensors_of(tmp_path / "thinker").items()}
-    talker = dict(TALKER, vocab_size=20, embedding_size=64, num_key_value_heads=2)
-    whole = Qwen2_5OmniConfig(thinker_config=thinker.config.to_dict(), talker_config=talker)
-    whole.save_pretrained(folder)
-    speech = {"talker.codec_head.weight": torch.ones(20, 16), "token2wav.code2wav_dit_model.a.weight": torch.ones(2)}
-    save_file({**held, **speech}, folder / "model.safetensors", {"format": "pt"})
+    held = _save_whole(thinker, folder)
     report = import_folder(folder, tmp_path / "run" / "checkpoints")
-    assert (report.family, set(report.left_out)) == ("qwen2_5_omni", {*speech})
+    assert (report.family, set(report.left_out)) == ("qwen2_5_omni", {*SPEECH})
     export_weights(Path(report.checkpoint), tmp_path / "back", to=HuggingFace(folder))
     after = tensors_of(tmp_path / "back")
     assert after.keys() == held.keys()
@@ -91,7 +100,7 @@ def _published(folder: Path) -> Any:
     words = tokenizer(Published(special, reference_model))
     ids = {name: words.token_to_id(name) for name in SPECIAL}
     theirs = reference_model(vocabulary=words.get_vocab_size(), ids=ids)
-    theirs.save_pretrained(folder)
+    _save_whole(theirs, folder)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token=special[2], pad_token=special[0], extra_special_tokens=NAMED
     )

@@ -26,6 +26,7 @@ from tests.hf import (
     test_internvl,
     test_llava,
     test_pixtral,
+    test_qwen2_5_omni,
     test_qwen2_5_vl,
     test_qwen2_audio,
     test_qwen2_vl,
@@ -40,6 +41,7 @@ IMAGES = [*PAGES.values()]
 EXPORTED = (PAGES["several"], PAGES["none"])
 VIDEOS = [*test_qwen2_vl_video.PAGES.values()]
 SOUNDS = [*test_qwen2_audio.PAGES.values()]
+MIXED = test_qwen2_5_omni.PAGES
 NEEDS_LANCZOS = [test_idefics3.LANCZOS]
 
 
@@ -133,6 +135,13 @@ CASES = {
     ),
     "qwen2_audio: sounds": Case(
         test_qwen2_audio.reference_model, test_qwen2_audio.heard, SOUNDS, gradients=6e-6, answered=SOUNDS
+    ),
+    "qwen2_5_omni: pictures, videos and sounds": Case(
+        test_qwen2_5_omni.reference_model,
+        test_qwen2_5_omni.omni_seen,
+        [*MIXED.values()],
+        gradients=6e-6,
+        answered=[MIXED[name] for name in ("all", "film", "short film", "slow video, then sound")],
     ),
 }
 ROUNDED: dict[str, tuple[Callable[..., Any], Callable[[Path, Any, list[Any]], Seen], dict[str, Any]]] = {

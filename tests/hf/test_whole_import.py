@@ -168,19 +168,19 @@ def test_the_greedy_answer_is_theirs(count: int, both: Both, tmp_path: Path) -> 
     assert found == [expected]
 
 
-@pytest.mark.parametrize("both", ["qwen2_vl", "qwen2_5_vl"], indirect=True, scope="module")
+@pytest.mark.parametrize("both", ["qwen2_vl", "qwen2_5_vl", "smolvlm"], indirect=True, scope="module")
 def test_the_greedy_answer_about_a_video_is_theirs(both: Both, tmp_path: Path) -> None:
-    """Four frames in two seconds, so that the imported run takes all of them, as their processor does."""
+    """Four frames in two seconds; Qwen2-VL takes all of them, and SmolVLM one a second."""
     clip = encoded(4, height=64, width=96, per_second=2)
     (tmp_path / "clip.mp4").write_bytes(clip)
-    content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
+    is_smol, content = both.family == "smolvlm", [{"type": "video"}, {"type": "text", "text": QUESTION}]
     text = both.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = both.processor(
         text=[text],
         videos=[decoded(clip).transpose(0, 3, 1, 2)],
-        video_metadata=[{"total_num_frames": 4, "fps": 2, "frames_indices": [0, 1, 2, 3]}],
-        cap_pixels_per_frame=False,
+        video_metadata=[{"total_num_frames": 4, "fps": 2, "duration": 2, "frames_indices": [0, 1, 2, 3]}],
         return_tensors="pt",
+        **({"do_sample_frames": True, "fps": 1, "num_frames": 3} if is_smol else {"cap_pixels_per_frame": False}),
     )
     answer = both.theirs.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     trained = both.trained

@@ -11,11 +11,12 @@ import torch
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.config import DatasetConfig
 from data_pipeline.document import Document
+from data_pipeline.images.drawn_images import code_transform
 from data_pipeline.images.transforms import NativeTransform
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.randomness import SampleRng
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, code_transform
+from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Pack
 from data_pipeline.packing.synthetic_documents import dummy_document
 from data_pipeline.sample import ImagePart, Provenance, Sample

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_pipeline.config import DataConfig
 from data_pipeline.images.transforms import FixedTransform, NativeTransform
-from data_pipeline.sample import ImagePart
+from data_pipeline.sample import ImagePart, VideoPart
 from data_pipeline.shards.manifest import Manifest, write_manifest
 from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.shards.token_grid import decode_grid
@@ -35,7 +35,9 @@ from mmscale.run.image_tokens import (
 from mmscale.run.stage_weights import check_stage_weights
 from tests.data_pipeline.conftest import picture
 from tests.evaluate.drawing_models import drawing_data
+from tests.hf.test_image_tokenizers import reference_tokenizer
 from tests.models.reference_models import randomise
+from tests.videos import decoded, encoded, pictured, stored_frames
 
 
 @pytest.mark.parity
@@ -77,6 +79,44 @@ def test_encoded_tokens_are_those_of_transformers(tmp_path: Path, capsys: pytest
     assert "exists already" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="device cuda:99"):
         CheckpointEncoder.open(tmp_path / "run", "cuda:99")
+
+
+@pytest.mark.parity
+def test_encoded_tokens_of_videos_are_those_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of frames resized by Pillow, in groups of four as in the published code of Emu3 (``autoencode.py``)."""
+    theirs = reference_tokenizer("Emu3VQVAE", tmp_path / "theirs")
+    import_folder(tmp_path / "theirs", tmp_path / "run" / "checkpoints")
+    clip, listed = encoded(9, height=16, width=24), stored_frames(3, height=16, width=24)
+    fields = {"caption": "b", "videos": [{"video": list(listed), "fps": 2}]}
+    with ShardWriter(tmp_path / "in", "a") as writer:
+        writer.write("k0", {"mp4": clip, "txt": b"a"})
+        writer.write("k1", {**listed, "json": json.dumps(fields).encode()})
+    write_manifest(tmp_path / "in" / "a.manifest", writer.shards)
+    words = ["data", "encode", str(tmp_path / "run"), str(tmp_path / "in" / "a.manifest"), "--grids-only"]
+    frames = "frames: {kind: rate, per_second: 8, min_frames: 1, max_frames: 8}"
+    video = ["--video", f"{{{frames}, min_pixels: 96, max_pixels: 96}}"]
+    assert main([*words, "--output", str(tmp_path / "out"), *video]) == 0
+    capsys.readouterr()
+    samples = list(read_samples(tmp_path / "out" / "data.manifest"))
+    numbers = (
+        [0, 1, 2, 3, 5, 6, 7, 8],
+        [0, 1, 2, 2],
+    )  # Evenly spread from the first to the last; the last fills a group.
+    drawn = np.stack([pictured(number, 16, 24) for number in range(3)])
+    for sample, chosen, shown in zip(samples, numbers, (decoded(clip), drawn), strict=True):
+        (part,) = (part for part in sample.parts if isinstance(part, VideoPart))
+        assert part.grid is not None
+        found = decode_grid(part.grid, part.name)
+        images = [Image.fromarray(shown[number]).resize((12, 8), Image.Resampling.BICUBIC) for number in chosen]
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
+        groups = pixels.unflatten(0, (-1, 4))
+        with torch.no_grad():
+            expected = theirs.encode(groups, torch.full((len(groups), 2), 64)).image_tokens
+        theirs_of_groups = torch.cat([each.reshape(-1, 4, 6) for each in expected])
+        assert found.codes.shape == theirs_of_groups.shape
+        assert float((torch.from_numpy(found.codes) == theirs_of_groups).float().mean()) > 0.95
+    assert main([*words, "--output", str(tmp_path / "bad"), "--video", "{frames: {kind: rat}}"]) == 2
+    assert "video.frames" in capsys.readouterr().err
 
 
 def _check_the_tokenizer_of_a_drawing_model(folder: Path, digest: str) -> None:

@@ -44,8 +44,6 @@ def dialogue_of(dataset: DatasetConfig) -> DialogueTemplate | None:
 @pytest.mark.parametrize("path", RUNS, ids=name_of)
 def test_dialogues_stay_dialogues(path: Path) -> None:
     for old, new in pairs(path):
-        if new.video is not None or new.audio is not None:
-            continue  # The bundled clips and sounds have captions only.
         mine, theirs = dialogue_of(new), dialogue_of(old)
         assert (mine is None) == (theirs is None)
         if mine is not None:

@@ -22,9 +22,10 @@ from pydantic import Field
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.order.randomness import Rng
-from data_pipeline.sample import ImagePart, MediaPart, Sample, TextPart
+from data_pipeline.sample import ImagePart, MediaPart, Sample, TextPart, VideoPart
 
 T = TypeVar("T")
+AnyPiece = TypeVar("AnyPiece")
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,15 @@ class BranchPiece:
 
 @dataclass(frozen=True)
 class DrawnPiece:
-    """An image as tokens of the decoder. ``weight`` is the loss weight of its codes, ``mark_weight`` of its marks."""
+    """An image or a video as tokens of the decoder.
 
-    image: ImagePart
+    Attributes:
+        image: The image or video.
+        weight: Loss weight of each of its codes.
+        mark_weight: Loss weight of each mark around them.
+    """
+
+    image: ImagePart | VideoPart
     weight: float
     mark_weight: float
 
@@ -104,9 +111,9 @@ def text(content: str, weight: float = 0.0) -> list[TextPiece]:
     return [TextPiece(content, weight)] if content else []
 
 
-def joined_texts(pieces: Sequence[Piece]) -> list[Piece]:
+def joined_texts(pieces: Sequence[AnyPiece]) -> list[AnyPiece | TextPiece]:
     """Return the pieces with neighbouring texts of equal weight joined."""
-    joined: list[Piece] = []
+    joined: list[AnyPiece | TextPiece] = []
     for piece in pieces:
         last = joined[-1] if joined else None
         if isinstance(piece, TextPiece) and isinstance(last, TextPiece) and last.weight == piece.weight:

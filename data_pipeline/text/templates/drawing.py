@@ -1,4 +1,4 @@
-"""Template for images that the model learns to draw: a text, then the image as tokens, or in the other order."""
+"""Template for images and videos that the model learns to draw: a text, then the tokens, or in the other order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.order.randomness import Rng
-from data_pipeline.sample import ImagePart, Provenance, Sample
+from data_pipeline.sample import AudioPart, ImagePart, Provenance, Sample, VideoPart
 from data_pipeline.text.templates.base import (
     DrawnPiece,
     DroppableText,
@@ -19,7 +19,6 @@ from data_pipeline.text.templates.base import (
     TextPiece,
     draw,
     fill,
-    images_of,
     media_of,
     parse,
     text,
@@ -30,7 +29,7 @@ _CAPTIONS = CaptionTemplate()
 
 
 class DrawingTemplate(DroppableText):
-    """A text, then one image as tokens of the decoder (``data.image_tokens``); or the image, then the text.
+    """A text, then one image or video as tokens of the decoder (``data.image_tokens``); or the image, then the text.
 
     Source: Emu3 (arXiv 2409.18869), sections 2.2 and 2.4: loss weight 0.5 for images, and a part of the data with the
     caption after the image. Janus (arXiv 2410.13848), section 3.3: loss on the image alone, and 10 % of the texts
@@ -80,7 +79,7 @@ class DrawingTemplate(DroppableText):
         With ``caption_last`` 1 the image is always first.
 
         Raises:
-            SampleError: the sample does not have exactly one image, a field is missing, or the text is empty.
+            SampleError: the sample does not have exactly one image or video, a field is missing, or the text is empty.
         """
         image = self._image(sample)
         words = self.words(sample, rng)
@@ -98,8 +97,8 @@ class DrawingTemplate(DroppableText):
         """Return the text before the image, without the marks between text and codes."""
         return [*text(self.words(sample, None))]
 
-    def drawn(self, image: ImagePart) -> list[Piece]:
-        """Return an image and the end of its document."""
+    def drawn(self, image: ImagePart | VideoPart) -> list[Piece]:
+        """Return an image or a video and the end of its document."""
         return [DrawnPiece(image, self.image_weight, self.mark_weight), EndPiece(self.mark_weight)]
 
     def text_to_draw(self, given: str | Mapping[str, Any]) -> str:
@@ -151,12 +150,13 @@ class DrawingTemplate(DroppableText):
         check_answer(words)
         return words
 
-    def _image(self, sample: Sample) -> ImagePart:
-        images, media = images_of(sample), media_of(sample)
-        if len(images) != 1 or len(media) != 1:
+    def _image(self, sample: Sample) -> ImagePart | VideoPart:
+        media = [part for part in media_of(sample) if not isinstance(part, AudioPart)]
+        if len(media) != 1:
+            num_videos = sum(isinstance(part, VideoPart) for part in media)
             raise SampleError(
-                f"{len(images)} images and {len(media) - len(images)} videos, but template.kind=drawing takes exactly "
-                "one image",
+                f"{len(media) - num_videos} images and {num_videos} videos, but template.kind=drawing takes exactly "
+                "one image or video",
                 kind=FaultKind.DOCUMENT if media else FaultKind.NO_IMAGE,
             )
-        return images[0]
+        return media[0]

@@ -27,6 +27,8 @@ _TEXT, _VISION = "aria_text", "idefics3_vision"
 _BALANCE, _Z = 1e-3, 1e-5
 """Weights of the router losses in Aria's own code (aria/model/moe_lm.py)."""
 _LONGER, _SHORTER, _CELL = 980, 336, 490
+_FRAMES = 128
+"""Frames of a video, of 490 pixels, in the authors' example (inference/notebooks/04_video_understanding.ipynb)."""
 """Sizes of ``AriaImageProcessor`` in pixels."""
 _OURS, _THEIRS = "connector.projector.", "multi_modal_projector."
 _PROJECTOR = (
@@ -156,6 +158,11 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def _images(source: ImageSource) -> ImageInput:
+    """Return the images and videos.
+
+    No processor reads videos. The frames are those of the authors' example, each an image with its time. Their training
+    code (aria/load_video.py) takes eight frames of 980 or 490 pixels without times.
+    """
     before, after = "<fim_prefix>", "<fim_suffix>"
     processor = source.values.get(PREPROCESSOR) or {}
     found = {
@@ -174,7 +181,16 @@ def _images(source: ImageSource) -> ImageInput:
             f"AriaProcessor makes images of {_LONGER} pixels and splits none unless its caller says otherwise; here, "
             "images are made as by the image processor of the folder"
         )
-    return ImageInput(found, tokens=("<|img|>",), before=before, after=after, notes=tuple(notes))
+    video = {
+        "frames": {"kind": "uniform", "num_frames": _FRAMES, "spread": "middles"},
+        "scaled": {"longer": min(_CELL, found["longer"]), "shorter": min(found["shorter"], _CELL, found["longer"])},
+        "start": before,
+        "end": after,
+        "timestamps": "[{clock}]",
+        "frame_break": "\n",
+        "outro": "\n",
+    }
+    return ImageInput(found, tokens=("<|img|>",), before=before, after=after, video=video, notes=tuple(notes))
 
 
 def _grids(resolutions: list[list[int]] | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ processor makes squares of the tower's size only, for which these ids are 0, 1, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mmscale.errors import CheckpointError
@@ -23,7 +24,7 @@ _TEXT = "llama"
 _TILES = 4
 """Tiles along the longer side of an image in the published models."""
 _LANCZOS = 1
-_FAKE = "<fake_token_around_image>"
+_FAKE, _WHOLE = "<fake_token_around_image>", "<global-img>"
 _UNREAD = (
     "is_llama_config",
     "neftune_noise_alpha",
@@ -101,8 +102,47 @@ def layout(model_type: str, architecture: str) -> FamilyLayout:
         to_keys,
         (rf"model\.{vit.POSITION_IDS}", *(rf"model\.text_{name}" for name in decoder.UNUSED)),
         auto_class="AutoModelForImageTextToText",
-        images=_images,
+        images=_images if model_type == "idefics3" else _images_and_videos,
     )
+
+
+def _images_and_videos(source: ImageSource) -> ImageInput:
+    """Return the images and videos of SmolVLM 2: each frame is an image that is not split, after its time.
+
+    Source: ``SmolVLMVideoProcessor`` and ``SmolVLMProcessor`` of transformers; without ``video_sampling`` in the
+    folder, the values of SmolVLM2-2.2B-Instruct. The processor writes conversations with videos by a chat template of
+    its own, so that of the folder need not know them.
+    """
+    images, processor = _images(source), source.values.get(PREPROCESSOR) or {}
+    block = {**processor, **(source.processor.get("video_processor") or {})}
+    sampling = block.get("video_sampling") or {}
+    vision = source.config.vision
+    assert isinstance(vision, VisionConfig)
+    side = vit.image_size(vision)
+    tile = (block.get("max_image_size") or {}).get("longest_edge", side)
+    if tile // vision.patch_size * vision.patch_size != side:
+        note = (
+            f"the video processor makes frames of {tile} pixels, of which the tower reads {side}; videos are left out"
+        )
+        return replace(images, notes=(*images.notes, note))
+    longest = (sampling.get("video_size") or block.get("size") or {}).get("longest_edge", _TILES * tile)
+    size = {} if tile == side else {"tile_size": tile}
+    video = {
+        "frames": {
+            "kind": "trimmed",
+            "per_second": sampling.get("fps", 1),
+            "max_frames": sampling.get("max_frames", 64),
+        },
+        "tiling": {"kind": "idefics3", "longest_side": longest, "split": False},
+        **size,
+        "interpolation": "lanczos",
+        "start": [_FAKE, _WHOLE],
+        "end": _FAKE,
+        "timestamps": "\nFrame from {clock}:",
+        "intro": "You are provided the following series of {words} frames from a {duration} [H:MM:SS] video.\n",
+        "outro": "\n\n",
+    }
+    return replace(images, video=video)
 
 
 def _images(source: ImageSource) -> ImageInput:
@@ -121,7 +161,7 @@ def _images(source: ImageSource) -> ImageInput:
         "end": _FAKE,
         "tile": "<row_{row}_col_{column}>",
         "tile_row_break": "\n",
-        "overview": "<global-img>",
+        "overview": _WHOLE,
         "overview_break": "\n\n",
     }
     tiling = {

@@ -17,8 +17,9 @@ from transformers import Qwen2VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
+from data_pipeline.images.frame_choice import RateChoice, TimesChoice, UniformChoice
 from data_pipeline.images.transforms import ImageTransform, TilesTransform
-from data_pipeline.images.video import RateChoice, TimesChoice, UniformChoice, VideoConfig, VideoTransform
+from data_pipeline.images.video import VideoConfig, VideoTransform
 from data_pipeline.media_spec import MediaSpec, Placement, SquarePooling
 from data_pipeline.sample import VideoPart, VideoSize
 from data_pipeline.shards.video_file import VideoFile, video_size
@@ -91,12 +92,12 @@ def test_frames_by_rate_are_those_of_the_references(
         metadata = VideoMetadata(total_num_frames=total, fps=rate, duration=total / rate)
         theirs = processor.sample_frames(metadata, fps=wanted, temporal_patch_size=2).tolist()
         # Rounding makes their last step end at frame ``total``, which does not exist, for 17 frames at 7 of 8 a second.
-        assert ours.numbers(times, ours.count(size, 2)) == [number for number in theirs if number < total]
+        assert ours.numbers(times, size, ours.count(size, 2)) == [number for number in theirs if number < total]
     least, most = math.ceil(limits[0] / 2) * 2, math.floor(min(limits[1], total) / 2) * 2
     count = math.floor(min(min(max(total / rate * wanted, least), most), total) / 2) * 2
     ends = RateChoice(**keys)
     assert ends.count(size, 2) == count
-    assert ends.numbers(times, count) == torch.linspace(0, total - 1, count).round().long().tolist()
+    assert ends.numbers(times, size, count) == torch.linspace(0, total - 1, count).round().long().tolist()
 
 
 def test_frames_of_a_variable_rate_are_chosen_by_time() -> None:
@@ -104,9 +105,10 @@ def test_frames_of_a_variable_rate_are_chosen_by_time() -> None:
     data = encoded(10, starts=starts)
     with VideoFile(data) as file:
         assert (file.times * 8).tolist() == starts
-        assert UniformChoice(num_frames=4).numbers(file.times, 4) == [0, 7, 8, 9]  # Near 0, 8, 16 and 24 units.
-        assert UniformChoice(num_frames=2, spread="starts").numbers(file.times, 2) == [0, 7]
-        assert TimesChoice(seconds=(0.0, 0.2, 0.5, 1.9, 3.0)).numbers(file.times, 5) == [0, 1, 4, 7, 9]
+        size = video_size(data)
+        assert UniformChoice(num_frames=4).numbers(file.times, size, 4) == [0, 7, 8, 9]  # Near 0, 8, 16 and 24 units.
+        assert UniformChoice(num_frames=2, spread="starts").numbers(file.times, size, 2) == [0, 7]
+        assert TimesChoice(seconds=(0.0, 0.2, 0.5, 1.9, 3.0)).numbers(file.times, size, 5) == [0, 1, 4, 7, 9]
     item = _item(data, frames={"kind": "times", "seconds": [0, 0.2, 1.9]})
     expected = decoded(data)[[0, 1, 7, 7]]  # The last one fills the second pair.
     np.testing.assert_array_equal(_frames(item), expected)

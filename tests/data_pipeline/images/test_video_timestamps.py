@@ -69,7 +69,7 @@ def test_words_and_positions_of_qwen3_vl(tokenizer: Path, count: int, per_second
     frames = {"kind": "uniform", "num_frames": count}
     document, words = _built(tokenizer, spec, data, frames=frames, timestamps="<{seconds:.1f} seconds>")
     with VideoFile(data) as file:
-        numbers = VideoConfig.model_validate({"frames": frames}).frames.numbers(file.times, count)
+        numbers = VideoConfig.model_validate({"frames": frames}).frames.numbers(file.times, video_size(data), count)
     metadata = VideoMetadata(total_num_frames=24, fps=float(per_second), frames_indices=numbers)
     grid = torch.tensor([[(count + 1) // 2, 4, 6]])
     processor = SimpleNamespace(

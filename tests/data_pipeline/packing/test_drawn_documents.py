@@ -27,9 +27,9 @@ from data_pipeline.packing.collate import collate, concatenate
 from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Pack
 from data_pipeline.packing.truncation import longest_part, split
-from data_pipeline.sample import ImagePart, Part, Provenance, Sample, TextPart
+from data_pipeline.sample import ImagePart, Part, Provenance, Sample, TextPart, VideoPart
 from data_pipeline.shards.manifest import Manifest, write_manifest
-from data_pipeline.shards.token_grid import encode_grid
+from data_pipeline.shards.token_grid import GridTimes, encode_grid
 from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, Tokenizer, load_tokenizer
 from tests.data_pipeline.conftest import WriteSet, picture
 
@@ -76,6 +76,17 @@ def sample(codes: np.ndarray | None = GRID, digest: str = DIGEST, caption: str =
     grid = None if codes is None else encode_grid(codes, CODES + 1, digest)
     parts: tuple[Part, ...] = (ImagePart(picture(1), "png", None, grid), TextPart(caption))
     return Sample(parts, {"caption": caption, **fields}, Provenance("x", "shard.tar", "key7", 0))
+
+
+CLIP = np.arange(12).reshape(2, 2, 3) * 4
+VIDEO_SIZE = {"video_size": "{height}*{width}*{frames} {fps}fps {seconds}s"}
+
+
+def clip_sample(codes: np.ndarray = CLIP, caption: str = "a fox", **changes: Any) -> Sample:
+    """Return a sample with a video as tokens, of frames that were encoded at 2.5 a second."""
+    grid = encode_grid(codes, CODES + 1, DIGEST, GridTimes(3.2, 2.5))
+    parts: tuple[Part, ...] = (replace(VideoPart(b"", "mp4", grid=grid), **changes), TextPart(caption))
+    return Sample(parts, {"caption": caption}, Provenance("x", "shard.tar", "key7", 0))
 
 
 def learned(document: Document) -> list[float]:
@@ -127,6 +138,55 @@ def test_a_listed_id_for_each_code(tokenizer: Tokenizer) -> None:
     document = DocumentBuilder(dataset({"first_id": None, "ids": listed}, {}), tokenizer, TEXT)(sample())
     assert document.drawn is not None
     assert document.token_ids[document.drawn].tolist() == [listed[code] for code in GRID.reshape(-1)]
+
+
+def test_the_order_of_a_video(tokenizer: Tokenizer) -> None:
+    """Emu3 (arXiv 2409.18869), section 2.2: EOL after each row, EOF after each grid; our text with size and times."""
+    sov, sot, eol, eof, eov = (tokenizer.special_id(name, "") for name in NAMES[:5])
+    codes = (CLIP + FIRST).tolist()
+    caption, size = tokenizer.encode("a fox"), tokenizer.encode("2*3*2 2.5fps 3.2s")
+    grids = [token for rows in codes for token in [*rows[0], eol, *rows[1], eol, eof]]
+    video = [sov, *size, sot, *grids, eov]
+    is_code = [FIRST <= token < FIRST + CODES for token in video]
+    weights = [0.5 if code else 0.25 for code in is_code]
+    marks = {**EMU3, **VIDEO_SIZE}
+
+    drawn = DocumentBuilder(dataset(marks, {"image_weight": 0.5, "mark_weight": 0.25}), tokenizer, TEXT)(clip_sample())
+    assert drawn.token_ids.tolist() == [BOS, *caption, *video, EOS]
+    assert learned(drawn) == [0.0, *[1.0] * len(caption), *weights, 0.25]
+    assert drawn.drawn is not None
+    assert drawn.drawn.tolist() == [False] * (1 + len(caption)) + is_code + [False]
+    assert [(extent.start, extent.stop) for extent in drawn.images] == [(6, 6 + len(video))]
+
+    template = {"kind": "caption", "prompts": ["name:"], "answers": ["{caption}"]}
+    build = DocumentBuilder(dataset(marks, template), tokenizer, TEXT)
+    read = build(clip_sample())
+    assert read.token_ids.tolist() == [BOS, *video, *tokenizer.encode("name:"), *caption, EOS]
+    assert read.labels[read.labels != IGNORE].tolist() == [*caption, EOS]
+    assert build.dry_run(clip_sample()).token_ids.tolist() == read.token_ids.tolist()
+    spans = text_spans(read, tokenizer, TEXT)
+    assert [span.text for span in spans if span.kind == "image"] == ["image 1: tokens"]
+
+    plain = DocumentBuilder(dataset({"end": NAMES[4]}, template), tokenizer, TEXT)(clip_sample())
+    assert plain.token_ids.tolist()[1:14] == [*(CLIP + FIRST).reshape(-1).tolist(), eov]
+    beside_tower = DocumentBuilder(dataset(marks, {}), tokenizer, TOWER)(clip_sample())
+    assert beside_tower.token_ids.tolist() == drawn.token_ids.tolist()
+
+
+@pytest.mark.parametrize("kind", ["interleaved", "dialogue"])
+def test_a_video_without_tokens_is_left_out_where_tokens_are_read(tokenizer: Tokenizer, kind: str) -> None:
+    """As one without a block ``video``. A sample that is nothing without it is a bad sample."""
+    build = DocumentBuilder(dataset(EMU3, {"kind": kind, "images": "required"}), tokenizer, TEXT)
+    turns = [{"role": "user", "content": "<video> it?"}, {"role": "assistant", "content": "a fox"}]
+    made = replace(clip_sample(grid=None), fields={"messages": turns})
+    with pytest.raises(SampleError, match="a video and no image, but it has no token grid; write token grids with"):
+        build(made)
+    image = sample().parts[0]
+    found = build(
+        replace(made, parts=(image, *made.parts), fields={"messages": [{**turns[0], "content": "<image>?"}, turns[1]]})
+    )
+    assert found.drawn is not None
+    assert int(found.drawn.sum()) == GRID.size
 
 
 @pytest.mark.parametrize(("dropped", "padding"), [("empty", []), ("pad", [PAD] * 5)])
@@ -252,6 +312,10 @@ def test_the_spans_of_a_document_name_its_tokens(tokenizer: Tokenizer) -> None:
         (replace(sample(), parts=()), "0 images and 0 videos, but template.kind=drawing takes exactly one image"),
         (replace(sample(), parts=sample().parts * 2), "2 images and 0 videos, but"),
         (sample(caption=" "), "the answer is empty"),
+        (clip_sample(CLIP[:, :1]), r"video mp4 is a grid of 1x3 codes, but the model draws 2x3"),
+        (clip_sample(CLIP + 6), "video mp4 has the code 50"),
+        (clip_sample(grid=encode_grid(GRID, CODES, DIGEST)), "video mp4 has a token grid with 2 sides"),
+        (replace(sample(), parts=(sample().parts[0], clip_sample().parts[0])), "1 images and 1 videos, but"),
     ],
 )
 def test_bad_samples_are_refused_with_the_reason(tokenizer: Tokenizer, made: Sample, reason: str) -> None:
@@ -273,6 +337,8 @@ def test_bad_samples_are_refused_with_the_reason(tokenizer: Tokenizer, made: Sam
         ({"first_id": 2**31 - 2}, "the last code has the id 2147483648, above"),
         ({"size": "{height}"}, "expected {height} and {width}"),
         ({"size": "{height}*{width}{x.y}"}, "expected {height} and {width}"),
+        ({"video_size": "{height} {rate}"}, "video_size='{height} {rate}': only {fps}, {frames}, {height}, {seconds}"),
+        ({"video_size": "{height}}"}, "are allowed in braces"),
         ({"tokenizer": "AB" * 32}, "should match pattern"),
     ],
 )
@@ -302,6 +368,8 @@ def test_a_run_takes_the_tokenizer_of_the_manifest_and_refuses_another(write_set
         {"png": picture(i), "png.tokens": encode_grid((GRID + i) % CODES, CODES, DIGEST), "txt": b"x" * (i % 5 + 1)}
         for i in range(40)
     ]
+    for i, codes in enumerate((CLIP, CLIP[:1], CLIP[::-1], CLIP)):
+        members[9 * i] = {"mp4.tokens": encode_grid(codes, CODES, DIGEST, GridTimes(1, 8)), "txt": b"a clip"}
     path = write_set("x", members)
     shards = [Manifest.open(path).shard_path(number) for number in range(Manifest.open(path).num_shards)]
     write_manifest(path, shards, image_tokenizer=DIGEST)

@@ -6,23 +6,26 @@ import io
 import json
 import random
 import signal
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from data_pipeline.errors import DataConfigError, ManifestError, SampleError
+from data_pipeline.images.video import VideoConfig
 from data_pipeline.prepare.choices import OnError
 from data_pipeline.prepare.ingest import ingest
 from data_pipeline.prepare.reshard import NamedManifest, ReshardSource, Selection
 from data_pipeline.prepare.verify import check_manifest, jobs_of, verify
-from data_pipeline.sample import ImagePart
+from data_pipeline.sample import ImagePart, VideoPart
 from data_pipeline.shards.manifest import Manifest, write_manifest
 from data_pipeline.shards.sample_reader import SampleReader, read_samples
-from data_pipeline.shards.token_grid import decode_grid, encode_grid
+from data_pipeline.shards.token_grid import GridTimes, decode_grid, encode_grid
 from tests import videos
 from tests.data_pipeline.conftest import Members, WriteSet, captioned, page, picture, plain_text
 from tests.data_pipeline.prepare.encoders import DIGEST, BatchEncoder, encoded
@@ -31,12 +34,12 @@ from tests.videos import stored_frames
 
 
 class MeanEncoder(BatchEncoder):
-    """The mean of each square of 8 x 8 pixels: codes that Pillow can compute too."""
+    """The mean of each square of 8 x 8 pixels of an image or a pair of frames: codes that Pillow can compute too."""
 
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.integer[Any]]:
-        count, _, height, width = images.shape
-        squares = images.reshape(count, 3, height // 8, 8, width // 8, 8).astype(np.int64)
-        return squares.sum(axis=(1, 3, 5)) // 192
+        *_, height, width = images.shape
+        squares = images.reshape(len(images), -1, height // 8, 8, width // 8, 8).astype(np.int64)
+        return squares.sum(axis=(1, 3, 5)) // (64 * squares.shape[1])
 
 
 def samples(count: int) -> list[Members]:
@@ -68,7 +71,7 @@ def test_grids_are_those_of_the_encoder_and_all_else_is_kept(write_set: WriteSet
                 seen += 1
                 assert part.data == members[part.name]
                 assert part.grid is not None
-                codes, made_by = decode_grid(part.grid, part.name)
+                codes, made_by, _ = decode_grid(part.grid, part.name)
                 assert made_by == DIGEST
                 with Image.open(io.BytesIO(part.data)) as image:
                     pixels = image.convert("RGB").resize(
@@ -79,12 +82,99 @@ def test_grids_are_those_of_the_encoder_and_all_else_is_kept(write_set: WriteSet
     assert seen == sum(name.endswith(("png", "jpg")) for members in stored for name in members)
 
 
-def test_a_sample_with_a_video_is_a_bad_sample(write_set: WriteSet, tmp_path: Path) -> None:
-    frames = stored_frames(2)
-    listed = json.dumps({"caption": "x", "videos": [{"video": list(frames), "fps": 2}]}).encode()
-    stored = [captioned(0), {"mp4": videos.encoded(2), "txt": b"x"}, {**frames, "json": listed}]
-    report = ingest(encoded(write_set("a", stored), MeanEncoder()), tmp_path / "out", "b", on_error=OnError.SKIP)
+def frame_list(num_frames: int, seed: int = 0) -> Members:
+    """Return a sample with a video that is stored as images of 32 x 32 pixels, eight a second."""
+    frames = stored_frames(num_frames, seed=seed)
+    listed = {"caption": "x", "videos": [{"video": list(frames), "fps": 8}]}
+    return {**frames, "json": json.dumps(listed).encode()}
+
+
+@pytest.mark.fault
+def test_without_a_choice_of_frames_a_sample_with_a_video_is_a_bad_sample(write_set: WriteSet, tmp_path: Path) -> None:
+    stored = [captioned(0), {"mp4": videos.encoded(2), "txt": b"x"}, frame_list(2)]
+    source = encoded(write_set("a", stored), MeanEncoder(), video=None)
+    report = ingest(source, tmp_path / "out", "b", on_error=OnError.SKIP)
     assert (report.num_samples, report.num_skipped) == (1, 2)
+    with pytest.raises(SampleError, match="say which of its frames to encode with --video"):
+        ingest(source, tmp_path / "fail", "b")
+
+
+def expected_codes(frames: npt.NDArray[np.uint8], numbers: list[int]) -> npt.NDArray[np.int64]:
+    """Return the codes of pairs of the chosen frames; the last one fills its pair."""
+    chosen = frames[[*numbers, *[numbers[-1]] * (len(numbers) % 2)]].astype(np.int64)
+    pairs = chosen.reshape(len(chosen) // 2, 2, 4, 8, 4, 8, 3)
+    return pairs.sum(axis=(1, 3, 5, 6)) // 384
+
+
+@pytest.mark.parametrize("grids_only", [False, True])
+def test_the_grid_of_a_video_is_that_of_the_encoder(write_set: WriteSet, tmp_path: Path, grids_only: bool) -> None:
+    clip, lists = videos.encoded(8), {count: frame_list(count) for count in (5, 3, 1)}
+    stored: list[Members] = [{"mp4": clip, "txt": b"x"}, *lists.values(), captioned(1)]
+    source = encoded(write_set("a", stored), MeanEncoder(), grids_only)
+    report = ingest(source, tmp_path / "out", "b", image_tokenizer=source.image_tokenizer)
+    assert all(shard.damages == [] for shard in verify(jobs_of(report.manifest)[1]))
+    assert (report.orphans.no_image, report.orphans.no_text) == (0, 0)
+    drawn = np.stack([videos.pictured(number, 32, 32) for number in range(8)])
+    # The frames are the first ones of four equal parts, rounded down.
+    chosen = [(videos.decoded(clip), [0, 2, 4, 6], 8), (drawn, [0, 1, 2, 3], 5), (drawn, [0, 1, 2], 3), (drawn, [0], 1)]
+    reader = SampleReader(Manifest.open(report.manifest), "b")
+    for number, (frames, numbers, total) in enumerate(chosen):
+        sample = reader.read(number)
+        (part,) = (part for part in sample.parts if isinstance(part, VideoPart))
+        assert part.grid is not None
+        codes, made_by, times = decode_grid(part.grid, part.name)
+        np.testing.assert_array_equal(codes, expected_codes(frames, numbers))
+        assert (made_by, times) == (DIGEST, (total / 8, 8 * len(numbers) / total))
+        assert (len(part.data) == 0) == grids_only
+        if grids_only:
+            assert reader.read_without_images(number) == sample
+    (image,) = (part for part in reader.read(4).parts if isinstance(part, ImagePart))
+    assert image.grid is not None
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_length_of_a_video(write_set: WriteSet) -> None:
+    values = {"frames": {"kind": "uniform", "num_frames": 32}, "min_pixels": 64 * 64, "max_pixels": 64 * 64}
+    peaks = []
+    for num_frames in (60, 600):
+        stored: list[Members] = [{"mkv": videos.encoded(num_frames, height=64, width=64, kind="mkv"), "txt": b"x"}]
+        video = VideoConfig.model_validate(values)
+        source = encoded(write_set(f"a{num_frames}", stored), BatchEncoder(batch_pixels=1 << 14), video=video)
+        ((row,),) = source.chunks()
+        tracemalloc.start()
+        (members,) = source.reader.read([row])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert not isinstance(members, SampleError)
+        assert decode_grid(members["mkv.tokens"], "mkv").codes.shape == (16, 8, 8)
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_a_page_with_images_and_a_video_has_a_grid_of_each(write_set: WriteSet, tmp_path: Path) -> None:
+    parts = [{"image": "0.png"}, {"text": "then"}, {"video": ["1.0000.png", "1.0001.png"], "fps": 2}]
+    both = {"0.png": picture(1), **stored_frames(2, name="1."), "json": json.dumps({"parts": parts}).encode()}
+    shared = [{"image": "0000.png"}, {"video": ["0000.png"], "fps": 1}]
+    twice = {**stored_frames(2), "json": json.dumps({"parts": shared}).encode()}
+    source = encoded(write_set("a", [both, twice]), MeanEncoder())
+    report = ingest(source, tmp_path / "out", "b", on_error=OnError.SKIP)
+    assert report.num_skipped == 1
+    (sample,) = read_samples(report.manifest)
+    image, _, video = sample.parts
+    assert isinstance(image, ImagePart)
+    assert isinstance(video, VideoPart)
+    assert image.grid is not None
+    assert video.grid is not None
+    assert decode_grid(image.grid, "").times is None
+    assert decode_grid(video.grid, "").codes.shape == (1, 4, 4)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("name", ["tiling", "start", "timestamps"])
+def test_tokens_and_tiles_of_videos_are_refused(write_set: WriteSet, name: str) -> None:
+    value = {"kind": "mm1_5", "min_tiles": 1, "max_tiles": 2} if name == "tiling" else "x"
+    video = VideoConfig.model_validate({name: value})
+    with pytest.raises(DataConfigError, match=rf"video\.{name}: a token grid holds the codes of whole frames alone"):
+        encoded(write_set("a", [captioned(0)]), MeanEncoder(), video=video)
 
 
 def test_without_pixels_a_sample_is_read_like_any_other(write_set: WriteSet, tmp_path: Path) -> None:
@@ -120,7 +210,9 @@ ingest(source, sys.argv[2], "b", max_samples=5, workers=2, image_tokenizer=sourc
 @pytest.mark.fault
 def test_killed_it_ends_with_the_bytes_of_one_process(write_set: WriteSet, tmp_path: Path) -> None:
     """The encoder's codes depend on the batch, so a resume that begins inside a chunk must rebuild the batch."""
-    manifest = write_set("a", samples(90))
+    stored = samples(90)
+    stored[7::9] = [frame_list(3, seed) for seed in range(len(stored[7::9]))]
+    manifest = write_set("a", stored)
     source, out = encoded(manifest, BatchEncoder()), tmp_path / "out"
     options: dict[str, Any] = {"max_samples": 5, "image_tokenizer": source.image_tokenizer}
     ingest(source, tmp_path / "whole", "b", **options)
@@ -137,10 +229,12 @@ def test_killed_it_ends_with_the_bytes_of_one_process(write_set: WriteSet, tmp_p
 
 @pytest.mark.fault
 def test_an_image_that_cannot_be_encoded_fails_or_is_left_out(write_set: WriteSet, tmp_path: Path) -> None:
-    source = encoded(write_set("a", [captioned(0), {"png": b"junk", "txt": b"x"}, captioned(2)]), MeanEncoder())
+    cut = {"mp4": videos.encoded(4)[:-400], "txt": b"x"}
+    stored = [captioned(0), {"png": b"junk", "txt": b"x"}, captioned(2), cut, frame_list(2)]
+    source = encoded(write_set("a", stored), MeanEncoder())
     with pytest.raises(SampleError, match="row 2: no JPEG, PNG or WebP"):
         ingest(source, tmp_path / "fail", "b")
-    assert ingest(source, tmp_path / "skip", "b", on_error=OnError.SKIP).num_samples == 2
+    assert ingest(source, tmp_path / "skip", "b", on_error=OnError.SKIP).num_samples == 3
 
 
 @pytest.mark.fault
@@ -164,12 +258,19 @@ def test_sets_of_different_tokenizers_are_not_joined(write_set: WriteSet, tmp_pa
 
 
 @pytest.mark.parametrize("size", [1, 1 << 16, (1 << 16) + 1])
-def test_a_grid_is_read_as_it_was_written(size: int) -> None:
-    codes = np.random.default_rng(0).integers(0, size, (3, 5))
-    data = encode_grid(codes, size, DIGEST)
+@pytest.mark.parametrize("times", [None, GridTimes(0.1 + 0.2, 30000 / 1001)])
+def test_a_grid_is_read_as_it_was_written(size: int, times: GridTimes | None) -> None:
+    codes = np.random.default_rng(0).integers(0, size, (3, 5) if times is None else (2, 3, 5))
+    data = encode_grid(codes, size, DIGEST, times)
     found = decode_grid(data, "jpg")
     np.testing.assert_array_equal(found.codes, codes)
-    assert found.tokenizer == DIGEST
+    assert (found.tokenizer, found.times) == (DIGEST, times)
+    named = {} if times is None else {name: repr(value) for name, value in times._asdict().items()}
+    stored = codes.astype(np.uint16 if size <= 1 << 16 else np.uint32)
+    theirs = safetensors.numpy.save({"codes": stored}, {"tokenizer": DIGEST, **named})
+    assert len(theirs) == len(data)
+    assert times is not None or theirs == data  # Theirs orders several metadata at random.
+    np.testing.assert_array_equal(safetensors.numpy.load(data)["codes"], stored)
 
 
 @pytest.mark.fault
@@ -177,6 +278,7 @@ def test_a_damaged_grid_is_a_bad_sample() -> None:
     data = encode_grid(np.zeros((2, 3), np.int64), 9, DIGEST)
     entry = {"dtype": "U16", "shape": [2, 3], "data_offsets": [0, 12]}
     good = {"codes": entry, "__metadata__": {"tokenizer": DIGEST}}
+    clip = {"seconds": "1.0", "frames_per_second": "4.0"}
     bad: list[Any] = [
         {},
         [],
@@ -188,6 +290,13 @@ def test_a_damaged_grid_is_a_bad_sample() -> None:
         {**good, "codes": {**entry, "dtype": []}},
         {**good, "codes": None},
         {**good, "__metadata__": {"tokenizer": 3}},
+        {**good, "codes": {**entry, "shape": [1, 2, 3]}},
+        *(
+            {"codes": {**entry, "shape": [1, 2, 3]}, "__metadata__": {"tokenizer": DIGEST, **clip, **change}}
+            for change in ({"seconds": "nan"}, {"seconds": -1}, {"seconds": [1]}, {"frames_per_second": 0})
+        ),
+        {"codes": {**entry, "shape": [1, 1, 2, 3]}, "__metadata__": {"tokenizer": DIGEST, **clip}},
+        {"codes": {**entry, "shape": [1, 2, 3]}, "__metadata__": {"tokenizer": DIGEST, **clip, "seconds": 10**400}},
     ]
     headers = [json.dumps(each).encode() for each in bad]
     damaged = [len(header).to_bytes(8, "little") + header + bytes(12) for header in headers]
@@ -197,6 +306,8 @@ def test_a_damaged_grid_is_a_bad_sample() -> None:
             decode_grid(each, "jpg")
     with pytest.raises(ValueError, match="values below 3"):
         encode_grid(np.full((2, 2), 3), 3, DIGEST)
+    with pytest.raises(ValueError, match=r"expected \(time, height, width\)"):
+        encode_grid(np.full((2, 2), 1), 3, DIGEST, GridTimes(1, 4))
 
 
 @pytest.mark.fault
