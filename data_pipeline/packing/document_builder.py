@@ -381,7 +381,7 @@ class DocumentBuilder:
             reason = f"the data set has no block {kind} (data.{kind})" if takes else f"the model takes no {kind}"
             if kind == "video" and self._reads_codes:
                 reason = "it has no token grid; write token grids with: mmscale data encode --video"
-            raise SampleError(f"a {kind} and no image, but {reason}", kind=FaultKind.NO_IMAGE)
+            raise SampleError(f"it has {kind} and no image, but {reason}", kind=FaultKind.NO_IMAGE)
         return replace(sample, parts=rest)
 
     def _with_parts_of_videos(self, pieces: Iterable[Piece | OpeningPiece]) -> Sequence[Piece | OpeningPiece | Film]:

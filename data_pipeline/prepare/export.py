@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,10 +207,10 @@ def to_img2dataset(members: Members, key: str, source_key: str) -> Members:
         case [ImagePart(data=image, name=name), TextPart(text=caption)]:
             pass
         case _:
-            images = sum(isinstance(part, ImagePart) for part in sample.parts)
+            found = Counter("text" if isinstance(part, TextPart) else part.kind for part in sample.parts)
+            counts = ", ".join(f"{count} of kind {kind}" for kind, count in found.items()) or "no part"
             raise SampleError(
-                f"{images} images and {len(sample.parts) - images} texts: the names of img2dataset are for one image "
-                "followed by one caption; use --naming keep"
+                f"{counts}: the names of img2dataset are for one image followed by one caption; use --naming keep"
             )
     fields = {field: value for field, value in sample.fields.items() if field != PARTS}
     record = {**fields, CAPTION: caption, "key": key, "status": "success", "error_message": None}

@@ -57,7 +57,7 @@ class FolderSource:
         digest, self._count, names, texts, unclassed = hashlib.sha256(), 0, set[str](), False, None
         for row in self._rows():
             self._count += 1
-            texts = texts or any(media_kind(ext) is None for ext, _ in row.reference)
+            texts = texts or any(ext in ("txt", "json") for ext, _ in row.reference)
             name, slash, _ = row.key.partition("/")
             names.add(name)
             unclassed = unclassed if slash else row.reference[0][1]

@@ -26,7 +26,7 @@ from data_pipeline.io.atomic import write_whole
 from data_pipeline.io.checksums import holds
 from data_pipeline.io.ordered_pool import in_order
 from data_pipeline.prepare.choices import OnError
-from data_pipeline.prepare.rows import RowReader, RowSource, SourceRow
+from data_pipeline.prepare.rows import RowReader, RowSource, SourceRow, row_name
 from data_pipeline.prepare.skipped import SkippedRow, SkippedRowLog, last_stored_row, read_skipped
 from data_pipeline.prepare.sources import open_source
 from data_pipeline.shards.index import ShardIndex
@@ -120,7 +120,9 @@ def ingest(
                     skipped.sync()  # A resumed ingest does not read the rows before a finished shard again.
                 writer.add(outcome.sample)
             elif on_error is OnError.FAIL:
-                raise SampleError(outcome.sample, shard=rows.description, key=f"row {outcome.row.number}")
+                raise SampleError(
+                    outcome.sample, shard=rows.description, key=row_name(outcome.row.number, outcome.row.key)
+                )
             else:
                 skipped.add(SkippedRow(outcome.row.number, outcome.row.key, outcome.sample))
             if progress is not None:
@@ -129,7 +131,7 @@ def ingest(
     shards = [*done, *writer.shards]
     if not shards:
         first = next(read_skipped(skipped.publish()), None)
-        example = f", row {first.row} because: {first.reason}" if first else ""
+        example = f", {row_name(first.row, first.key)} because: {first.reason}" if first else ""
         raise DataConfigError(f"{rows.description}: not one usable row; {skipped.count} were skipped{example}")
     manifest = write_manifest(report.manifest, shards, image_tokenizer)
     for shard in shards:

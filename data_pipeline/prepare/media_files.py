@@ -25,6 +25,8 @@ from data_pipeline.shards.media_kind import extension_of, media_kind
 from data_pipeline.shards.video_file import video_size
 
 EXTENSION_OF_FORMAT = {ImageFormat.JPEG: "jpg", ImageFormat.PNG: "png", ImageFormat.WEBP: "webp"}
+_EXPECTED = {"image": "jpg", "video": "mp4", "audio": "wav"}
+"""An extension for each kind of field."""
 _MOST_FILE_BYTES = 1 << 31
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
@@ -49,7 +51,8 @@ def store_medium(
         ``{"video": ["0.0000.jpg", ...], "fps": 8}``.
 
     Raises:
-        SampleError: the medium cannot be loaded or is damaged, or a video in frames has no valid rate.
+        SampleError: the medium cannot be loaded or is damaged, is no video or sound although the field says so, or a
+            video in frames has no valid rate.
     """
     frames = _frames_of(reference, load) if field == "video" else None
     if frames is not None:
@@ -60,7 +63,7 @@ def store_medium(
         members |= stored
         return {"video": list(stored), "fps": rate}
     content = load(reference)
-    found = extension_of(content) or "jpg"  # An unknown format is refused as an image.
+    found = extension_of(content) or _EXPECTED[field]  # Of an unknown format, the message lists the known ones.
     is_named = isinstance(reference, str) and reference.lower().endswith(".m4a")
     if found == "mp4" and (field == "audio" or is_named):  # Many M4A files have the brand of MP4.
         found = "m4a"
@@ -72,6 +75,8 @@ def store_medium(
             _ = video_size(content) if kind == "video" else audio_size(content)
     except SampleError as error:
         raise SampleError(f"{_location(reference)}{error.reason}") from error
+    if field not in ("image", kind):
+        raise SampleError(f"{_location(reference)}a file of kind {kind}, named by the field {field}")
     members[f"{prefix}{found}"] = content
     return {kind: f"{prefix}{found}"}
 

@@ -376,7 +376,8 @@ def dump_json(fields: Mapping[str, Any]) -> bytes:
         try:
             _dumps(value)
         except (TypeError, ValueError) as error:
-            raise SampleError(f"the field {name!r} cannot become JSON: {error}; leave it out (--drop)") from error
+            remedy = f"leave it out (--drop {name}), or if it is an image, video or sound, --column path={name}"
+            raise SampleError(f"the field {name!r} cannot become JSON: {error}; {remedy}") from error
     return _dumps(fields)
 
 

@@ -72,6 +72,11 @@ class RowSource(Protocol):
         ...
 
 
+def row_name(number: int, key: str) -> str:
+    """Return a row's name for messages: its number, and its key unless that is the number too."""
+    return f"row {number}" if key.lstrip("0") == str(number) else f"row {number} ({key})"
+
+
 def chunks_of(rows: Iterable[SourceRow]) -> Iterator[Sequence[SourceRow]]:
     """Yield chunks of ``CHUNK_ROWS`` rows; the last one may be shorter."""
     rows = iter(rows)

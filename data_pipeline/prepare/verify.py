@@ -26,8 +26,7 @@ from data_pipeline.shards.damage import Damage, Problem, ShardReport
 from data_pipeline.shards.index import Member, ShardIndex, describe_member, index_path
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.manifest_check import reject_non_manifest
-from data_pipeline.shards.media_kind import media_kind
-from data_pipeline.shards.orphans import Orphans
+from data_pipeline.shards.orphans import Orphans, is_medium
 from data_pipeline.shards.sample_reader import MAX_TEXT_BYTES
 from data_pipeline.shards.tar_members import (
     BLOCK_BYTES,
@@ -337,7 +336,7 @@ class _Walk:
                 self._report.add(Problem.INDEX, detail, self._key, next(iter(self._members.values())).offset)
 
     def _count_orphan(self, texts: dict[str, bytes]) -> None:
-        has_image, has_text = any(media_kind(ext) is not None for ext in self._members), text_bytes_of(texts) > 0
+        has_image, has_text = any(map(is_medium, self._members)), text_bytes_of(texts) > 0
         found = Orphans(1, int(has_text and not has_image), int(has_image and not has_text))
         self._report.orphans = self._report.orphans.plus(found)
 

@@ -13,7 +13,7 @@ MEDIA_KINDS: Mapping[str, Callable[[str], bool]] = {"image": is_image, "video": 
 """Tests of an extension, by the name of the kind in pages and dialogues."""
 
 MEDIA_FORMATS = (
-    "an image (.jpg .jpeg .png .webp) nor a video (.mp4 .webm .mkv .gif) nor a sound "
+    "an image (.jpg .jpeg .png .webp) nor a video (.mp4 .m4v .mov .webm .mkv .gif) nor a sound "
     "(.wav .flac .mp3 .ogg .oga .opus .m4a)"
 )
 """The formats in words, after ``neither``."""

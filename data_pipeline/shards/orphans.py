@@ -59,6 +59,11 @@ class Orphans(NamedTuple):
             )
 
 
+def is_medium(ext: str) -> bool:
+    """Return whether a member is an image, video or sound, or the token ids of an image."""
+    return media_kind(ext) is not None or is_grid(ext)
+
+
 def orphans_of(index: ShardIndex) -> Orphans:
     """Count the orphans of a shard from its index, without reading samples.
 
@@ -67,8 +72,7 @@ def orphans_of(index: ShardIndex) -> Orphans:
     """
     if not len(index):
         return Orphans()
-    extensions = [media_kind(ext) is not None or is_grid(ext) for ext in index.extensions]
-    member_is_image = np.array(extensions, bool)[index.column("ext")]
+    member_is_image = np.array([is_medium(ext) for ext in index.extensions], bool)[index.column("ext")]
     has_image = np.logical_or.reduceat(member_is_image, index.column("cu_members")[:-1])
     has_text = index.column("text_bytes") > 0
     return Orphans(len(index), int((has_text & ~has_image).sum()), int((has_image & ~has_text).sum()))

@@ -22,7 +22,7 @@ from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.sample import StoredFrames, VideoSize
 from data_pipeline.shards.image_header import image_size
 
-_EXTENSIONS = frozenset({"mp4", "webm", "mkv", "gif"})
+_EXTENSIONS = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "gif"})
 MAX_FRAME_PIXELS = 1 << 26
 """Largest number of pixels of a frame. ffmpeg rejects a larger one before it allocates memory for it."""
 _MAX_PACKETS = 1 << 20
@@ -155,7 +155,8 @@ class VideoFile:
         cover = load_av().stream.Disposition.attached_pic  # The picture of an album.
         streams = [stream for stream in self._container.streams.video if not stream.disposition & cover]
         if not streams:
-            raise SampleError("a video file without video", kind=FaultKind.DECODE)
+            reason = "a video file without video; for its sound alone, rename an MP4 to .m4a, convert others to .ogg"
+            raise SampleError(reason, kind=FaultKind.DECODE)
         name = streams[0].codec_context.name if streams[0].codec_context is not None else "unknown"
         if name not in _CODECS:
             raise SampleError(
@@ -167,12 +168,14 @@ class VideoFile:
         """Return the packets in the order of decoding, and the end of the last frame in units of the stream.
 
         Raises:
-            SampleError: there is none, there are too many, or one has no time.
+            SampleError: there is none, there are too many, or one is cut off or has no time.
         """
         packets = list[Any]()
         for packet in self._container.demux(self._stream):
             if not packet.size:  # The last packet of ``demux`` only flushes the decoder.
                 continue
+            if packet.is_corrupt:
+                raise _fault(f"truncated inside frame {len(packets)}")
             if packet.pts is None:
                 raise _fault(f"frame {len(packets)} has no time")
             packets.append(packet)
@@ -194,8 +197,10 @@ class VideoFile:
 
     def _check_whole(self) -> None:
         """Raise ``SampleError`` if the header promises more frames or more time than the packets have."""
-        if self._demuxer == _MP4 and self._stream.frames > len(self._packets):
-            raise _fault(f"truncated: its header lists {self._stream.frames} frames, {len(self._packets)} are there")
+        # Not ``stream.frames``, which counts frames that an edit list cuts off: phones trim clips so.
+        num_listed = len(self._stream.index_entries) if self._demuxer == _MP4 else 0
+        if num_listed > len(self._packets):
+            raise _fault(f"truncated: its header lists {num_listed} frames, {len(self._packets)} are there")
         declared = self._stream.metadata.get("DURATION", "")  # Matroska: ``00:00:02.500000000``.
         parts = declared.replace(":", ".").split(".")
         if self._demuxer == _MATROSKA and len(parts) >= 3 and all(part.isdecimal() for part in parts[:3]):

@@ -17,11 +17,19 @@ app = typer.Typer()
 
 _RUN = typer.Argument(help="A run folder, or one checkpoint of it (RUN/checkpoints/step-N).", metavar="RUN")
 _HELP = """\
-Write a question and press Enter. Paths of images and videos in the line show them to the model: what is this? photo.jpg
+Write a question and press Enter. Paths of images, videos and sounds in the line give them to the model: what is this?
+photo.jpg
 /image PATH   show an image with the next question
 /video PATH   show a video with the next question
+/audio PATH   play a sound with the next question
 /reset        forget the conversation
 /quit         leave; Ctrl-D does the same, Ctrl-C ends an answer"""
+_KINDS = {
+    "image": ("an image", "JPEG, PNG or WebP"),
+    "video": ("a video", "MP4, WebM, Matroska (.mkv) or GIF"),
+    "audio": ("a sound", "WAV, FLAC, MP3, Ogg, Opus or M4A"),
+}
+"""Name and formats of each kind of file, by the name of its command."""
 
 
 @app.command(epilog="Example: mmscale chat runs/pretrained")
@@ -32,7 +40,7 @@ def chat(
     top_p: float = typer.Option(0.9, min=0.0, max=1.0, help="Sample from the fewest tokens with this probability."),
     seed: int = typer.Option(0, "--seed", help="Seed of the sampling."),
 ) -> None:
-    """Talk with a model in the terminal, with or without images and videos.
+    """Talk with a model in the terminal, with or without images, videos and sounds.
 
     The whole conversation is the prompt of each answer. Questions may also come from a pipe, one a line; then the exit
     code is 1 if a line could not be answered.
@@ -75,7 +83,7 @@ def _talk(conversation: Chat) -> bool:
             if command == "/reset":
                 conversation.reset()
                 waiting.clear()
-            elif command in ("/image", "/video"):
+            elif command.startswith("/") and command[1:] in _KINDS:
                 waiting.append(_file(command, rest))
             elif command.startswith("/") and not Path(command).exists():
                 console.print(_HELP, markup=False)
@@ -86,6 +94,7 @@ def _talk(conversation: Chat) -> bool:
         except KeyboardInterrupt:
             print()
         except (MMScaleError, DataPipelineError) as error:
+            waiting.clear()  # Otherwise a damaged file would fail every further line too.
             console.print(f"mmscale: {error}", markup=False)
             all_answered = False
     return all_answered
@@ -112,29 +121,25 @@ def _lines() -> Iterator[str]:
 
 
 def _kind(path: Path) -> str | None:
-    """Return ``image`` or ``video`` for a file that the model can see, by its suffix."""
+    """Return ``image``, ``video`` or ``audio`` for an existing file, by its suffix; None for any other path."""
     from data_pipeline.shards.media_kind import media_kind
 
-    kind = media_kind(path.suffix.lower().lstrip("."))
-    return kind if kind in ("image", "video") and path.is_file() else None
+    return media_kind(path.suffix.lower().lstrip(".")) if path.is_file() else None
 
 
 def _file(command: str, path: str) -> Path:
     from mmscale.errors import ConfigError
 
-    words = path.strip().strip("'\"")
+    words, (name, expected) = path.strip().strip("'\""), _KINDS[command[1:]]
     if not Path(words).is_file():
-        expected = "JPEG, PNG or WebP" if command == "/image" else "MP4, WebM, Matroska (.mkv) or GIF"
         raise ConfigError(f"{command} {words}: no such file; write the path of a {expected} file")
     if _kind(Path(words)) != command[1:]:
-        raise ConfigError(
-            f"{command} {words}: its name is not that of {'an image' if command == '/image' else 'a video'}"
-        )
+        raise ConfigError(f"{command} {words}: its name is not that of {name}; expected a {expected} file")
     return Path(words)
 
 
 def _split(line: str) -> tuple[str, list[Path]]:
-    """Return the words of a line without the paths of images and videos, and these paths. One with blanks is quoted."""
+    """Return the words of a line without the paths of media, and these paths. One with blanks is quoted."""
     try:
         words = shlex.split(line)
     except ValueError:  # An apostrophe, as in "what's this".
@@ -154,5 +159,5 @@ def _answer(conversation: Chat, words: str, files: list[Path]) -> None:
     from mmscale.cli.generate import Printer
 
     printer = Printer()
-    images, videos = ([file for file in files if _kind(file) == kind] for kind in ("image", "video"))
-    printer.end(conversation.ask(words, images, printer.show, videos))
+    images, videos, sounds = ([file for file in files if _kind(file) == kind] for kind in _KINDS)
+    printer.end(conversation.ask(words, images, printer.show, videos, sounds))

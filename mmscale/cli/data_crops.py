@@ -21,7 +21,9 @@ def crops(
     overrides: list[str] = typer.Argument(None, help="Values that override the file's.", metavar="[KEY=VALUE]..."),
     size: str = typer.Option(..., "--size", help="Size of the image or of a frame, pixels.", metavar="WIDTHxHEIGHT"),
     frames: int | None = typer.Option(None, "--frames", min=1, help="Frames of a video; by default it is an image."),
-    fps: float = typer.Option(30.0, "--fps", min=1e-3, max=1e4, help="Frames for each second of the video."),
+    fps: float | None = typer.Option(
+        None, "--fps", min=1e-3, max=1e4, help="Frames for each second of the video. Default: 30."
+    ),
     dataset: str | None = typer.Option(
         None, "--dataset", help="Data set whose transforms to apply; by default the first."
     ),
@@ -41,6 +43,8 @@ def crops(
         raise typer.BadParameter(
             f"{size!r}: expected WIDTHxHEIGHT in pixels, for example 1920x1080", param_hint="--size"
         )
+    if fps is not None and frames is None:
+        raise typer.BadParameter("belongs to a video: give its number of frames with --frames", param_hint="--fps")
     width, height = int(match[1]), int(match[2])
     run = load(config, overrides or [], RunConfig).value
     names = [each.name for each in run.data.datasets]
@@ -51,7 +55,8 @@ def crops(
     if frames is None:
         results = _crops_and_totals(chosen, tokenizer, spec, (height, width))
     else:
-        results = _frames_and_totals(chosen, tokenizer, spec, (frames, round(frames / fps * 1e6), height, width))
+        duration = round(frames / (fps or 30.0) * 1e6)
+        results = _frames_and_totals(chosen, tokenizer, spec, (frames, duration, height, width))
     if json:
         emit(results, json=True)
         return
@@ -105,14 +110,15 @@ def _frames_and_totals(dataset: Any, tokenizer: Any, spec: Any, size: tuple[int,
     """Return the chosen frames and totals of one video with a constant frame rate; ``size``: a ``VideoSize``."""
     from data_pipeline.errors import DataConfigError
     from data_pipeline.packing.document_builder import DocumentBuilder
-    from data_pipeline.sample import Sample, TextPart, VideoPart, VideoSize
+    from data_pipeline.sample import AudioSize, Sample, TextPart, VideoPart, VideoSize
     from data_pipeline.text.templates.stored import InterleavedTemplate
 
     if dataset.video is None:
         raise DataConfigError(f"--frames: data set {dataset.name} has no block video (data.video)")
     video = VideoSize(*size)
     builder = DocumentBuilder(dataset.model_copy(update={"template": InterleavedTemplate()}), tokenizer, spec)
-    document = builder.dry_run(Sample((VideoPart(b"", "video", video), TextPart("x"))))
+    silent = AudioSize(0, 0, 0)  # Also with data.audio.from_video.
+    document = builder.dry_run(Sample((VideoPart(b"", "video", video, silent), TextPart("x"))))
     times = dataset.video.frames.planned_times(video, dataset.video.frames.count(video, spec.frames_per_patch))
     rows = [
         {

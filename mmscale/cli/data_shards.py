@@ -211,10 +211,11 @@ def export(
 
 def show(description: str, report: IngestReport, json: bool, **more: object) -> None:
     """Print the result of an ingest, ``more`` results, and the first skipped rows."""
+    from data_pipeline.prepare.rows import row_name
     from data_pipeline.prepare.skipped import read_skipped
 
     for row in itertools.islice(read_skipped(report.skipped), _MAX_PRINTED_ROWS):
-        console.print(f"skipped row {row.row}: {row.reason}", markup=False)
+        console.print(f"skipped {row_name(row.row, row.key)}: {row.reason}", markup=False)
     if report.num_skipped > _MAX_PRINTED_ROWS:
         console.print(f"... and {report.num_skipped - _MAX_PRINTED_ROWS} more rows; {report.skipped} lists all of them")
     warn(report.orphans.warnings())

@@ -36,7 +36,8 @@ def show(
     """Print the documents that training builds from samples.
 
     Shows context text, learned text with its loss weight, and the positions of images, videos and sounds. With
-    --pictures, each crop becomes a file SAMPLE-CROP.png, with up to eight frames of a video side by side.
+    --pictures, each crop becomes a file SAMPLE-CROP.png, with up to eight frames of a video side by side. A bad sample
+    is listed with its reason; then the exit code is 1.
     """
     from dataclasses import asdict
 
@@ -47,11 +48,14 @@ def show(
     run = load(config, overrides or [], RunConfig).value
     chosen = _chosen(run, dataset)
     found = list(_documents(run, chosen, parse_range(samples, "--samples"), epoch, pictures))
+    is_bad = any("problem" in one for one in found)
     if json:
-        plain = [{**one, "text_spans": [asdict(part) for part in one["text_spans"]]} for one in found]
+        plain = [{**one, "text_spans": [asdict(part) for part in one.get("text_spans", ())]} for one in found]
         emit({"dataset": chosen.name, "samples": plain}, json=True)
-        return
-    for sample in found:
+    for sample in found if not json else ():
+        if "problem" in sample:
+            print(f"sample {sample['sample']}  {sample['shard']}/{sample['key']}  bad: {sample['problem']}")
+            continue
         weight = sum(one.weight * one.num_tokens for one in sample["text_spans"])
         print(
             f"sample {sample['sample']}  {sample['shard']}/{sample['key']}  {sample['tokens']} tokens, "
@@ -63,6 +67,8 @@ def show(
                 branch = one.branch
                 print(f"  branch {branch}")
             print(_line(one))
+    if is_bad:
+        raise typer.Exit(1)
 
 
 def _line(one: TextSpan) -> str:
@@ -84,7 +90,7 @@ def _chosen(run: RunConfig, name: str | None) -> DatasetConfig:
 
 
 def _documents(run: RunConfig, dataset: DatasetConfig, samples: range, epoch: int, pictures: Path | None) -> Any:
-    from data_pipeline.errors import DataConfigError
+    from data_pipeline.errors import DataConfigError, SampleError
     from data_pipeline.history.text_spans import text_spans
     from data_pipeline.io.atomic import write_whole
     from data_pipeline.loader.sample_source import dataset_seed
@@ -104,8 +110,12 @@ def _documents(run: RunConfig, dataset: DatasetConfig, samples: range, epoch: in
         )
     reader, seed = SampleReader(manifest, dataset.name), dataset_seed(run.seed, dataset.name)
     for number in samples:
-        sample = reader.read(number, epoch)
-        document = build(sample, SampleRng(seed, number, epoch))
+        try:
+            sample = reader.read(number, epoch)
+            document = build(sample, SampleRng(seed, number, epoch))
+        except SampleError as error:
+            yield {"sample": number, "shard": error.shard, "key": error.key, "problem": error.reason}
+            continue
         crops = [item for item in document.items if item.modality == "image"]
         for crop, item in enumerate(crops if pictures is not None else ()):
             assert pictures is not None, "no crops otherwise"

@@ -42,9 +42,16 @@ def doctor(
     from data_pipeline.io.atomic import write_whole
     from mmscale.doctor.lines import worst
     from mmscale.doctor.ranks import Settings, examine
+    from mmscale.errors import ConfigError
     from mmscale.io.rank_variables import NO_LAUNCHER, launched_rank
 
-    if launched_rank(os.environ).launcher == NO_LAUNCHER and (count := ranks or _own_ranks(device)) > 1:
+    launched = launched_rank(os.environ)
+    if launched.launcher != NO_LAUNCHER and ranks is not None:
+        raise ConfigError(
+            f"--ranks {ranks}: this process is one of {launched.world_size} ranks already, by {launched.launcher}; "
+            "leave it out"
+        )
+    if launched.launcher == NO_LAUNCHER and (count := ranks or _own_ranks(device)) > 1:
         words = ["doctor", "--folder", str(folder), "--device", device, "--timeout", str(timeout)]
         words += [] if output is None else ["--output", str(output)]
         raise typer.Exit(_launch([*words, "--json"] if json else words, count))

@@ -123,9 +123,12 @@ class DrawingRequest:
 
 
 def refuse_existing(paths: Sequence[Path]) -> None:
-    """Raise ``ConfigError`` if one of the files exists."""
+    """Raise ``ConfigError`` if one of the files exists, or their folder is a file."""
     from mmscale.errors import ConfigError
 
+    folder = paths[0].parent
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output {folder}: a file, expected a folder for the drawings")
     if existing := [path for path in paths if path.exists()]:
         raise ConfigError(f"{existing[0]}: exists already; give another --output, or delete it")
 

@@ -67,8 +67,8 @@ _OUTPUT = typer.Option(
 _JSON = typer.Option(
     False,
     "--json",
-    help="Print one JSON object: text (the first answer), texts, images, checkpoint; of drawings images, contact, "
-    "prompt, seed, checkpoint; of an answer with drawings its parts.",
+    help="Print one JSON object: text (the first answer), texts, images, videos, sounds, checkpoint; of drawings "
+    "images, contact, prompt, seed, checkpoint; of an answer with drawings its parts.",
 )
 
 
@@ -199,8 +199,9 @@ def _answer(
         show=printer.show if stream else None,
     )
     if json:
-        names = [str(path) for path in images]
-        emit({"text": texts[0], "texts": texts, "images": names, "checkpoint": str(trained.checkpoint)}, json=True)
+        files = {"images": images, "videos": videos, "sounds": sounds}
+        names = {kind: [str(path) for path in paths] for kind, paths in files.items()}
+        emit({"text": texts[0], "texts": texts, **names, "checkpoint": str(trained.checkpoint)}, json=True)
     elif stream:
         printer.end(texts[0])
     else:

@@ -34,7 +34,8 @@ def init(
         metavar="MODEL",
     ),
     data: Path = typer.Argument(
-        help="The data: a folder of images, CSV, TSV, JSON, JSONL, Parquet, Arrow, tars, or a manifest.", metavar="DATA"
+        help="The data: a folder of media, CSV, TSV, JSON, JSONL, Parquet, Arrow, tars, or a manifest.",
+        metavar="DATA",
     ),
     output: Path = typer.Option(..., "--output", help="The YAML file to write. Shards go next to it."),
     run_dir: Path | None = typer.Option(

@@ -145,12 +145,12 @@ def _encoding(prompts: DatasetConfig, spec: MediaSpec, model: nn.Module) -> tupl
     return prompts.model_copy(update={"image_tokens": encoded}), replace(spec, code_size=tokenizer.stride)
 
 
-def _require_images(prompts: DatasetConfig, spec: MediaSpec, remedy: str = "") -> None:
+def _require_images(prompts: DatasetConfig, spec: MediaSpec) -> None:
     """Raise for a model that cannot read the images of files."""
     if spec.placement is not Placement.NONE or spec.code_size is not None:
         return
     if prompts.image_tokens is None:
-        raise ConfigError(f"this model has no vision tower, so it cannot read images{remedy}")
+        raise ConfigError("this model has no vision tower, so it cannot read images; leave them out")
     raise ConfigError(
         "this model reads images as tokens, and nothing can encode a file: its checkpoint has no image tokenizer "
         "(model.image_tokenizer), or the data set has no size (transforms.size); store token grids with: mmscale data "
@@ -241,6 +241,7 @@ class Chat:
         images: Sequence[Path] = (),
         show: Callable[[str], None] | None = None,
         videos: Sequence[Path] = (),
+        sounds: Sequence[Path] = (),
     ) -> str:
         """Add a question and return the answer, which becomes part of the conversation.
 
@@ -251,17 +252,15 @@ class Chat:
             images: JPEG, PNG or WebP files, which precede the words.
             show: Called after each token with the answer so far.
             videos: MP4, WebM, Matroska or GIF files, between the images and the words.
+            sounds: WAV, FLAC, MP3, Ogg, Opus or M4A files, after the videos.
 
         Raises:
-            ConfigError: the model has no vision tower, or no configuration of videos.
-            SampleError: a file is not such an image or video, or the conversation does not fit the template.
+            ConfigError: the model has no tower for these media, or the data set no block for them.
+            SampleError: a file is not such an image, video or sound, or the conversation does not fit the template.
             MMScaleError: a file cannot be read.
         """
-        if images:
-            _require_images(self._prompts, self._spec)
-        if videos:
-            _require_videos(self._prompts, self._spec)
-        given = [part for part in _sample_from(images, videos).parts if not isinstance(part, TextPart)]
+        _require_media(self._prompts, self._spec, images, videos, sounds)
+        given = [part for part in _sample_from(images, videos, sounds).parts if not isinstance(part, TextPart)]
         shown = tuple(
             replace(part, name=f"{number}.{part.name.rpartition('.')[2]}")
             for number, part in enumerate(given, start=len(self._media))
@@ -269,7 +268,9 @@ class Chat:
         names = [{"type": part.kind, part.kind: part.name} for part in shown]
         question = {"role": USER, "content": [*names, *([{"type": "text", "text": words}] if words else [])]}
         fields = {"messages": [*self._messages, question]}
-        origin = Provenance("chat", "the conversation", f"question {len(self._messages) // 2 + 1}", 0)
+        files = ", ".join(map(str, (*images, *videos, *sounds)))
+        name = f"question {len(self._messages) // 2 + 1}{files and f' ({files})'}"
+        origin = Provenance("chat", "the conversation", name, 0)
         document = self._builder.build_prompt(Sample((*self._media, *shown), fields, origin))
         prompt = _Prompt(self._tokenizer, self._spec, document, self._template.closing)
         (answer,) = prompt.answers(self._model, 1, self._max_new_tokens, self._sampling, (), show)
@@ -293,14 +294,7 @@ def _prompt_sample(
     spec: MediaSpec,
 ) -> tuple[DatasetConfig, Sample]:
     """Return a sample with these media, and the data set whose template turns it into the prompt."""
-    if images:
-        _require_images(dataset, spec, "; leave out --image")
-    if videos:
-        _require_videos(dataset, spec, "; leave out --video")
-    if sounds and spec.audio is None:
-        raise ConfigError("this model has no audio tower (model.audio), so it cannot hear; leave out --audio")
-    if sounds and dataset.audio is None:
-        raise ConfigError("the first data set has no block audio, which says how sound is read (data.audio)")
+    _require_media(dataset, spec, images, videos, sounds)
     template = dataset.template.branch_template
     sample = _sample_from(images, videos, sounds)
     if prompt is None and sample.parts and not template.takes_images:
@@ -317,11 +311,24 @@ def _prompt_sample(
     return dataset.model_copy(update={"template": template}), sample
 
 
-def _require_videos(dataset: DatasetConfig, spec: MediaSpec, remedy: str = "") -> None:
-    if spec.placement is Placement.NONE:
-        raise ConfigError(f"this model has no vision tower, so it cannot read videos{remedy}")
-    if dataset.video is None:
+def _require_media(
+    dataset: DatasetConfig,
+    spec: MediaSpec,
+    images: Sequence[Path | Image.Image],
+    videos: Sequence[Path],
+    sounds: Sequence[Path],
+) -> None:
+    """Raise for media that the model has no tower for, or the data set no block."""
+    if images:
+        _require_images(dataset, spec)
+    if videos and spec.placement is Placement.NONE:
+        raise ConfigError("this model has no vision tower, so it cannot read videos; leave them out")
+    if videos and dataset.video is None:
         raise ConfigError("the first data set has no block video, which says how a video becomes frames (data.video)")
+    if sounds and spec.audio is None:
+        raise ConfigError("this model has no audio tower (model.audio), so it cannot hear; leave sounds out")
+    if sounds and dataset.audio is None:
+        raise ConfigError("the first data set has no block audio, which says how sound is read (data.audio)")
 
 
 def _check_marks(prompt: str, given: Mapping[str, int]) -> None:

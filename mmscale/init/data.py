@@ -90,7 +90,7 @@ class PreparedData:
 
 
 def prepare_data(
-    request: DataRequest, spoken: frozenset[TextKind], *, reads_images: bool, progress: Progress
+    request: DataRequest, spoken: frozenset[TextKind], *, reads_images: bool, hears: bool, progress: Progress
 ) -> PreparedData:
     """Ingest the source and hold samples out. A manifest is used as it is, unless its text must become dialogues.
 
@@ -98,11 +98,12 @@ def prepare_data(
         request: The data.
         spoken: Kinds of text that become dialogues.
         reads_images: Whether the model has a vision tower.
+        hears: Whether it has an audio tower.
         progress: Displays the progress.
 
     Raises:
-        ConfigError: the folder of an earlier ``init`` exists, there are too few samples, or they have images that the
-            model cannot read.
+        ConfigError: the folder of an earlier ``init`` exists, there are too few samples, or they have images or
+            sounds that the model cannot read.
         DataPipelineError: the source cannot be read, or no row is usable.
     """
     source, name = request.source, dataset_name(request.source)
@@ -119,10 +120,9 @@ def prepare_data(
         raise ConfigError(
             f"{source}: the samples have images, and the model has no vision tower: choose a model with one"
         )
-    if "audio" in examples.clips:
+    if "audio" in examples.clips and not hears:
         raise ConfigError(
-            f"{source}: the samples have sounds, for which init writes no file: ingest them with `mmscale data ingest` "
-            "and begin with a recipe in configs/recipes whose data have a block audio"
+            f"{source}: the samples have sounds, and the model has no audio tower: choose a model with one"
         )
     _make_folder(request.folder, request.force)
     try:

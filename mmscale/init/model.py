@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.audio.transform import AudioConfig
 from data_pipeline.images.transforms import TransformConfig
 from data_pipeline.images.video import VideoConfig
 from data_pipeline.text.templates import TemplateConfig
@@ -33,7 +34,7 @@ class Trained:
         tokenizer: The run's tokenizer.
         template: Template of its prompts.
         transforms: Its transforms.
-        video: Its configuration of videos; None without one.
+        video, audio: Its configuration of videos and of sounds; None without one.
         defaults: Keys of ``data`` that a file with ``base: FOLDER`` inherits for data sets that do not set them.
         has_stages: Whether the folder holds a training run, and not only an imported model.
     """
@@ -43,6 +44,7 @@ class Trained:
     template: TemplateConfig
     transforms: TransformConfig
     video: VideoConfig | None
+    audio: AudioConfig | None
     defaults: frozenset[str]
     has_stages: bool
 
@@ -127,8 +129,10 @@ def _of_run(folder: Path) -> StartingModel:
             "and start from the exported folder, or resume the run itself"
         )
     prompts = run.data.prompts
-    defaults = frozenset(name for name in ("template", "transforms", "video") if getattr(run.data, name) is not None)
+    defaults = frozenset(
+        name for name in ("template", "transforms", "video", "audio") if getattr(run.data, name) is not None
+    )
     name = folder.resolve().name
-    settings = (run.data.tokenizer, prompts.template, prompts.transforms, prompts.video)
+    settings = (run.data.tokenizer, prompts.template, prompts.transforms, prompts.video, prompts.audio)
     trained = Trained(folder, *settings, defaults, bool(run.stages))
     return StartingModel(run.decoder_model(0), name, trained=trained)

@@ -111,8 +111,8 @@ class _Plan:
     template: dict[str, Any] | None
     """Template of the data set; None: inherited from the base."""
     transforms: dict[str, Any] | None
-    video: dict[str, Any] | None
-    """Block ``video`` of the data set; None: inherited from the base, or there are no videos."""
+    clips: dict[str, dict[str, Any]]
+    """Blocks ``video`` and ``audio`` of the data set, without those that are inherited from the base."""
     machine: Machine
     precision: Precision
     memory: MemoryModel
@@ -138,8 +138,13 @@ def write_run(request: RunRequest, start: StartingModel, machine: Machine, progr
     """
     chat = start.trained is not None and start.trained.template.kind == "dialogue"
     spoken = {TextKind.QUESTION} if start.trained is None else {TextKind.QUESTION, TextKind.CAPTION} if chat else set()
-    reads_images = start.config.vision is not None
-    data = prepare_data(request.data, frozenset(spoken), reads_images=reads_images, progress=progress)
+    data = prepare_data(
+        request.data,
+        frozenset(spoken),
+        reads_images=start.config.vision is not None,
+        hears=start.config.audio is not None,
+        progress=progress,
+    )
     written = False
     try:
         plan = _plan(request, start, machine, data, chat, progress)
@@ -177,8 +182,8 @@ def _plan(
         assert start.trained is not None
         template = compact(start.trained.template)
     transforms = _transforms(data, start, model, template, tokenizer)
-    video = _video(data, start, model)
-    dataset = _dataset(data, template, transforms, video)
+    clips = _clips(data, start, model)
+    dataset = _dataset(data, template, transforms, clips)
     documents = measure_documents(dataset, tokenizer, media_spec(model))
     train = _trained_components(request, start, model, data)
     precision = choose_precision(EngineConfig(), machine.torch_device)
@@ -196,7 +201,7 @@ def _plan(
         tokenizer=tokenizer_config,
         template=None if chat and data.is_dialogue and "template" in inherited else template,
         transforms=None if "transforms" in inherited else transforms,
-        video=None if "video" in inherited else video,
+        clips={name: block for name, block in clips.items() if name not in inherited},
         machine=machine,
         precision=precision,
         memory=memory,
@@ -239,23 +244,31 @@ def _dataset(
     data: PreparedData,
     template: dict[str, Any],
     transforms: dict[str, Any] | None,
-    video: dict[str, Any] | None,
+    clips: dict[str, dict[str, Any]],
 ) -> DatasetConfig:
     values = {"name": data.name, "manifest": data.manifest, "template": template}
-    given = {"transforms": transforms, "video": video}
-    return DatasetConfig.model_validate(values | {name: block for name, block in given.items() if block is not None})
+    return DatasetConfig.model_validate(values | clips | ({} if transforms is None else {"transforms": transforms}))
 
 
-def _video(data: PreparedData, start: StartingModel, model: ModelConfig) -> dict[str, Any] | None:
-    """Return the videos of the base, else eight frames of each video; None without videos.
+def _clips(data: PreparedData, start: StartingModel, model: ModelConfig) -> dict[str, dict[str, Any]]:
+    """Return the blocks ``video`` and ``audio`` for the data: those of the base, else eight frames, and the defaults.
 
     Raises:
         ConfigError: the model takes no videos.
     """
-    if "video" not in data.examples.clips:
-        return None
-    if start.trained is not None and start.trained.video is not None:
-        return compact(start.trained.video)
+    blocks: dict[str, dict[str, Any]] = {}
+    for name in sorted(data.examples.clips):
+        base = getattr(start.trained, name, None)
+        blocks[name] = compact(base) if base is not None else _video(start, model) if name == "video" else {}
+    return blocks
+
+
+def _video(start: StartingModel, model: ModelConfig) -> dict[str, Any]:
+    """Return a block for eight frames of each video.
+
+    Raises:
+        ConfigError: the model takes no videos.
+    """
     frames = {"kind": "uniform", "num_frames": _FRAMES}
     spec = media_spec(model)
     pixels = {} if spec.fixed_grid is not None else {"min_pixels": spec.size_multiple**2, "max_pixels": _NATIVE_PIXELS}
@@ -274,9 +287,9 @@ def _transforms(
     Raises:
         ConfigError: the model accepts none of them.
     """
-    if start.trained is not None:
+    if start.trained is not None and (model.vision is not None or data.examples.have_images):
         return compact(start.trained.transforms)
-    if model.vision is None or not data.examples.have_images:
+    if model.vision is None or not (data.examples.have_images or data.examples.clips):
         return None
     spec, reasons = media_spec(model), []
     side = None if spec.fixed_grid is None else spec.fixed_grid[0] * spec.patch_size
@@ -290,7 +303,7 @@ def _transforms(
     )
     for candidate in candidates:
         try:
-            DocumentBuilder(_dataset(data, template, candidate, None), tokenizer, spec)
+            DocumentBuilder(_dataset(data, template, candidate, {}), tokenizer, spec)
             return candidate
         except DataConfigError as error:
             reasons.append(str(error))
@@ -306,7 +319,8 @@ def _trained_components(
     if request.adapters is not None:
         return (COMPONENT,)
     if not data.examples.have_images and model.vision is not None and model.predicts_tokens:
-        return ("decoder",)
+        heard = ("audio", "audio_connector") if "audio" in data.examples.clips else ()
+        return ("decoder", *(name for name in heard if name in model.components))
     if start.trained is None or model.vision is None or not model.predicts_tokens:
         return ("all",)
     return tuple(name for name in model.components if name not in ("vision", TOKENIZER))
@@ -374,8 +388,8 @@ def _write_data(out: CommentedYaml, plan: _Plan) -> None:
         out.value(3, "template", plan.template, "what is read and what is learned: `mmscale data show`")
     if plan.transforms is not None:
         out.value(3, "transforms", plan.transforms, "how an image becomes patches")
-    if plan.video is not None:
-        out.value(3, "video", plan.video, "how a video becomes frames: docs/video.md")
+    for kind, block in plan.clips.items():
+        out.value(3, kind, block, f"how a {'sound' if kind == 'audio' else kind} becomes tokens: docs/{kind}.md")
     out.value(
         1,
         "faults",

@@ -375,10 +375,11 @@ def _smallest(
 def _best_knobs(config: RunConfig, given: Assumptions, loads: dict[int, StageLoad], plan: Plan) -> list[Knob]:
     """Return at most two changes of different keys: the fastest that fit; else those that save the most memory.
 
-    The time of a change takes milliseconds, its memory up to seconds. So the memory of a run that fits is computed for
-    the fastest changes only.
+    A run that does not fit for another reason than memory gets only changes with which it fits. The time of a change
+    takes milliseconds, its memory up to seconds. So the memory of a run that fits is computed for the fastest changes
+    only.
     """
-    changed = []
+    changed, lacks_memory = [], plan.largest.rank_bytes > plan.cluster.accelerator.memory_bytes
     for key, value in _changes(config, plan):
         try:
             other = _for_device(_changed(config, key, value), plan.cluster)
@@ -403,7 +404,7 @@ def _best_knobs(config: RunConfig, given: Assumptions, loads: dict[int, StageLoa
         better = knob.per_rank_bytes < min(
             plan.largest.rank_bytes, found[key].per_rank_bytes if key in found else 1 << 62
         )
-        if knob.fits if plan.fits else better:
+        if better if lacks_memory else knob.fits:
             found[key] = knob
     if plan.fits:
         return list(found.values())

@@ -29,6 +29,8 @@ _MEDIA_TYPES = {
     ".jpeg": "image/jpeg",
     ".gif": "image/gif",
     ".mp4": "video/mp4",
+    ".m4v": "video/mp4",
+    ".mov": "video/mp4",
     ".webm": "video/webm",
     ".mkv": "video/x-matroska",
     ".wav": "audio/wav",

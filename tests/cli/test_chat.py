@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from mmscale.cli import chat
 from mmscale.cli.main import main
+from mmscale.errors import ConfigError
 from mmscale.run.imported import import_run
 from tests.hf.pages import picture
 from tests.hf.published_folders import save
@@ -112,12 +114,24 @@ def test_a_line_that_fails_leaves_the_conversation_as_it_was(
     broken.write_bytes(b"no picture")
     lines = ["/image none.png", f"{broken} What?", "/unknown", "Don't you know? <image> </s>", "More?"]
     out, err = piped(["More?"], run, monkeypatch, capsys)
-    again, err = piped([*lines[:3], "More?"], run, monkeypatch, capsys, code=1)
+    lines[2:2] = [f"/image {broken}", "What?"]
+    again, err = piped([*lines[:5], "More?"], run, monkeypatch, capsys, code=1)
     assert again == out == theirs(model, processor, [turn("user", "More?")]).rstrip("\ufffd") + "\n"
     assert "/image none.png: no such file; write the path of" in err
-    assert "broken.png" in err or "question 1" in err
+    assert err.count("question 1 (") == err.count("broken.png): ") == 2
     assert "/reset" in err  # The help, for a command that does not exist.
-    piped(lines[3:], run, monkeypatch, capsys)  # Names of special tokens are text.
+    piped(lines[5:], run, monkeypatch, capsys)  # Names of special tokens are text.
+
+
+def test_paths_in_a_line_are_media_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.png", "b.MOV", "c d.wav", "notes.txt"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    words, files = chat._split("is a.png in b.MOV or 'c d.wav' or notes.txt or gone.mp3?")
+    assert (words, files) == ("is in or or notes.txt or gone.mp3?", [Path("a.png"), Path("b.MOV"), Path("c d.wav")])
+    assert chat._file("/audio", " 'c d.wav'") == Path("c d.wav")
+    with pytest.raises(ConfigError, match=r"/audio a\.png: its name is not that of a sound; expected a WAV"):
+        chat._file("/audio", "a.png")
 
 
 def test_a_run_without_a_chat_format_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

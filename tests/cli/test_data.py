@@ -193,7 +193,10 @@ def test_crops_of_an_image_size(capsys: pytest.CaptureFixture[str]) -> None:
     video = ["model.connector.kind=embedding", "data.video={frames: {kind: rate, per_second: 2}}"]
     found = figures(capsys, "crops", config, *video, "--size", "640x480", "--frames", "90", "--fps", "30")
     assert (found["crops"][0]["frames"], found["tokens"], found["seconds"][-1]) == ("6", 96, 2.967)
+    heard = ["data.audio={from_video: true}", "model.audio={tower: {kind: frames, num_bins: 16, stack: 8}}"]
+    assert figures(capsys, "crops", config, *video, *heard, "--size", "640x480", "--frames", "90") == found
     assert "has no block video" in complaint(capsys, "crops", config, "--size", "9x9", "--frames", "4", code=2)
+    assert "--frames" in complaint(capsys, "crops", config, "--size", "9x9", "--fps", "4", code=2)
     assert "WIDTHxHEIGHT" in complaint(capsys, "crops", config, "--size", "12", code=2)
     assert "has emoji" in complaint(capsys, "crops", config, "--size", "9x9", "--dataset", "x", code=2)
     text = ("model.vision=null", "model.connector=null", "stages.0.train=[decoder]")

@@ -48,3 +48,14 @@ def test_epochs_draw_other_texts(capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], words: list[str], message: str, code: int) -> None:
     assert main(["data", "show", QUICKSTART, *words]) == code
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.fault
+def test_a_bad_sample_is_listed_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data", "show", QUICKSTART, "data.datasets.0.transforms.max_image_pixels=10", "--samples", "0:2"]
+    assert main(words) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("  bad: ")[0].split()[1] for line in lines] == ["0", "1"]
+    assert all("the limit is 10 pixels" in line for line in lines)
+    assert main([*words, "--json"]) == 1
+    assert "the limit is 10" in json.loads(capsys.readouterr().out)["samples"][1]["problem"]

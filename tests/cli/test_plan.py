@@ -37,6 +37,14 @@ def test_a_run_that_does_not_fit_exits_with_1_and_the_number(
     assert len(found["limits"]) == 1
 
 
+@pytest.mark.slow
+def test_more_ranks_than_lanes_are_no_lack_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", TINY, "--gpus-per-node", "8"]) == 1
+    text = capsys.readouterr().out
+    assert "set data.lanes=8 or more" in text
+    assert "still too large" not in text
+
+
 def test_an_assumed_document_replaces_the_data(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", TINY, "--gpus-per-node", "1", "--document-tokens", "9", "--image-size", "40x30"]
     assert main(words) == 0

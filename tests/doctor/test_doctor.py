@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from mmscale.cli.main import main
 from mmscale.doctor import kernels as kernel_checks
 from mmscale.doctor import machine
 from mmscale.doctor.lines import Line, merge, read_lines, worst
@@ -143,6 +144,15 @@ if os.environ.get("RANK") == "1":
     dist.all_reduce, time.time = wrong_reduce, lambda: right_time() - 30
 raise SystemExit(main(["doctor", "--folder", {folder!r}, "--json"]))
 """
+
+
+def test_ranks_of_a_launcher_are_not_started_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main(["doctor", "--ranks", "2"]) == 2
+    assert "--ranks 2: this process is one of 3 ranks already" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -15,10 +15,10 @@ from data_pipeline.config import DataConfig
 from data_pipeline.sample import AudioPart, Provenance, Sample, StoredFrames, TextPart, VideoPart
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.writer import ShardWriter
-from data_pipeline.text.templates import CaptionTemplate, InterleavedTemplate
+from data_pipeline.text.templates import CaptionTemplate, DialogueTemplate, InterleavedTemplate
 from mmscale.errors import ConfigError
 from mmscale.evaluate import answer_media, check_sets, evaluate
-from mmscale.evaluate.answers import respond
+from mmscale.evaluate.answers import Chat, respond
 from mmscale.evaluate.heldout import unanswerable_sets
 from mmscale.evaluate.result import Params, RunResult, write_result
 from mmscale.models.build import build_model, media_spec
@@ -71,6 +71,26 @@ def test_a_question_about_sounds_is_what_greedy_decoding_by_hand_gives(tmp_path:
     deaf = tiny_model("embedding")
     with pytest.raises(ConfigError, match="no audio tower"):
         respond(deaf, data, media_spec(deaf.config), sounds=[path])
+
+
+def test_a_conversation_keeps_its_sounds(tmp_path: Path) -> None:
+    model, path = _hearing_model(), tmp_path / "a.wav"
+    path.write_bytes(encoded_sound(6400, kind="wav"))
+    data = _data(audio={}, template={"kind": "dialogue"})
+    chat = Chat(model, data, media_spec(model.config), max_new_tokens=6)
+    first, second = chat.ask("who?", sounds=[path]), chat.ask("more?")
+    turns = [
+        {"role": "user", "content": "<audio>who?"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "more?"},
+    ]
+    for number, answer in ((1, first), (3, second)):
+        sample = Sample((AudioPart(path.read_bytes(), "wav"),), {"messages": turns[:number]})
+        assert answer == continued(model, data, DialogueTemplate(), sample, 6)
+    chat.reset()
+    assert chat.ask("more?") != second
+    with pytest.raises(ConfigError, match="the first data set has no block audio"):
+        Chat(model, _data(template={"kind": "dialogue"}), media_spec(model.config)).ask("who?", sounds=[path])
 
 
 def test_a_model_with_ears_alone_answers_sets_about_sounds() -> None:

@@ -18,6 +18,7 @@ from mmscale.cli.main import main
 from mmscale.config import load
 from mmscale.run.config import RunConfig
 from tests.init.conftest import NAMES, picture, pictures
+from tests.sounds import encoded as encoded_sound
 from tests.videos import encoded, stored_frames
 
 SMALL = """
@@ -170,6 +171,23 @@ def test_any_source_becomes_a_valid_run(home: Path, source: str, capsys: pytest.
     text = Path("lauf eins.yaml").read_text()
     assert f"steps: {run.stages[0].steps}" in text
     assert text.count("#") > 30
+
+
+def test_sounds_need_a_model_that_hears(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, model = home / "töne", small(home)
+    data.mkdir()
+    for number in range(8):
+        (data / f"{number}.wav").write_bytes(encoded_sound(2000 + number, seed=number))
+        (data / f"{number}.txt").write_text(f"{NAMES[number % 4]} klingt, Nummer {number}")
+    assert init(model, data) == 2
+    assert "the model has no audio tower" in capsys.readouterr().err
+    with Path(model).open("a") as file:
+        file.write("audio: {tower: {kind: frames, num_bins: 16, stack: 4}}\n")
+    assert init(model, data) == 0
+    (dataset,) = run_of("lauf eins.yaml").data.datasets
+    assert (dataset.audio is None, dataset.video is None) == (False, True)
+    assert run_of("lauf eins.yaml").stages[0].train == ("decoder", "audio_connector")
+    assert main(["data", "digest", "lauf eins.yaml", "--steps", "0:1"]) == 0
 
 
 @pytest.mark.parity

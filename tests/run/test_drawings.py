@@ -180,6 +180,7 @@ def test_generate_writes_the_drawings_of_an_answer(
         (["--guidance", "2"], "--guidance belongs to drawings"),
         (["--output", "{out}", "--num", "2"], "--num belongs to answers without drawings"),
         (["--images", "1", "--output", "{out}", "--size", "6", "--tokenizer", "{run}"], "is no image tokenizer"),
+        (["--images", "1", "--output", "{run}/config.yaml"], "config.yaml: a file, expected a folder"),
     ],
 )
 def test_mistakes_end_in_one_sentence(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
@@ -74,12 +74,21 @@ def test_a_rotated_video_is_upright() -> None:
     assert _item(data).grid == (2, 6, 4)
 
 
+def test_a_clip_that_an_edit_list_trims_is_whole() -> None:
+    """Phones trim a clip so: all of its frames remain in the file."""
+    data = bytearray(encoded(16, codec="libx264"))
+    at = data.index(b"elst") + 12
+    data[at : at + 4] = (500).to_bytes(4, "big")  # Milliseconds.
+    assert video_size(bytes(data))[:2] == (4, 500_000)
+
+
 @given(
     total=st.integers(2, 3000),
     rate=st.sampled_from([8.0, 10.0, 24000 / 1001, 25.0, 30.0, 60.0]),
-    wanted=st.sampled_from([0.5, 1.0, 2.0, 7.0]),
+    wanted=st.sampled_from([0.5, 1.0, 2.0, 3.0, 7.0]),
     limits=st.sampled_from([(4, 768), (2, 16), (1, 5)]),
 )
+@example(total=100, rate=30.0, wanted=3.0, limits=(2, 16))  # 3.333333 s in the index.
 def test_frames_by_rate_are_those_of_the_references(
     total: int, rate: float, wanted: float, limits: tuple[int, int]
 ) -> None:

@@ -179,7 +179,7 @@ def test_a_video_without_tokens_is_left_out_where_tokens_are_read(tokenizer: Tok
     build = DocumentBuilder(dataset(EMU3, {"kind": kind, "images": "required"}), tokenizer, TEXT)
     turns = [{"role": "user", "content": "<video> it?"}, {"role": "assistant", "content": "a fox"}]
     made = replace(clip_sample(grid=None), fields={"messages": turns})
-    with pytest.raises(SampleError, match="a video and no image, but it has no token grid; write token grids with"):
+    with pytest.raises(SampleError, match="video and no image, but it has no token grid; write token grids with"):
         build(made)
     image = sample().parts[0]
     found = build(

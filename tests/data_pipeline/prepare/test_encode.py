@@ -181,6 +181,7 @@ def test_without_pixels_a_sample_is_read_like_any_other(write_set: WriteSet, tmp
     stored = samples(12)
     report = ingest(encoded(write_set("a", stored), MeanEncoder(), grids_only=True), tmp_path / "out", "b")
     assert report.orphans.no_image == 3  # The plain texts.
+    assert sum(shard.orphans.no_image for shard in verify(jobs_of(report.manifest)[1])) == 3
     assert all(shard.damages == [] for shard in verify(jobs_of(report.manifest)[1]))
     reader = SampleReader(Manifest.open(report.manifest), "b")
     for number, members in enumerate(stored):
@@ -232,7 +233,7 @@ def test_an_image_that_cannot_be_encoded_fails_or_is_left_out(write_set: WriteSe
     cut = {"mp4": videos.encoded(4)[:-400], "txt": b"x"}
     stored = [captioned(0), {"png": b"junk", "txt": b"x"}, captioned(2), cut, frame_list(2)]
     source = encoded(write_set("a", stored), MeanEncoder())
-    with pytest.raises(SampleError, match="row 2: no JPEG, PNG or WebP"):
+    with pytest.raises(SampleError, match=r"row 2 \(000001\): no JPEG, PNG or WebP"):
         ingest(source, tmp_path / "fail", "b")
     assert ingest(source, tmp_path / "skip", "b", on_error=OnError.SKIP).num_samples == 3
 

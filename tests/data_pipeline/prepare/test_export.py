@@ -92,7 +92,7 @@ def test_img2dataset_names_are_taken_by_its_readers(tmp_path: Path) -> None:
 def test_samples_without_img2dataset_names_and_changed_tars_are_rejected(tmp_path: Path) -> None:
     manifest = data_set(tmp_path)
     out = tmp_path / "tars"
-    with pytest.raises(SampleError, match=r"set-00000\.tar/002: 0 images and 1 texts.*--naming keep"):
+    with pytest.raises(SampleError, match=r"set-00000\.tar/002: 1 of kind text: .*--naming keep"):
         export(manifest, out, naming=TarNaming.IMG2DATASET)
     assert [path.name for path in out.iterdir()] == [".mmscale-export.json"]
     shard = tmp_path / "shards" / "set-00001.tar"

@@ -115,10 +115,16 @@ def test_dialogues_of_llava_video_and_of_qwen(folder: Path) -> None:
         ({"video": ["a.mp4", "c.png"], "fps": 1, "caption": "x"}, r"a\.mp4: no JPEG, PNG or WebP"),
         ({"path": "steps", "fps": 1, "caption": "x"}, "a folder, expected a file"),
         ({"parts": [{"image": "a.mp4"}]}, "which is of kind video"),
+        ({"parts": [{"video": "c.png"}]}, r"c\.png: a file of kind image, named by the field video"),
+        ({"video": "old.avi", "caption": "x"}, r"old\.avi: no MP4, WebM, Matroska or GIF"),
+        ({"audio": "old.avi", "caption": "x"}, r"old\.avi: no WAV, FLAC, MP3, Ogg or M4A"),
+        ({"video": "speech.mp4", "caption": "x"}, "for its sound alone, rename an MP4 to .m4a"),
     ],
 )
 @pytest.mark.fault
 def test_bad_references_are_bad_rows(folder: Path, record: dict[str, Any], message: str | None) -> None:
+    (folder / "old.avi").write_bytes(b"RIFF\0\0\0\0AVI LIST")
+    (folder / "speech.mp4").write_bytes(encoded_sound(4000, kind="m4a").replace(b"ftypM4A ", b"ftypisom"))
     if message is None:
         assert _media(_sample(folder, record)) == [MP4]
         return
@@ -133,9 +139,11 @@ def test_numbers_order_frames_by_value() -> None:
 def test_a_folder_of_frames_beside_its_json(folder: Path, tmp_path: Path) -> None:
     (folder / "steps.json").write_text(json.dumps({"fps": 4, "caption": "steps"}))
     (folder / "c.txt").write_text("c")
+    (folder / "IMG_1.MOV").write_bytes(MP4.replace(b"ftypisom", b"ftypqt  "))
     report = ingest(folder, tmp_path / "out", "set", on_error=OnError.FAIL)
     samples = {sample.provenance.key: sample for sample in read_samples(report.manifest)}
-    assert sorted(samples) == ["a", "b", "c", "steps"]
+    assert sorted(samples) == ["IMG_1", "a", "b", "c", "steps"]
+    assert media_of(samples["IMG_1"])[0].size == media_of(samples["a"])[0].size
     assert _media(samples["steps"]) == [ALL]
     assert samples["steps"].fields == {"caption": "steps"}
     (video,) = media_of(samples["steps"])

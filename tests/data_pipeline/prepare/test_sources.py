@@ -63,6 +63,9 @@ def test_a_folder_a_class_gives_captions_only_where_there_is_no_text(tmp_path: P
     assert [sample.fields["class"] for sample in samples] == ["cats", "cats", "dogs"]
     plain, _ = stored(tmp_path / "in", tmp_path / "plain", kind=SourceKind.FOLDER)
     assert [parts_of(sample) for sample in plain] == [[picture()]] * 3
+    (tmp_path / "in/cats/Thumbs.db").write_bytes(b"no text")
+    assert "4 samples in 2 classes" in open_source(tmp_path / "in").description
+    (tmp_path / "in/cats/Thumbs.db").unlink()
     (tmp_path / "in/cats/1.txt").write_text("a tabby")
     assert [parts_of(s)[1:] for s in stored(tmp_path / "in", tmp_path / "auto")[0]] == [["a tabby"], [], []]
     forced, _ = stored(tmp_path / "in", tmp_path / "forced", kind=SourceKind.CLASSES)
