@@ -169,7 +169,7 @@ def write_hashed_set(folder: Path, num_samples: int) -> None:
     draw = np.random.default_rng(1)
     for digest in digests:
         for criterion in (Criterion.EXACT, Criterion.PERCEPTUAL):
-            path = signature_path(folder / "signatures", bytes(digest).hex(), criterion)
+            path = signature_path(folder / "signatures", bytes(digest).hex(), criterion, DedupOptions().max_pixels)
             path.parent.mkdir(parents=True, exist_ok=True)
             shape = (SAMPLES_PER_SHARD, criterion.num_words)
             columns = {

@@ -24,7 +24,7 @@ from data_pipeline.media_spec import AudioSpec, MediaSpec, reduced
 from data_pipeline.modality import ModalityConfig, ModalityInputs
 from data_pipeline.sample import AudioPart, AudioSize, MediaPart, StoredFrames, VideoPart
 from data_pipeline.shards.audio_file import MAX_CHANNELS, MAX_RATE, AudioFile, audio_size, track_size
-from data_pipeline.shards.video_file import load_av
+from data_pipeline.shards.av_file import load_av
 
 if TYPE_CHECKING:
     from data_pipeline.text.tokenizer import Tokenizer

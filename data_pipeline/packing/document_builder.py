@@ -153,6 +153,12 @@ class DocumentBuilder:
                 "template.stored_reference: a randomly cropped or augmented image differs from the one that the "
                 "reference model read; set crop: center and augment: null in the transforms"
             )
+        branch = template.branch_template
+        if self._stored_reference is not None and isinstance(branch, DrawingTemplate) and len(branch.prompts) > 1:
+            raise DataConfigError(
+                "template.stored_reference: the reference model read one prompt, and each.prompts has "
+                f"{len(branch.prompts)}, of which each epoch draws another; give one, or set stored_reference to null"
+            )
         self._requires_images = uses_media and spec.placement is not Placement.PAIR and dataset.template.requires_images
         grids = () if self._transform is None else self._transform.grids
         layout = transforms.layout if takes_images else None

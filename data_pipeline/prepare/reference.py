@@ -24,7 +24,7 @@ from data_pipeline.prepare.reshard import ReshardSource
 from data_pipeline.prepare.rows import Members
 from data_pipeline.sample import Provenance
 from data_pipeline.shards.sample_reader import assemble
-from data_pipeline.text.templates import PreferenceTemplate
+from data_pipeline.text.templates import DrawingTemplate, PreferenceTemplate
 from data_pipeline.text.tokenizer import TokenizerConfig, load_tokenizer
 
 
@@ -118,8 +118,15 @@ class _Scoring:
     def _document(self, members: Members) -> Document | SampleError:
         if self._builder is None:
             self._builder = DocumentBuilder(self.dataset, load_tokenizer(self.tokenizer), self.spec)
+        each = self.dataset.template.branch_template
         try:
-            document = self._builder(assemble(members, Provenance(self.dataset.name, "", "", 0)))
+            sample = assemble(members, Provenance(self.dataset.name, "", "", 0))
+            if isinstance(each, DrawingTemplate) and (count := each.num_captions(sample)) > 1:
+                return SampleError(
+                    f"it has {count} captions, of which each epoch draws another, and the values belong to one; give a "
+                    "field with one text in each.prompts instead of {caption}"
+                )
+            document = self._builder(sample)
         except SampleError as error:
             return error
         if document.num_tokens > self.max_tokens:

@@ -9,9 +9,7 @@ removes them, so the decoded length is the only one that the project uses. Needs
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ import numpy.typing as npt
 
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.sample import AudioSize
-from data_pipeline.shards.video_file import load_av, message_of
+from data_pipeline.shards.av_file import AvFile, load_av
 
 _EXTENSIONS = frozenset({"wav", "flac", "mp3", "ogg", "oga", "opus", "m4a"})
 MAX_RATE = 768_000
@@ -86,10 +84,6 @@ def track_size(data: bytes | memoryview) -> AudioSize:
         return AudioSize(0, 1, 1)
 
 
-def _fault(reason: str) -> SampleError:
-    return SampleError(f"a damaged sound: {reason}", kind=FaultKind.DECODE)
-
-
 def _demuxer(start: bytes) -> str:
     """Return the name of ffmpeg's demuxer for the first bytes of a file."""
     if start[:4] == b"RIFF" and start[8:12] == b"WAVE":
@@ -112,7 +106,7 @@ def _demuxer(start: bytes) -> str:
     )
 
 
-class AudioFile:
+class AudioFile(AvFile):
     """An encoded sound, opened as a context manager. Opening decodes none of its samples, except to find the codec.
 
     Args:
@@ -128,53 +122,30 @@ class AudioFile:
         DataConfigError: PyAV is not installed.
     """
 
+    noun = "sound"
+
     def __init__(self, data: bytes | memoryview) -> None:
-        av = load_av()
-        self._errors = (av.FFmpegError, ValueError, ArithmeticError)
         self._data = data
         self._first_byte = 0
-        self._demuxer = _demuxer(bytes(data[:12]))
-        try:
-            # ffmpeg reads 5 MB of a WAV by default, in search of another codec inside.
-            options = {"probesize": str(_WAV_PROBE_BYTES)} if self._demuxer == _WAV else {}
-            self._container = av.open(
-                io.BytesIO(data), format=self._demuxer, container_options=options, metadata_errors="replace"
-            )
-        except self._errors as error:
-            raise _fault(message_of(error)) from error
-        try:
-            self._stream = self._find_stream()
-            self._context = self._stream.codec_context
-            self._context.thread_count = 1  # Each worker process has one core.
-            self._context.options = {"max_samples": str(_MOST_BLOCK)}
-            if self._demuxer == _FLAC:  # Each block has a checksum.
-                self._context.options |= {"err_detect": "crccheck+explode"}
-            self.rate, self.channels = self._checked(self._context.sample_rate, self._context.layout.nb_channels)
-        except self._errors as error:
-            self._container.close()
-            raise _fault(message_of(error)) from error
-        except BaseException:
-            self._container.close()
-            raise
+        demuxer = _demuxer(bytes(data[:12]))
+        # ffmpeg reads 5 MB of a WAV by default, in search of another codec inside.
+        options = {"probesize": str(_WAV_PROBE_BYTES)} if demuxer == _WAV else {}
+        super().__init__(data, demuxer, container_options=options)
 
-    def __enter__(self) -> AudioFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._container.close()
+    def _open(self) -> None:
+        self._stream = self._find_stream()
+        self._context = self._stream.codec_context
+        self._context.thread_count = 1  # Each worker process has one core.
+        self._context.options = {"max_samples": str(_MOST_BLOCK)}
+        if self._demuxer == _FLAC:  # Each block has a checksum.
+            self._context.options |= {"err_detect": "crccheck+explode"}
+        self.rate, self.channels = self._checked(self._context.sample_rate, self._context.layout.nb_channels)
 
     def _find_stream(self) -> Any:
         streams = self._container.streams.audio
         if not streams:
             raise NoSoundError("a file without sound", kind=FaultKind.DECODE)
-        name = streams[0].codec_context.name if streams[0].codec_context is not None else "unknown"
-        if name not in _CODECS:
-            raise SampleError(
-                f"a sound with the codec {name!r}; expected one of {', '.join(sorted(_CODECS))}", kind=FaultKind.DECODE
-            )
-        return streams[0]
+        return self._with_codec(streams[0], _CODECS)
 
     def _checked(self, rate: int, channels: int) -> tuple[int, int]:
         if not 1 <= rate <= MAX_RATE:
@@ -196,10 +167,10 @@ class AudioFile:
                 to too many samples.
         """
         total, queue = 0, load_av().AudioFifo()
-        try:
+        with self._faults():
             for frame in self._frames():
                 if (frame.sample_rate, frame.layout.nb_channels) != (self.rate, self.channels):
-                    raise _fault(
+                    raise self.fault(
                         f"{self.rate} Hz and {self.channels} channels become {frame.sample_rate} Hz and "
                         f"{frame.layout.nb_channels} channels"
                     )
@@ -213,10 +184,8 @@ class AudioFile:
                 if queue.samples >= BLOCK_SAMPLES:
                     yield from map(_values, queue.read_many(BLOCK_SAMPLES))
             yield from map(_values, queue.read_many(BLOCK_SAMPLES, partial=True))
-        except self._errors as error:
-            raise _fault(message_of(error)) from error
         if not total:
-            raise _fault("it has no sample")
+            raise self.fault("it has no sample")
         self._check_whole(total)
 
     def _frames(self) -> Iterator[Any]:
@@ -224,10 +193,10 @@ class AudioFile:
             self._first_byte = self._first_byte or packet.pos or 0
             # The last packet of a WAV from a pipe is marked, because its header gives no length.
             if packet.is_corrupt and self._demuxer != _WAV:
-                raise _fault("a corrupt packet")
+                raise self.fault("a corrupt packet")
             for frame in packet.decode():
                 if frame.is_corrupt:
-                    raise _fault("a corrupt block")
+                    raise self.fault("a corrupt block")
                 if frame.samples:
                     yield frame
 
@@ -241,11 +210,11 @@ class AudioFile:
         if declares and declared is not None:
             num_declared = round(float(declared * self._stream.time_base) * self.rate)
             if total < _LEAST_SHARE * num_declared - _MOST_PADDING:
-                raise _fault(f"truncated: its header says {num_declared} samples, {total} are there")
+                raise self.fault(f"truncated: its header says {num_declared} samples, {total} are there")
         if self._demuxer == _WAV and not _is_whole_wav(self._data):
-            raise _fault("truncated: its header says more samples than are there")
+            raise self.fault("truncated: its header says more samples than are there")
         if self._demuxer == _OGG and not _is_whole_ogg(bytes(self._data)):
-            raise _fault("truncated: its last page is not marked as the last, or is not complete")
+            raise self.fault("truncated: its last page is not marked as the last, or is not complete")
 
 
 def _is_whole_wav(data: bytes | memoryview) -> bool:
@@ -279,7 +248,7 @@ def _values(frame: Any) -> npt.NDArray[np.float32]:
         raise SampleError(f"a sound with samples of the type {frame.format.name}", kind=FaultKind.DECODE)
     if values.dtype.kind == "f":
         if not -_LOUDEST <= values.min() <= values.max() <= _LOUDEST:  # Also false for NaN.
-            raise _fault(f"a sample is no number, or above {_LOUDEST:g} times full scale")
+            raise AudioFile.fault(f"a sample is no number, or above {_LOUDEST:g} times full scale")
         return values.astype(np.float32, copy=False)
     if values.dtype.kind == "u":  # 8 bits, of which 128 is silence.
         values = values.astype(np.int16) - 128

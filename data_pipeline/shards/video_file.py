@@ -8,18 +8,17 @@ The indexer stores the size. ``images.video`` chooses the frames. Needs PyAV (ex
 from __future__ import annotations
 
 import bisect
-import io
 import itertools
 from collections.abc import Container, Iterator, Sequence
 from fractions import Fraction
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.errors import DataConfigError, FaultKind, SampleError
+from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.sample import StoredFrames, VideoSize
+from data_pipeline.shards.av_file import AvFile, load_av
 from data_pipeline.shards.image_header import image_size
 
 _EXTENSIONS = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "gif"})
@@ -59,25 +58,13 @@ def video_size(data: bytes | memoryview | StoredFrames) -> VideoSize:
         other = next((i for i, one in enumerate(sides) if one[1:3] != sides[0][1:3]), None)
         if other is not None:
             other_size = f"{sides[other].width}x{sides[other].height}"
-            raise _fault(f"frame {other} has {other_size} pixels, the first {sides[0].width}x{sides[0].height}")
+            raise VideoFile.fault(
+                f"frame {other} has {other_size} pixels, the first {sides[0].width}x{sides[0].height}"
+            )
         return VideoSize(len(sides), data.microseconds, sides[0].height, sides[0].width)
     with VideoFile(data) as file:
         ((_, pixels),) = file.decode([0])
         return VideoSize(file.num_frames, file.microseconds, *pixels.shape[:2])
-
-
-def load_av() -> Any:
-    """Return the module PyAV, whose ffmpeg prints nothing. Raises ``DataConfigError`` if it is not installed."""
-    try:
-        import av
-    except ImportError as error:
-        raise DataConfigError("video and audio members need PyAV: pip install 'mmscale[audio-video]'") from error
-    av.logging.set_level(av.logging.PANIC)  # ffmpeg prints its warnings about damaged data to stderr.
-    return av
-
-
-def _fault(reason: str) -> SampleError:
-    return SampleError(f"a damaged video: {reason}", kind=FaultKind.DECODE)
 
 
 def _demuxer(start: bytes) -> str:
@@ -93,7 +80,7 @@ def _demuxer(start: bytes) -> str:
     )
 
 
-class VideoFile:
+class VideoFile(AvFile):
     """An encoded video, opened as a context manager. Opening reads all packets, and decodes none.
 
     Args:
@@ -110,46 +97,27 @@ class VideoFile:
         DataConfigError: PyAV is not installed.
     """
 
+    noun = "video"
+
     def __init__(self, data: bytes | memoryview, max_pixels: int = MAX_FRAME_PIXELS) -> None:
-        av = load_av()
-        self._errors = (av.FFmpegError, ValueError, ArithmeticError)
-        self._demuxer = _demuxer(bytes(data[:12]))
-        options = {"max_pixels": str(max_pixels)}
-        try:
-            self._container = av.open(
-                io.BytesIO(data), format=self._demuxer, options=options, metadata_errors="replace"
-            )
-        except self._errors as error:
-            raise _fault(message_of(error)) from error
-        try:
-            self._stream = self._find_stream()
-            self._context = self._stream.codec_context
-            self._context.options = options
-            self._context.thread_count = 1  # Each worker process has one core, and threads delay frames.
-            self._reformatter = av.video.reformatter.VideoReformatter()
-            self._packets, last = self._read_packets()
-            self._pts = sorted(packet.pts for packet in self._packets if self._is_shown(packet))
-            unit = Fraction(self._stream.time_base)
-            self.num_frames = len(self._pts)
-            self.microseconds = round((last - self._pts[0]) * unit * 1_000_000)
-            if not 0 <= self.microseconds <= _MAX_MICROSECONDS:
-                raise _fault(f"its frames last {self.microseconds / 1e6:g} s")
-            self.times: npt.NDArray[np.float64] = (np.array(self._pts) - self._pts[0]) * float(unit)
-            self._check_whole()
-        except self._errors as error:
-            self._container.close()
-            raise _fault(message_of(error)) from error
-        except BaseException:
-            self._container.close()
-            raise
+        self._options = {"max_pixels": str(max_pixels)}
+        super().__init__(data, _demuxer(bytes(data[:12])), options=self._options)
 
-    def __enter__(self) -> VideoFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._container.close()
+    def _open(self) -> None:
+        self._stream = self._find_stream()
+        self._context = self._stream.codec_context
+        self._context.options = self._options
+        self._context.thread_count = 1  # Each worker process has one core, and threads delay frames.
+        self._reformatter = load_av().video.reformatter.VideoReformatter()
+        self._packets, last = self._read_packets()
+        self._pts = sorted(packet.pts for packet in self._packets if self._is_shown(packet))
+        unit = Fraction(self._stream.time_base)
+        self.num_frames = len(self._pts)
+        self.microseconds = round((last - self._pts[0]) * unit * 1_000_000)
+        if not 0 <= self.microseconds <= _MAX_MICROSECONDS:
+            raise self.fault(f"its frames last {self.microseconds / 1e6:g} s")
+        self.times: npt.NDArray[np.float64] = (np.array(self._pts) - self._pts[0]) * float(unit)
+        self._check_whole()
 
     def _find_stream(self) -> Any:
         cover = load_av().stream.Disposition.attached_pic  # The picture of an album.
@@ -157,12 +125,7 @@ class VideoFile:
         if not streams:
             reason = "a video file without video; for its sound alone, rename an MP4 to .m4a, convert others to .ogg"
             raise SampleError(reason, kind=FaultKind.DECODE)
-        name = streams[0].codec_context.name if streams[0].codec_context is not None else "unknown"
-        if name not in _CODECS:
-            raise SampleError(
-                f"a video with the codec {name!r}; expected one of {', '.join(sorted(_CODECS))}", kind=FaultKind.DECODE
-            )
-        return streams[0]
+        return self._with_codec(streams[0], _CODECS)
 
     def _read_packets(self) -> tuple[list[Any], int]:
         """Return the packets in the order of decoding, and the end of the last frame in units of the stream.
@@ -175,17 +138,17 @@ class VideoFile:
             if not packet.size:  # The last packet of ``demux`` only flushes the decoder.
                 continue
             if packet.is_corrupt:
-                raise _fault(f"truncated inside frame {len(packets)}")
+                raise self.fault(f"truncated inside frame {len(packets)}")
             if packet.pts is None:
-                raise _fault(f"frame {len(packets)} has no time")
+                raise self.fault(f"frame {len(packets)} has no time")
             packets.append(packet)
             if len(packets) > _MAX_PACKETS:
                 raise SampleError(f"a video of more than {_MAX_PACKETS} frames", kind=FaultKind.DECODE)
         times = sorted(packet.pts for packet in packets if self._is_shown(packet))
         if not times:
-            raise _fault("it has no frame")
+            raise self.fault("it has no frame")
         if any(earlier == later for earlier, later in itertools.pairwise(times)):
-            raise _fault("two frames have the same time")
+            raise self.fault("two frames have the same time")
         mean = max(1, round((times[-1] - times[0]) / max(1, len(times) - 1)))
         end = times[-1] + (next(p.duration for p in packets if p.pts == times[-1]) or mean)
         return packets, end
@@ -200,13 +163,15 @@ class VideoFile:
         # Not ``stream.frames``, which counts frames that an edit list cuts off: phones trim clips so.
         num_listed = len(self._stream.index_entries) if self._demuxer == _MP4 else 0
         if num_listed > len(self._packets):
-            raise _fault(f"truncated: its header lists {num_listed} frames, {len(self._packets)} are there")
+            raise self.fault(f"truncated: its header lists {num_listed} frames, {len(self._packets)} are there")
         declared = self._stream.metadata.get("DURATION", "")  # Matroska: ``00:00:02.500000000``.
         parts = declared.replace(":", ".").split(".")
         if self._demuxer == _MATROSKA and len(parts) >= 3 and all(part.isdecimal() for part in parts[:3]):
             hours, minutes, seconds = (int(part) for part in parts[:3])
             if self.microseconds < _LEAST_SHARE * 1_000_000 * (3600 * hours + 60 * minutes + seconds):
-                raise _fault(f"truncated: its header says {declared}, its frames last {self.microseconds / 1e6:.2f} s")
+                raise self.fault(
+                    f"truncated: its header says {declared}, its frames last {self.microseconds / 1e6:.2f} s"
+                )
 
     def num_decoded(self, numbers: Sequence[int]) -> int:
         """Return how many packets ``decode`` needs for these frames, which determines its time."""
@@ -256,7 +221,7 @@ class VideoFile:
         """
         wanted = {self._pts[number]: number for number in numbers}
         ranges = self._ranges(numbers)
-        try:
+        with self._faults():
             for i, (start, stop) in enumerate(ranges):
                 following = min(ranges[i + 1][0] if i + 1 < len(ranges) else len(self._packets), stop + _MOST_DELAY)
                 inside = {packet.pts for packet in self._packets[start:stop]} & wanted.keys()
@@ -267,10 +232,8 @@ class VideoFile:
                     if not inside:
                         break
                 self._context.flush_buffers()
-        except self._errors as error:
-            raise _fault(message_of(error)) from error
         if wanted:
-            raise _fault(f"the decoder returns no frame {min(wanted.values())}")
+            raise self.fault(f"the decoder returns no frame {min(wanted.values())}")
 
     def _frames(self, start: int, stop: int, wanted: Container[int]) -> Iterator[Any]:
         """Yield frames of a range of packets; the decoder may need packets after the one of a frame.
@@ -285,7 +248,7 @@ class VideoFile:
     def _pixels(self, frame: Any) -> npt.NDArray[np.uint8]:
         """Return RGB pixels of a frame as it is displayed."""
         if frame.is_corrupt:
-            raise _fault(f"the frame at {float(frame.time or 0):.2f} s is corrupt")
+            raise self.fault(f"the frame at {float(frame.time or 0):.2f} s is corrupt")
         turns, rest = divmod(frame.rotation, 90)
         if rest:
             raise SampleError(
@@ -302,9 +265,3 @@ class VideoFile:
             pixels = ((colors[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
         # ffmpeg's angle is counterclockwise, as that of numpy.
         return np.ascontiguousarray(np.rot90(pixels, int(turns)))
-
-
-def message_of(error: Exception) -> str:
-    """Return ffmpeg's own message, which is more precise than that of its error code."""
-    last = getattr(error, "log", None)
-    return str(last[2]).strip() if last else str(error).partition("\n")[0]

@@ -42,7 +42,7 @@ from mmscale.hf.read import read_config, read_json_object
 from mmscale.hf.tensor_file import file_header
 from mmscale.hf.write import require_new
 from mmscale.io.files import new_folder, write_file
-from mmscale.models.adapters import AdaptersConfig, expert_paths, linear_layers
+from mmscale.models.adapters import AdaptersConfig, TargetsConfig, expert_paths, linear_layers
 from mmscale.models.build import build_weights
 from mmscale.models.config import ModelConfig
 from mmscale.nn.adapters import adapted_layers
@@ -327,7 +327,7 @@ def _our_names(source: Path, layout: FamilyLayout, config: ModelConfig) -> dict[
     return found
 
 
-_COMPONENTS = ("vision.", "connector.", "decoder.layers.")
+_COMPONENTS = (*(f"{name}." for name in TargetsConfig.model_fields if name != "decoder"), "decoder.layers.")
 
 
 def _split(name: str) -> tuple[str, str | None]:
@@ -351,7 +351,7 @@ def _adapters_config(
     paths = {name.rpartition(".")[0] for name in tensors}
     model = build_weights(config)
     targets: dict[str, Any] = {"decoder": []}
-    for component in ("vision", "connector", "decoder"):
+    for component in TargetsConfig.model_fields:
         part = getattr(model, component, None) or torch.nn.Module()
         layers = [f"{component}.{path}" for path in linear_layers(part)]
         if mine := [path for path in layers if path in paths]:
@@ -363,7 +363,7 @@ def _adapters_config(
             "kind": "dora" if values.get("use_dora") else "lora",
             "rank": rank,
             "alpha": alpha * math.sqrt(rank) if values.get("use_rslora") else alpha,
-            "dropout": 0.0 if {"vision", "connector"} & targets.keys() else float(values.get("lora_dropout") or 0.0),
+            "dropout": 0.0 if targets.keys() - {"decoder"} else float(values.get("lora_dropout") or 0.0),
             "targets": targets,
         }
         return AdaptersConfig.model_validate(block)

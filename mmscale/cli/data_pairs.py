@@ -84,7 +84,7 @@ def pairs(
         data,
         trained.config.stage_media(trained.stage),
         Classifier.open(classifier, world),
-        names_of([str(path) for path in manifests], field),
+        names_of(manifests, field, on_error),
         field,
         drawings,
         DrawingRequest(size, guidance, tokenizer, output).pixels(),

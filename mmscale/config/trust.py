@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from mmscale.config.load import Loaded
 
 _CONFIG = "config.yaml"
-_STARTS_FILE = "starts/starts.jsonl"
+STARTS_FILE = "starts/starts.jsonl"
+"""File of a run folder with a line for each start of the run (``mmscale.report.starts``)."""
 _RUN_OUTPUTS = (
     "checkpoints",
     "faults",
@@ -117,6 +118,6 @@ def _run_folder_of(file: Path) -> Path | None:
     for parent in (file.parent.resolve(), file.resolve().parent):  # The folder of a link, and that of its target.
         for folder in (parent, parent.parent):
             has_output = any((folder / name).exists() for name in _RUN_OUTPUTS)
-            if (folder / _STARTS_FILE).exists() or ((folder / _CONFIG).exists() and has_output):
+            if (folder / STARTS_FILE).exists() or ((folder / _CONFIG).exists() and has_output):
                 return folder
     return None

@@ -6,7 +6,7 @@ run its scores.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -44,8 +44,8 @@ from mmscale.evaluate.heldout import (
     candidate_ids,
     document_builder,
     draw_samples,
+    require_frames,
     right_answer,
-    shuffle_frames,
     template_of,
     unanswerable_sets,
 )
@@ -114,8 +114,10 @@ def check_sets(
             raise DataPipelineError(_named(held, error)) from error
 
 
-def check_best(config: EvaluationConfig, spec: MediaSpec, data: DataConfig) -> None:
-    """Check that a model gives the value of ``best.metric``.
+def check_best(
+    config: EvaluationConfig, spec: MediaSpec, data: DataConfig, undrawn: Collection[str] = frozenset()
+) -> None:
+    """Check that a model gives the value of ``best.metric``; ``undrawn``: names of sets whose texts it does not draw.
 
     Raises:
         ConfigError: the model cannot answer the set, or its results of this set lack the value.
@@ -126,6 +128,8 @@ def check_best(config: EvaluationConfig, spec: MediaSpec, data: DataConfig) -> N
     missing = None
     if held in unanswerable_sets(config, spec, data):
         missing = f"the model of the last stage cannot answer set {held.name}"
+    elif held.name in undrawn:
+        missing = f"the last stage draws no images for set {held.name}"
     elif spec.placement is Placement.PAIR and config.best.value != "score":
         missing = f"a contrastive model gives no {config.best.value}"
     if missing is not None:
@@ -176,8 +180,8 @@ def _check_samples(held: _AskedSet, data: DataConfig, tokenizer: Tokenizer, spec
                 raise SampleError(
                     "no image, video or sound: a set of kind images asks about one", shard=origin.shard, key=origin.key
                 )
-            if isinstance(held, HeldOutSet) and held.shuffle_frames and is_decoded:
-                shuffle_frames(document, spec, held.seed)
+            if isinstance(held, HeldOutSet) and held.shuffle_frames:
+                require_frames(document, spec)
             if isinstance(held, ChoiceSet) and isinstance(question, ChoiceQuestion):
                 answers = [answer_ids(held, choice, tokenizer) for choice in question.choices]
                 _check_length(sample, document.num_tokens, max(map(len, answers)) - 1, spec)

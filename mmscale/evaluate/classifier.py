@@ -130,8 +130,16 @@ class Classifier:
         of_images, of_names = pair_vectors(self.context, self.held, documents)
         return of_images[: len(images)], of_names[: len(names)]
 
+    def name_vectors(self, names: Sequence[str]) -> Vectors:
+        """Return the vectors of names, as ``vectors`` does; the image beside them is black. All ranks must call."""
+        return self.vectors([as_sample(np.zeros((64, 64, 3), np.uint8))], names)[1]
+
     def name_log_probabilities(
-        self, images: Sequence[Pixels], names: Sequence[str], candidates: Sequence[str]
+        self,
+        images: Sequence[Pixels],
+        names: Sequence[str],
+        candidates: Sequence[str],
+        of_candidates: Vectors | None = None,
     ) -> npt.NDArray[np.float64]:
         """Return log P(right name | image) among ``candidates``, to rank drawings. All ranks must call.
 
@@ -142,6 +150,7 @@ class Classifier:
             images: uint8 ``(H, W, 3)`` each, of any size. Several drawings of one prompt are consecutive images.
             names: Right name of each image; each is one of ``candidates``.
             candidates: At least two different names.
+            of_candidates: ``name_vectors(candidates)``, for a caller with several calls; None computes them.
 
         Returns:
             float64 ``(images,)``, nats, the same on every rank.
@@ -161,7 +170,8 @@ class Classifier:
             )
         if not images:
             return np.empty(0)
-        of_images, of_names = self.vectors([as_sample(image) for image in images], candidates)
+        of_names = self.name_vectors(candidates) if of_candidates is None else of_candidates
+        of_images, _ = self.vectors([as_sample(image) for image in images], candidates[:1])
         logits = self.scale * of_images @ of_names.T
         number_of = {name: number for number, name in enumerate(candidates)}
         right = logits[np.arange(len(names)), [number_of[name] for name in names]]

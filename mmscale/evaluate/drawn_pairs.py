@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,14 +23,17 @@ import numpy.typing as npt
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.media_spec import MediaSpec
+from data_pipeline.prepare.choices import OnError
 from data_pipeline.prepare.rows import Members
 from data_pipeline.sample import Provenance
-from data_pipeline.shards.sample_reader import assemble, read_samples
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.sample_reader import SampleReader, assemble
 from data_pipeline.shards.token_grid import encode_grid, grid_extension
 from data_pipeline.text.templates.base import look_up
 from mmscale.errors import ConfigError
 from mmscale.evaluate.classifier import Classifier
 from mmscale.evaluate.drawings import FREE, Drawing, Size, draw_images, drawing_dataset
+from mmscale.evaluate.similarity import Vectors
 from mmscale.metrics.sample_images import encode_png
 from mmscale.models.image_tokenizer import ImageTokenizer, image_tokenizer_digest
 from mmscale.models.multimodal import MultimodalModel
@@ -40,21 +45,37 @@ _MOST_NAMES = 10_000
 """Largest number of names that the classifier chooses among."""
 
 
-def names_of(manifests: Sequence[str], field: str) -> tuple[str, ...]:
+def names_of(manifests: Sequence[Path], field: str, on_error: OnError) -> tuple[str, ...]:
     """Return the different values of a field in all samples of data sets, in order of their first occurrence.
+
+    Args:
+        manifests: The data sets.
+        field: The field, or a path to it.
+        on_error: ``skip`` passes over a sample without such a text, which ``DrawnPairs`` finds unusable too.
 
     Raises:
         ConfigError: there are fewer than two, or too many to choose among.
-        SampleError: a sample has no such text.
+        SampleError: a sample has no such text, and ``on_error`` is ``fail``.
     """
-    found = dict[str, None]()
+    found, skipped = dict[str, None](), 0
     for manifest in manifests:
-        for sample in read_samples(manifest, images=False):
-            found[_name_of(sample.fields, field)] = None
-            if len(found) > _MOST_NAMES:
-                raise ConfigError(f"{manifest}: more than {_MOST_NAMES:,} values of the field {field!r}; use fewer")
+        with closing(SampleReader(Manifest.open(manifest), manifest.stem)) as reader:
+            for number in range(reader.manifest.num_samples):
+                try:
+                    name = _name_of(reader.read_without_images(number).fields, field)
+                except SampleError:
+                    if on_error is OnError.FAIL:
+                        raise
+                    skipped += 1
+                    continue
+                found[name] = None
+                if len(found) > _MOST_NAMES:
+                    raise ConfigError(f"{manifest}: more than {_MOST_NAMES:,} values of the field {field!r}; use fewer")
     if len(found) < 2:
-        raise ConfigError(f"all samples have the {field} {', '.join(found)}; a classifier needs at least two")
+        without = f", and {skipped} samples have none" if skipped else ""
+        raise ConfigError(
+            f"the only {field} of a sample is {', '.join(found) or 'missing'}{without}; a classifier needs at least two"
+        )
     return tuple(found)
 
 
@@ -106,6 +127,11 @@ class DrawnPairs:
         return f"{prompts} {parts} {self.num} {self.size} {self.guidance} {self.sampling}"
 
     @cached_property
+    def vectors_of_names(self) -> Vectors:
+        """Vectors of ``names``. Cached, because all chunks compare with the same names."""
+        return self.classifier.name_vectors(self.names)
+
+    @cached_property
     def image_tokenizer(self) -> str:
         """SHA-256 of the image tokenizer. Cached, because it reads all weights."""
         return image_tokenizer_digest(self.tokenizer)
@@ -125,7 +151,10 @@ class DrawnPairs:
             image_tokenizer=self.tokenizer,
         )
         scores = self.classifier.name_log_probabilities(
-            [drawing.pixels for drawing in drawings], [_name_of(fields, self.field) for fields in texts], self.names
+            [drawing.pixels for drawing in drawings],
+            [_name_of(fields, self.field) for fields in texts],
+            self.names,
+            self.vectors_of_names if texts else None,
         )
         groups = iter(range(0, len(texts), self.num))
         return [

@@ -194,10 +194,20 @@ def shuffle_frames(document: Document, spec: MediaSpec, seed: int) -> Document:
     Raises:
         SampleError: the document has no video with at least two used frames in one item.
     """
+    require_frames(document, spec)
     origin = document.provenance
     rng = np.random.default_rng([seed, 0 if origin is None else origin.index])
-    items = tuple(_with_shuffled_frames(item, spec, rng) for item in document.items)
-    if all(after is before for after, before in zip(items, document.items, strict=True)):
+    return replace(document, items=tuple(_with_shuffled_frames(item, spec, rng) for item in document.items))
+
+
+def require_frames(document: Document, spec: MediaSpec) -> None:
+    """Check that a document, which need not be decoded, has frames to shuffle.
+
+    Raises:
+        SampleError: it has no video with at least two used frames in one item.
+    """
+    origin = document.provenance
+    if all(_num_frames(item, spec) < 2 for item in document.items):
         shard, key = ("?", "?") if origin is None else (origin.shard, origin.key)
         raise SampleError(
             "shuffle_frames: no video with at least two frames in one item; with data.video.timestamps or tiling each "
@@ -205,15 +215,19 @@ def shuffle_frames(document: Document, spec: MediaSpec, seed: int) -> Document:
             shard=shard,
             key=key,
         )
-    return replace(document, items=items)
+
+
+def _num_frames(item: MediaItem, spec: MediaSpec) -> int:
+    """Return the frames of an item; 0 if it is no image or video."""
+    per_group = 1 if item.later_values is None else spec.frames_per_patch
+    return item.grid[0] * per_group if item.modality == IMAGE else 0
 
 
 def _with_shuffled_frames(item: MediaItem, spec: MediaSpec, rng: np.random.Generator) -> MediaItem:
-    time, later = item.grid[0], item.later_values
-    per_group = 1 if later is None else spec.frames_per_patch
-    num_frames = time * per_group
-    if item.modality != IMAGE or num_frames < 2:
+    time, later, num_frames = item.grid[0], item.later_values, _num_frames(item, spec)
+    if num_frames < 2:
         return item
+    per_group = num_frames // time
     order = rng.permutation(num_frames)
     while (order == np.arange(num_frames)).all():
         order = rng.permutation(num_frames)

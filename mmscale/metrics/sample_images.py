@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from data_pipeline.batch import MultimodalBatch
+from data_pipeline.batch import MediaBlock, MultimodalBatch
 from data_pipeline.document import IGNORE
 from data_pipeline.media_spec import MediaSpec
 
@@ -45,7 +46,7 @@ def join_patches(
         grid: Patches along (time, height, width). At most eight frames are shown, evenly spread.
         spec: Patch size and channels. A single channel is repeated three times.
         later_values: ``(P, (frames_per_patch - 1) * patch_dim)``, the second and later frames of each patch of a video.
-            None shows the first frame of each patch.
+            None for a still image, and for a tower that reads single frames.
     """
     time, height, width = grid
     if later_values is not None:
@@ -77,9 +78,7 @@ def pictures(batch: MultimodalBatch, spec: MediaSpec) -> list[Image.Image]:
     found = []
     for item, location in enumerate(block.locations):
         if batch.provenance[location.segment] is not None:
-            start, end = block.items.bounds[item : item + 2]
-            pixels = join_patches(block.values[start:end].cpu().numpy(), block.grids[item], spec)
-            found.append(Image.fromarray(pixels))
+            found.append(Image.fromarray(_pixels(block, item, spec)))
     return found
 
 
@@ -99,10 +98,16 @@ def batch_images(
         return []
     images = []
     for item, segment in batch.pairs[:limit].tolist():
-        start, end = block.items.bounds[item : item + 2]
-        pixels = join_patches(block.values[start:end].cpu().numpy(), block.grids[item], spec)
-        images.append(CaptionedImage(pixels, decode(_answer_ids(batch, segment))))
+        images.append(CaptionedImage(_pixels(block, item, spec), decode(_answer_ids(batch, segment))))
     return images
+
+
+def _pixels(block: MediaBlock, item: int, spec: MediaSpec) -> Pixels:
+    """Return the picture of one item. Only its rows are copied from the block's device."""
+    bounds = block.items.bounds[item : item + 2]
+    first, last = torch.searchsorted(block.later_index, block.later_index.new_tensor(bounds)).tolist()
+    later = block.later_values[first:last].cpu().numpy() if first < last else None
+    return join_patches(block.values[slice(*bounds)].cpu().numpy(), block.grids[item], spec, later)
 
 
 def encode_png(pixels: Pixels) -> bytes:

@@ -37,11 +37,15 @@ class TargetsConfig(StrictConfig):
     """Layers of the tower."""
     connector: Layers = ()
     """Layers of the projectors of images and videos, and of the cross-attention blocks."""
+    audio: Layers = ()
+    """Layers of the audio tower."""
+    audio_connector: Layers = ()
+    """Layers of the projector of sounds."""
     decoder: Layers = "all"
     """Layers of the decoder's blocks."""
 
     def of(self, component: str) -> Layers:
-        """Return the names of one of the three components."""
+        """Return the names of one component, a field of this class."""
         names: Layers = getattr(self, component)
         return names
 
@@ -62,13 +66,13 @@ class AdaptersConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> AdaptersConfig:
-        images = [name for name in ("vision", "connector") if self.targets.of(name)]
-        if self.dropout and images:
+        media = [name for name in TargetsConfig.model_fields if name != "decoder" and self.targets.of(name)]
+        if self.dropout and media:
             raise ValueError(
-                f"dropout={self.dropout}: a mask depends on the place of a token, and rows of images have no such "
-                f"place; set dropout=0, or leave out targets.{' and targets.'.join(images)}"
+                f"dropout={self.dropout}: a mask depends on the place of a token, and rows of images and sounds have "
+                f"no such place; set dropout=0, or leave out targets.{' and targets.'.join(media)}"
             )
-        if not images and not self.targets.decoder:
+        if not media and not self.targets.decoder:
             raise ValueError("targets: no component has a target; set targets.decoder=all, or adapters=null")
         return self
 
@@ -86,7 +90,7 @@ def attach_adapters(model: nn.Module, config: AdaptersConfig) -> None:
 
 
 def _targets(model: nn.Module, targets: TargetsConfig) -> Iterator[tuple[str, nn.Linear]]:
-    for component in ("vision", "connector", "decoder"):
+    for component in TargetsConfig.model_fields:
         part = getattr(model, component, None)
         layers = {} if part is None else linear_layers(part)
         experts = [] if part is None else expert_paths(part)
@@ -171,7 +175,7 @@ def adapter_products(path: str, layer: AdaptedLinear, *, learns: bool, flows: bo
     if layer.magnitude is not None:  # The norm needs the update as a matrix, once in each pass.
         whole = 2 * layer.out_features * rank * layer.in_features
         found.append(Product("passes", whole, 0, whole if learns or flows else 0))
-        if learns and path.endswith("mlp.down_proj") and not path.startswith("connector."):
+        if learns and path.endswith(".mlp.down_proj") and not path.startswith("connector."):
             # The gradient of the magnitude needs the last product of a block, which recomputation otherwise skips.
             found.append(Product(rows, 0, 0, 2 * layer.in_features * layer.out_features))
     return found
@@ -190,6 +194,10 @@ def _rows(path: str) -> str:
     component, _, rest = path.partition(".")
     if path.startswith(_VIDEO_PROJECTOR):
         return "video.features"
+    if component == "audio":
+        return "audio.tower_rows"
+    if component == "audio_connector":
+        return "audio.features"
     if component == "decoder":
         return "token_rows"
     if component == "vision":

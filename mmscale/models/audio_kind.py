@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -18,8 +16,8 @@ from data_pipeline.batch import MediaBlock
 from data_pipeline.media_spec import Grid, Reductions, reduced
 from mmscale.models.modality import ModalityTower, ModalityTowerBase
 from mmscale.nn.attention_backends import Backend
+from mmscale.nn.audio_embed import grouped_rows
 from mmscale.nn.flops import Product
-from mmscale.nn.host import to_device
 from mmscale.nn.sizes import Side, Width
 
 
@@ -100,7 +98,4 @@ class StackedFrames(ModalityTower):
 
     def forward(self, block: MediaBlock) -> Float[Tensor, "R feature_dim"]:
         """Return the values of every whole group, in the order (frame, bin)."""
-        stack, bounds = self.config.stack, block.items.bounds
-        rows = [np.arange(start, stop - (stop - start) % stack) for start, stop in itertools.pairwise(bounds)]
-        index = to_device(np.concatenate(rows), block.values.device)
-        return block.values.index_select(0, index).view(-1, self.config.feature_dim)
+        return grouped_rows(block.values, [time for time, _, _ in block.grids], self.config.stack).flatten(1)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -22,7 +21,16 @@ from data_pipeline.media_spec import Grid, Reductions
 from mmscale.models.audio_kind import AudioTowerBase
 from mmscale.models.modality import ModalityTower
 from mmscale.nn.attention_backends import Backend, num_pairs
-from mmscale.nn.audio_embed import KERNEL, STRIDE, FrameEmbed, FrameLayout, Sinusoids, spaced_frames, strided_rows
+from mmscale.nn.audio_embed import (
+    KERNEL,
+    STRIDE,
+    FrameEmbed,
+    FrameLayout,
+    Sinusoids,
+    grouped_rows,
+    spaced_frames,
+    strided_rows,
+)
 from mmscale.nn.block import (
     AttentionConfig,
     DenseMlpConfig,
@@ -182,9 +190,5 @@ class WhisperTower(ModalityTower):
     def _pooled(self, rows: Float[Tensor, "R D"], grids: Sequence[Grid]) -> Float[Tensor, "F_rows D"]:
         if self.config.pool == 1:
             return rows
-        lengths = np.array([strided_rows(time - self.config.extra_frames) for time, _, _ in grids])
-        if (lengths % 2).any():
-            starts = np.cumsum(lengths) - lengths
-            kept = [np.arange(start, start + length // 2 * 2) for start, length in zip(starts, lengths, strict=True)]
-            rows = rows.index_select(0, to_device(np.concatenate(kept), rows.device))
-        return rows.unflatten(0, (-1, 2)).mean(1)
+        lengths = [strided_rows(time - self.config.extra_frames) for time, _, _ in grids]
+        return grouped_rows(rows, lengths, self.config.pool).mean(1)

@@ -26,6 +26,23 @@ KERNEL, STRIDE = 3, 2
 """Frames that a convolution reads, and the stride of the second one."""
 
 
+def grouped_rows(rows: Float[Tensor, "R D"], lengths: Sequence[int], size: int) -> Float[Tensor, "groups size D"]:
+    """Return groups of ``size`` consecutive rows of each item. Rows at its end that fill no group are dropped.
+
+    Args:
+        rows: The rows of all items, item after item.
+        lengths: Number of rows of each item.
+        size: Rows of a group.
+    """
+    if any(length % size for length in lengths):
+        starts = itertools.accumulate(lengths, initial=0)
+        kept = [
+            np.arange(start, start + length - length % size) for start, length in zip(starts, lengths, strict=False)
+        ]
+        rows = rows.index_select(0, to_device(np.concatenate(kept), rows.device))
+    return rows.unflatten(0, (-1, size))
+
+
 def strided_rows(frames: int) -> int:
     """Return the number of rows that the convolutions make of a piece of ``frames`` frames."""
     return (frames + STRIDE - 1) // STRIDE

@@ -19,7 +19,7 @@ from data_pipeline.document import Document
 from data_pipeline.errors import SampleError
 from data_pipeline.history.replay import Replay
 from data_pipeline.images.drawn_images import DrawnTokens, example_tokens
-from data_pipeline.media_spec import IMAGE, MediaSpec, Placement
+from data_pipeline.media_spec import IMAGE, Grid, MediaSpec, ModalitySpec, Placement
 from data_pipeline.packing.collate import collate, join_nothing
 from data_pipeline.packing.packer import Pack
 from data_pipeline.packing.synthetic_documents import dummy_document, example_document
@@ -147,11 +147,11 @@ def example_documents(data: DataConfig, spec: MediaSpec, example: ExampleDocumen
     """Return one document of each data set with the size of ``example``, cut to what a pack holds.
 
     An image as tokens has the rows and columns of ``image_tokens.grid``. Without this setting they follow from the size
-    of ``example``, and an image that no pack could hold is assumed to be reduced.
+    of ``example``, and an image that no pack could hold is assumed to be reduced. So is a typical sound.
 
     Raises:
-        ConfigError: the image of ``example`` does not fit the transforms, or an image of ``image_tokens.grid`` fits no
-            document.
+        ConfigError: the image of ``example`` does not fit the transforms, or an image of ``image_tokens.grid`` or the
+            smallest sound fits no document.
     """
     room = data.packing.max_tokens - dummy_document(spec, 0).num_tokens
     longest = min(room, spec.max_document_tokens or room)
@@ -159,8 +159,9 @@ def example_documents(data: DataConfig, spec: MediaSpec, example: ExampleDocumen
     for dataset in data.datasets:
         takes_images = spec.needs_embedded or spec.needs_unembedded
         images = [(example.height, example.width)] * (takes_images and dataset.template.takes_images)
-        clips = {name: [spec.modalities[name].typical_grid] for name in dataset.modalities if name in spec.modalities}
-        clips = clips if dataset.template.takes_images else {}
+        heard_names = [name for name in dataset.modalities if name in spec.modalities and dataset.template.takes_images]
+        most = (longest - 1) // max(1, len(heard_names))
+        clips = {name: [_example_clip(name, spec.modalities[name], most)] for name in heard_names}
         drawn = _example_image(dataset, spec, example, longest - min(_IMAGE_TOKENS, longest // 4))
         heard = sum(spec.modalities[name].num_features(grid) for name, grids in clips.items() for grid in grids)
         room_for_text = max(1, longest - heard) - (0 if drawn is None else len(drawn.ids))
@@ -177,6 +178,26 @@ def example_documents(data: DataConfig, spec: MediaSpec, example: ExampleDocumen
         except SampleError as error:
             raise ConfigError(f"data set {dataset.name}, image of {example.width}x{example.height}: {error}") from error
     return documents
+
+
+def _example_clip(name: str, inputs: ModalitySpec, most: int) -> Grid:
+    """Return the grid of a typical item, or of the largest one with its proportions that has at most ``most`` features.
+
+    Raises:
+        ConfigError: the smallest item has more features.
+    """
+    grid, least = inputs.typical_grid, inputs.minimal_grid
+    while (features := inputs.num_features(grid)) > most:
+        if grid == least:
+            raise ConfigError(
+                f"data.{name}: the smallest {inputs.noun} has {features} tokens, and a document has room for {most}; "
+                "increase data.packing.max_tokens"
+            )
+        time, height, width = (
+            max(low, min(side - 1, side * most // features)) for side, low in zip(grid, least, strict=True)
+        )
+        grid = (time, height, width)
+    return grid
 
 
 def _example_image(dataset: DatasetConfig, spec: MediaSpec, example: ExampleDocument, most: int) -> DrawnTokens | None:

@@ -9,10 +9,10 @@ from pydantic import Field, ValidationError
 
 from data_pipeline.io.atomic import write_whole
 from data_pipeline.io.strict import StrictConfig
+from mmscale.config.trust import STARTS_FILE
 
-STARTS_FILE = "starts/starts.jsonl"
 _MOST_BYTES = 1 << 26
-"""A larger file is ignored. Ten thousand starts take 10 MB."""
+"""Of a larger file only this many last bytes are read. Ten thousand starts take 10 MB."""
 
 
 class StartRecord(StrictConfig):
@@ -78,12 +78,18 @@ def _code(start: StartRecord) -> str:
 
 
 def read_starts(run_dir: Path) -> list[StartRecord]:
-    """Return the starts of a run, oldest first, without damaged lines; empty if the file is absent or too large."""
+    """Return the starts of a run, oldest first, without damaged lines; empty without the file.
+
+    Of a file above 64 MiB only the starts in its last 64 MiB are returned.
+    """
     path = run_dir / STARTS_FILE
-    if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+    if not path.is_file():
         return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _MOST_BYTES))
+        content = file.read(_MOST_BYTES)
     records = []
-    for line in path.read_bytes().splitlines():
+    for line in content.splitlines():
         try:
             records.append(StartRecord.model_validate_json(line))
         except ValidationError:
@@ -94,8 +100,8 @@ def read_starts(run_dir: Path) -> list[StartRecord]:
 def add_start(run_dir: Path, record: StartRecord) -> None:
     """Append a start. The file is replaced atomically.
 
-    The new file has the starts that ``read_starts`` returns, and ``record``. Damaged lines are dropped, and so is the
-    content of a file that is too large.
+    The new file has the starts that ``read_starts`` returns, and ``record``: damaged lines and the oldest starts of a
+    file above 64 MiB are dropped.
 
     Raises:
         OSError: the file cannot be written.

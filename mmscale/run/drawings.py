@@ -59,13 +59,13 @@ class RunDrawings:
     def draw(self, model: nn.Module, stage: int, step: int) -> None:
         """Draw with the model of an evaluation, unless this step is drawn already. All ranks must call.
 
-        Does nothing without ``evaluation.drawings``, and in a stage whose model draws no images.
+        Does nothing without ``evaluation.drawings``, and in a stage that draws no images.
 
         Raises:
             ConfigError, DataPipelineError, MMScaleError: the texts cannot be drawn. Every rank raises.
         """
-        drawings, network = self._config.evaluation.drawings, self._config.stage_model(stage)
-        if drawings is None or step == self._drawn_step or not _draws(network):
+        drawings = self._config.evaluation.drawings
+        if drawings is None or step == self._drawn_step or not _draws(self._config, stage):
             return
         problem, plan = None, None
         try:
@@ -131,6 +131,11 @@ def drawing_context(config: RunConfig, stage: int, evaluation: EvaluationConfig,
     return DrawingContext(data, tokenizers)
 
 
+def undrawable_sets(config: RunConfig, stage: int, evaluation: EvaluationConfig) -> tuple[DrawingSet, ...]:
+    """Return the sets of kind ``drawings`` if the stage draws no images; else none."""
+    return () if _draws(config, stage) else tuple(held for held in evaluation.sets if isinstance(held, DrawingSet))
+
+
 def _texts(evaluation: EvaluationConfig, drawings: DrawingsConfig) -> list[Text]:
     """Return the texts, then the fields of some samples of each set."""
     texts = list[Text](drawings.prompts)
@@ -144,12 +149,15 @@ def _texts(evaluation: EvaluationConfig, drawings: DrawingsConfig) -> list[Text]
     return texts
 
 
-def _draws(model: object) -> bool:
-    return isinstance(model, ModelConfig) and bool(model.decoder.image_ids)
+def _draws(config: RunConfig, stage: int) -> bool:
+    """Return whether a stage draws images: its model can, and a data set of ``drawing_data`` says how."""
+    model, data = config.stage_model(stage), config.drawing_data(stage)
+    can_draw = isinstance(model, ModelConfig) and bool(model.decoder.image_ids)
+    return can_draw and any(dataset.template.draws for dataset in data.datasets or (data.prompts,))
 
 
 def check_drawings(config: RunConfig) -> None:
-    """Check ``evaluation.drawings`` before a run starts, for each stage whose model draws and is evaluated.
+    """Check ``evaluation.drawings`` before a run starts, for each stage that draws and is evaluated.
 
     Raises:
         ConfigError: no such stage draws, a text or the size does not fit, or the image tokenizer is missing or another
@@ -160,10 +168,11 @@ def check_drawings(config: RunConfig) -> None:
     if drawings is None:
         return
     evaluated = stages if config.evaluation.every_steps is not None else stages[-1:]
-    drawn = [number for number in evaluated if _draws(config.stage_model(number))]
+    drawn = [number for number in evaluated if _draws(config, number)]
     if not drawn:
         raise ConfigError(
-            "evaluation.drawings: the model draws no images (model.decoder.image_tokens is null); leave this key out"
+            "evaluation.drawings: no evaluated stage draws images, which needs model.decoder.image_tokens and a data "
+            "set with template.kind: drawing; leave this key out"
         )
     for number in drawn:
         try:

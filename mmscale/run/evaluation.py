@@ -37,7 +37,7 @@ from mmscale.metrics.run_log import NullLog, RunLog
 from mmscale.models.build import AnyModel
 from mmscale.report.captions import save_captions
 from mmscale.run.config import RunConfig
-from mmscale.run.drawings import RunDrawings, drawing_context
+from mmscale.run.drawings import RunDrawings, drawing_context, undrawable_sets
 
 _SCORED = "scored_step"
 """Key of ``TrainState.extra``: the step that was scored last."""
@@ -225,12 +225,15 @@ def answerable(
 ) -> EvaluationConfig:
     """Return the block without the sets that the stage's model cannot answer; ``log`` receives a line about them."""
     spec = config.stage_media(stage)
-    left_out = unanswerable_sets(evaluation, spec, config.evaluation_data(stage))
-    if left_out and log is not None:
-        what = "takes no images" if spec.placement is Placement.NONE else "only compares images with texts"
-        names = ", ".join(held.name for held in left_out)
-        log.print_line(f"not scored: {names}; the model of stage {engine.stage.name} {what}")
-    return evaluation.model_copy(update={"sets": tuple(one for one in evaluation.sets if one not in left_out)})
+    what = "takes no images" if spec.placement is Placement.NONE else "only compares images with texts"
+    unanswered = unanswerable_sets(evaluation, spec, config.evaluation_data(stage))
+    undrawn = tuple(held for held in undrawable_sets(config, stage, evaluation) if held not in unanswered)
+    for left_out, reason in ((unanswered, what), (undrawn, "draws no images")):
+        if left_out and log is not None:
+            names = ", ".join(held.name for held in left_out)
+            log.print_line(f"not scored: {names}; the model of stage {engine.stage.name} {reason}")
+    kept = tuple(held for held in evaluation.sets if held not in (*unanswered, *undrawn))
+    return evaluation.model_copy(update={"sets": kept})
 
 
 def _evaluate(

@@ -30,7 +30,7 @@ from mmscale.models.config import ModelConfig, TokenizerConfig
 from mmscale.models.image_tokens import TOKENIZER
 from mmscale.optim.stages import ALL, StageConfig
 from mmscale.run.config import RunConfig, require_training
-from mmscale.run.drawings import check_drawings, drawing_context
+from mmscale.run.drawings import check_drawings, drawing_context, undrawable_sets
 
 
 def check_files(config: RunConfig) -> list[str]:
@@ -101,9 +101,16 @@ def check_files(config: RunConfig) -> list[str]:
 
 
 def _check_evaluation(config: RunConfig) -> None:
-    """Check the held-out sets for the model at the end, and if they are scored during training, of each stage."""
+    """Check the held-out sets for the model at the end, and if they are scored during training, of each stage.
+
+    Stages that do not draw are not scored on sets of kind ``drawings``, but one evaluated stage must draw.
+    """
     reached = [number for number, _ in config.stages_from(0)]
-    check_best(config.evaluation, config.stage_media(reached[-1]), config.evaluation_data(reached[-1]))
+    evaluated = reached if config.evaluation.every_steps is not None else reached[-1:]
+    undrawn = {number: undrawable_sets(config, number, config.evaluation) for number in evaluated}
+    draws = not all(undrawn.values())
+    names = {held.name for held in undrawn[reached[-1]]}
+    check_best(config.evaluation, config.stage_media(reached[-1]), config.evaluation_data(reached[-1]), names)
     check_drawings(config)
     checked: list[object] = []
     for number in reversed(reached):
@@ -112,6 +119,9 @@ def _check_evaluation(config: RunConfig) -> None:
             (config.evaluation, number == reached[-1]),
             (config.evaluation.during_training, config.evaluation.every_steps is not None),
         ):
+            if is_scored and draws:
+                left_out = undrawable_sets(config, number, block)
+                block = block.model_copy(update={"sets": tuple(one for one in block.sets if one not in left_out)})
             if is_scored and (block, data, model) not in checked:
                 checked.append((block, data, model))
                 drawing = drawing_context(config, number, block, World(0, 1, 0, torch.device("cpu")))

@@ -190,9 +190,9 @@ def _shrink_dataset(dataset: DatasetConfig, old: MediaSpec, new: MediaSpec) -> D
     audio = None
     if dataset.audio is not None:
         audio = dataset.audio.model_copy(update={"start": None, "end": None, "placeholder": None})
-        manifest, template = _SPEECH, _speech(dataset.template)
+        manifest, template = _SPEECH, _answers(dataset.template, "transcript", "voice")
     if video is not None:
-        manifest, template = _CLIPS, _clips(dataset.template)
+        manifest, template = _CLIPS, _answers(dataset.template, "motion", "name")
     if (video or audio) and Path(str(dataset.manifest)).is_relative_to("examples"):
         # Every data set of such a recipe may have both blocks, and its own bundled shards have pictures or one of both.
         manifest, template = Path(str(dataset.manifest)), dataset.template
@@ -253,22 +253,14 @@ def _preference(template: PreferenceTemplate, placement: Placement) -> tuple[Pat
     return _emoji("quick"), PreferenceTemplate(**fields, each=each, learn_special=template.learn_special)
 
 
-def _clips(template: TemplateConfig) -> TemplateConfig:
-    """Return the template of bundled clips: their dialogue, or their motion."""
-    if isinstance(template, DialogueTemplate):
-        return _dialogue(template)
-    return CaptionTemplate(answers=("{motion}",), loss_weight=template.loss_weight)
-
-
-def _speech(template: TemplateConfig) -> TemplateConfig:
-    """Return the template of bundled speech: its dialogue or transcript, or the transcript against the voice's name."""
+def _answers(template: TemplateConfig, chosen: str, rejected: str) -> TemplateConfig:
+    """Return the template of bundled clips or speech: their dialogue, one field, or a pair of two, as ``template`` is."""
     if isinstance(template, DialogueTemplate):
         return _dialogue(template)
     if not isinstance(template, PreferenceTemplate):
-        return CaptionTemplate(answers=("{transcript}",), loss_weight=template.loss_weight)
+        return CaptionTemplate(answers=(f"{{{chosen}}}",), loss_weight=template.loss_weight)
     each = CaptionTemplate(prompts=("Say: ",), answers=("{answer}",), images="optional")
-    fields = {"chosen": "transcript", "rejected": "voice"}
-    return PreferenceTemplate(**fields, each=each, learn_special=template.learn_special)
+    return PreferenceTemplate(chosen=chosen, rejected=rejected, each=each, learn_special=template.learn_special)
 
 
 def _emoji(name: str) -> Path:

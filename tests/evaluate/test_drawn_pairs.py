@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from PIL import Image
 from data_pipeline.config import DatasetConfig
 from data_pipeline.errors import SampleError
 from data_pipeline.packing.document_builder import DocumentBuilder
+from data_pipeline.prepare.choices import OnError
 from data_pipeline.prepare.computed import ComputedSource
 from data_pipeline.prepare.ingest import ingest
 from data_pipeline.prepare.reshard import NamedManifest, ReshardSource, Selection
 from data_pipeline.prepare.rows import Members
-from data_pipeline.sample import ImagePart
+from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.shards.manifest import Manifest, write_manifest
 from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.shards.token_grid import decode_grid
@@ -30,6 +32,7 @@ from mmscale.errors import ConfigError
 from mmscale.evaluate.classifier import Classifier
 from mmscale.evaluate.drawings import draw_images
 from mmscale.evaluate.drawn_pairs import DrawnPairs, names_of
+from mmscale.evaluate.similarity import Vectors
 from mmscale.models.build import media_spec
 from mmscale.models.sampling import SamplingConfig
 from tests.evaluate.drawing_models import dataset_block, drawing_data, drawing_model
@@ -62,7 +65,7 @@ def write_names(folder: Path) -> Path:
 
 def test_stored_pairs_are_the_best_and_the_worst_of_the_drawings(program: DrawnPairs, tmp_path: Path) -> None:
     manifest = write_names(tmp_path)
-    assert names_of([str(manifest)], "name") == NAMES
+    assert names_of([manifest], "name", OnError.FAIL) == NAMES
     source = ComputedSource(
         ReshardSource([NamedManifest("names", manifest)], Selection()), program, program.settings, "drawn"
     )
@@ -98,6 +101,21 @@ def test_stored_pairs_are_the_best_and_the_worst_of_the_drawings(program: DrawnP
         assert len(build(sample).branches) == 2
 
 
+def test_the_names_are_encoded_once_for_all_chunks(program: DrawnPairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = list[tuple[int, int]]()
+
+    def counted(self: Classifier, images: Sequence[Sample], names: Sequence[str]) -> tuple[Vectors, Vectors]:
+        encoded.append((len(images), len(names)))
+        return vectors(self, images, names)
+
+    vectors = Classifier.vectors
+    monkeypatch.setattr(Classifier, "vectors", counted)
+    fresh = replace(program)
+    for number, name in enumerate(NAMES, start=1):
+        fresh([named(name)], number)
+    assert encoded == [(1, len(NAMES)), *[(NUM, 1)] * len(NAMES)]
+
+
 def test_a_text_without_a_pair_does_not_change_the_samples_beside_it(program: DrawnPairs) -> None:
     broken = SampleError("damaged")
     found = program([broken, named("fox"), {"json": b'{"caption": "x"}'}, named(" ")], 1)
@@ -112,7 +130,17 @@ def test_a_text_without_a_pair_does_not_change_the_samples_beside_it(program: Dr
 
 def test_a_classifier_needs_two_names(tmp_path: Path) -> None:
     manifest = write_names(tmp_path)
-    with pytest.raises(ConfigError, match="all samples have the style plain; a classifier needs at least two"):
-        names_of([str(manifest)], "style")
+    with pytest.raises(ConfigError, match="the only style of a sample is plain; a classifier needs at least two"):
+        names_of([manifest], "style", OnError.FAIL)
     with pytest.raises(SampleError, match="field 'colour' is missing"):
-        names_of([str(manifest)], "colour")
+        names_of([manifest], "colour", OnError.FAIL)
+    with pytest.raises(ConfigError, match="the only colour of a sample is missing, and 3 samples have none; a"):
+        names_of([manifest], "colour", OnError.SKIP)
+
+
+def test_a_sample_without_a_name_is_skipped(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "names") as writer:
+        for key, members in (("0", named("fox")), ("1", {"json": b'{"caption": "x"}'}), ("2", named("moon"))):
+            writer.write(key, members)
+    write_manifest(tmp_path / "names.manifest", writer.shards)
+    assert names_of([tmp_path / "names.manifest"], "name", OnError.SKIP) == ("fox", "moon")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import pytest
 
 from data_pipeline.config import DataConfig
 from data_pipeline.document import Document
-from data_pipeline.errors import SampleError
+from data_pipeline.errors import DataPipelineError, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.text.tokenizer import load_tokenizer
+from mmscale.evaluate import EvaluationConfig, check
 from mmscale.evaluate.config import HeldOutSet
-from mmscale.evaluate.heldout import PromptBuilder, document_builder, shuffle_frames
+from mmscale.evaluate.heldout import PromptBuilder, document_builder, require_frames, shuffle_frames
 from tests.evaluate.emoji_models import EMOJI, data_config
 
 CLIPS = Path(__file__).resolve().parents[2] / "examples/omni/shards/clips-heldout-both.manifest"
@@ -73,3 +75,25 @@ def test_a_picture_has_no_frames_to_shuffle() -> None:
     prompts = PromptBuilder.of_images(held, data, load_tokenizer(data.tokenizer), spec)
     with pytest.raises(SampleError, match="no video with at least two frames"):
         prompts([replace(sample, fields={})])
+
+
+def test_a_picture_is_found_beyond_the_samples_that_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "_MOST_DECODED", 0)
+    spec = MediaSpec(Placement.EMBEDDING, patch_size=8, frames_per_patch=2, fixed_grid=(2, 2))
+    block = {
+        "name": "held",
+        "manifest": EMOJI / "shards/heldout-both.manifest",
+        "field": "name",
+        "limit": 4,
+        "choices": 2,
+    }
+    for shuffles in (False, True):
+        config = EvaluationConfig.model_validate({"sets": [{**block, "shuffle_frames": shuffles}], "captions": None})
+        with pytest.raises(DataPipelineError, match="no video with") if shuffles else nullcontext():
+            check.check_sets(config, data_config({"kind": "fixed"}), spec)
+    clip = next(iter(read_samples(CLIPS)))
+    video = {"frames": {"kind": "uniform", "num_frames": 8}}
+    images = data_config({"kind": "fixed"}).model_dump()
+    data = DataConfig.model_validate({**images, "datasets": [{**images["datasets"][0], "video": video}]})
+    held = HeldOutSet(name="clips", manifest=CLIPS, field="motion")
+    require_frames(document_builder(held, None, data, load_tokenizer(data.tokenizer), spec).dry_run(clip), spec)

@@ -139,6 +139,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a window of all blocks": ("qwen3_moe", {"use_sliding_window": True}, "sliding_window=4096 .* is shorter"),
     "two numbers": ("qwen3_moe", {"num_experts": 8, "num_local_experts": 9}, "num_experts=8 contradicts .*=9"),
     "an unknown key": ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size=8 is not"),
+    "noise": (
+        "mixtral",
+        {"router_jitter_noise": 0.01},
+        "the experts too, .* Set it to 0.0 .* set model.decoder.mlp.ji",
+    ),
     "more choices than experts": ("mixtral", {"num_experts_per_tok": 9}, "experts_per_token=9: there are 8 experts"),
     "dense blocks later": ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] is not supported"),
     "no step": ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0 must be at least 1"),

@@ -23,11 +23,12 @@ from mmscale.checkpoint.peft_folder import CONFIG, WEIGHTS, exchanged_layers, ex
 from mmscale.cli.main import main
 from mmscale.errors import CheckpointError
 from mmscale.hf.layouts import layout_of
+from mmscale.models.adapters import TargetsConfig
 from mmscale.models.build import build_unset, media_spec
 from mmscale.models.config import ModelConfig, read_model_config
 from mmscale.nn.adapters import adapted_layers
 from mmscale.nn.dropout import SubLayer
-from tests.hf import mllama_reference, test_fuyu, test_pixtral, test_qwen2_vl
+from tests.hf import mllama_reference, test_fuyu, test_pixtral, test_qwen2_audio, test_qwen2_vl
 from tests.hf.decoders import reference_model
 from tests.hf.pages import PAGES, Seen
 from tests.hf.reference_models import imported, loaded
@@ -92,6 +93,13 @@ CASES = {
         ["q_proj", "linear_1"],
         {"vision": ["q_proj"], "connector": ["fc1"], "decoder": ["q_proj"]},
     ),
+    "qwen2_audio": Case(
+        test_qwen2_audio.reference_model,
+        lambda folder, ours: test_qwen2_audio.heard(folder, ours, [test_qwen2_audio.PAGES["one clip"]]),
+        test_qwen2_audio.AUTO,
+        ["out_proj", "fc1", "multi_modal_projector.linear"],
+        {"audio": ["o_proj", "up_proj"], "audio_connector": "all"},
+    ),
 }
 
 
@@ -153,7 +161,7 @@ def test_the_same_logits_gradients_folders_and_merged_weights(
 
     case = CASES[name]
     both = pair(case, kind, tmp_path)
-    expected = {"vision": [], "connector": [], "decoder": [], **case.adapters}
+    expected = {name: case.adapters.get(name, []) for name in TargetsConfig.model_fields}
     assert both.adapters == {"kind": kind, "rank": 4, "alpha": 10.0, "dropout": 0.0, "targets": expected}
     mine, theirs = both.inputs.ours(both.ours), both.inputs.theirs(both.theirs)
     count = len(theirs)  # Ours may have rows of a dummy document at the end.
@@ -257,6 +265,7 @@ FAMILIES = {
     "llava": test_pixtral.reference_model,
     "mllama": mllama_reference.reference_model,
     "fuyu": test_fuyu.reference_model,
+    "qwen2_audio": test_qwen2_audio.reference_model,
 }
 
 

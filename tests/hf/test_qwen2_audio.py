@@ -288,7 +288,7 @@ def test_the_published_configuration_is_the_shipped_one() -> None:
     assert forward_config(layout_of("qwen2_audio").model_config(PUBLISHED, "config.json")) == forward_config(shipped)
 
 
-def test_a_folder_of_another_feature_extractor_is_rejected(tmp_path: Path) -> None:
+def test_a_folder_with_values_that_do_not_fit_is_rejected_before_its_weights_are_copied(tmp_path: Path) -> None:
     _published(tmp_path / "folder")
     file = tmp_path / "folder/processor_config.json"
     values = json.loads(file.read_text())
@@ -296,6 +296,15 @@ def test_a_folder_of_another_feature_extractor_is_rejected(tmp_path: Path) -> No
     file.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match="hop_length=80 is not supported, only 160"):
         import_run(tmp_path / "folder", tmp_path / "run")
+    values["feature_extractor"] |= {"hop_length": 160}
+    file.write_text(json.dumps(values))
+    file = tmp_path / "folder/config.json"
+    values = json.loads(file.read_text())
+    values["text_config"]["max_position_embeddings"] = -1
+    file.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="max_tokens"):
+        import_run(tmp_path / "folder", tmp_path / "run")
+    assert not (tmp_path / "run/checkpoints").exists(), "the weights were copied before the configuration was checked"
 
 
 @pytest.mark.dist

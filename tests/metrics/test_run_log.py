@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,13 @@ def test_images_of_a_batch_come_with_the_text_that_carries_loss() -> None:
     assert np.array_equal(images[0].pixels, pictures[1])
     assert np.array_equal(images[1].pixels, pictures[0])
     assert len(batch_images(batch, spec, lambda ids: "", limit=1)) == 1
+    # The second item is a video of two frames in one group; a still image before it has no later frames.
+    second = rng.integers(0, 256, (4, 8, 3), dtype=np.uint8)
+    later = torch.from_numpy(_cut(second, 4).astype(np.uint8))
+    shown = replace(batch, media={"image": replace(block, later_values=later, later_index=torch.tensor([2, 3]))})
+    video, still = batch_images(shown, replace(spec, frames_per_patch=2), lambda ids: "", limit=5)
+    assert np.array_equal(video.pixels, np.concatenate([pictures[1], second], axis=1))
+    assert np.array_equal(still.pixels, pictures[0])
 
 
 def test_a_caption_is_printed_below_the_untouched_image() -> None:

@@ -25,6 +25,8 @@ from mmscale.nn.adapters import ADAPTER_PARAMETERS, adapted_layers, merged_rows
 from mmscale.objectives.next_token import NextToken
 from mmscale.optim.schedule import decays, freeze
 from mmscale.optim.stages import StageConfig
+from tests.models import test_modality
+from tests.models.audio import tower_config
 from tests.models.packs import image_document, in_lane, pack, text_document
 from tests.models.tiny import DENSE, MOE, VOCAB, config
 
@@ -130,8 +132,13 @@ def test_a_target_that_selects_experts_is_an_error_that_names_the_other_layers(n
 def test_impossible_blocks_are_rejected() -> None:
     with pytest.raises(ConfigError, match="the model has no linear layers in its vision"):
         check_adapters(adapted(None, targets={"vision": ["q_proj"]}))
+    with pytest.raises(ConfigError, match=r"targets\.audio=all: the audio has no linear layers"):
+        check_adapters(adapted(targets={"audio": "all"}))
     for change, message in (
-        ({"dropout": 0.1}, "rows of images have no such place; set dropout=0, or leave out targets.vision and targets"),
+        (
+            {"dropout": 0.1},
+            "images and sounds have no such place; set dropout=0, or leave out targets.vision and targets",
+        ),
         ({"targets": {"decoder": []}}, "no component has a target"),
         ({"kind": "qlora"}, "'lora' or 'dora'"),
         ({"targets": {"head": "all"}}, "head"),
@@ -219,3 +226,20 @@ def test_operations_are_those_that_torch_counts(connector: str | None, kind: str
     found = net.training_flops(batch, ["adapters"], recompute=checkpointing).hardware
     assert 0.99 < found / counter.get_total_flops() < 1.04
     assert cost_per_patch(settings) == cost_per_patch(settings.model_copy(update={"adapters": None}))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_tower_and_a_projector_of_sounds_have_adapters(kind: str) -> None:
+    hears = {"tower": tower_config(padded=False), "projector": {"kind": "conv_gmlp", "rate": 2}}
+    targets = {"audio": "all", "audio_connector": ["gmlp.down_proj", "linear"], "decoder": []}
+    settings = test_modality.settings(None, audio=hears, adapters={"kind": kind, "rank": 4, "targets": targets})
+    net, spec = build_model(settings), media_spec(settings)
+    assert {path.partition(".")[0] for path in adapted_layers(net)} == {"audio", "audio_connector"}
+    batch = test_modality.packed(spec, *(test_modality.document(spec, seed, "atta") for seed in range(3)))
+    freeze(net, net.components(), StageConfig(name="s", steps=1, train=("adapters",)))
+    undo = recompute(net.checkpoint_units())
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        NextToken()(net, batch).loss_sum.backward()
+    undo()
+    assert {id(p) for p in net.parameters() if p.grad is not None} == {id(p) for p in net.components()["adapters"]}
+    assert 0.99 < net.training_flops(batch, ["adapters"], recompute=True).hardware / counter.get_total_flops() < 1.04

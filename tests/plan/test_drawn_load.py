@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.config import DataConfig
-from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.media_spec import AudioSpec, MediaSpec, Placement
 from mmscale.errors import ConfigError
 from mmscale.plan.load import ExampleDocument, example_documents
 
@@ -63,3 +63,24 @@ def test_an_image_that_no_pack_holds_is_reduced_with_its_aspect() -> None:
 def test_a_grid_that_no_pack_holds_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"64 tokens, and a document has at most 63; increase data\.packing\.max_tok"):
         example_documents(data({"kind": "drawing"}, 64, grid=[8, 8]), MediaSpec(), ExampleDocument())
+
+
+def hearing(max_tokens: int) -> DataConfig:
+    heard = {"name": "x", "manifest": "none", "template": {"kind": "interleaved"}, "audio": {}}
+    values = data({"kind": "text"}, max_tokens).model_dump()
+    return DataConfig.model_validate({**values, "datasets": [heard], "image_tokens": None})
+
+
+@pytest.mark.parametrize("most", [20, 100, 4000])
+def test_a_clip_that_no_pack_holds_is_shortened(most: int) -> None:
+    """Ten seconds are 1000 frames, which become 250 tokens."""
+    spec = MediaSpec(audio=AudioSpec(padded=False, reductions=((4, 4, 0),)))
+    (document,) = example_documents(hearing(most), spec, ExampleDocument())
+    assert document.num_tokens < most
+    assert document.items[0].grid[0] == min(1000, 4 * (most - 2))
+
+
+def test_a_clip_of_fixed_length_that_no_pack_holds_is_refused() -> None:
+    spec = MediaSpec(audio=AudioSpec(reductions=((2, 2, 0),)))
+    with pytest.raises(ConfigError, match=r"data\.audio: the smallest clip of sound has 1500 tokens, .* room for 99"):
+        example_documents(hearing(1600), spec, ExampleDocument())

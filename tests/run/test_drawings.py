@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,12 @@ from mmscale.models.sampling import SamplingConfig
 from mmscale.report.build import render
 from mmscale.run.config import RunConfig
 from mmscale.run.drawings import check_drawings
+from mmscale.run.evaluation import answerable
+from mmscale.run.file_checks import check_files
 from mmscale.shrink.run import dropped_settings
 from tests.evaluate.drawing_models import drawing_run
+from tests.evaluate.drawing_sets import drawing_set, write_run
+from tests.evaluate.emoji_models import EMOJI
 from tests.system.conftest import Run
 
 SAMPLING = SamplingConfig(temperature=1.0, seed=7)
@@ -48,6 +53,34 @@ def test_the_data_to_draw_with_are_those_of_the_last_stage_that_draws(tmp_path: 
     assert [config.evaluation_data(number).datasets[0].name for number in (0, 1)] == ["texts", "texts"]
     assert [config.drawing_data(number).datasets[0].name for number in (0, 1)] == ["drawn", "drawn"]
     check_drawings(config)
+
+
+def test_a_set_of_drawings_is_scored_in_the_stages_that_draw(tmp_path: Path) -> None:
+    path = drawing_run(tmp_path, "vocabulary")
+    block = json.loads(path.read_text())
+    texts = {"name": "texts", "manifest": str(EMOJI / "shards/train-text.manifest"), "template": {"kind": "text"}}
+    blind = {"decoder": {"image_tokens": None}, "image_tokenizer": None}
+    reads = {"name": "reads", "steps": 2, "train": ["decoder"], "model": blind, "data": {"datasets": [texts]}}
+    full = block["model"]
+    drawing = {"decoder": {"image_tokens": full["decoder"]["image_tokens"]}, "image_tokenizer": full["image_tokenizer"]}
+    draws = {**block["stages"][0], "model": drawing}
+    sets = [drawing_set(write_run(tmp_path / "classifier"))]
+    block["evaluation"] = {"captions": None, "every_steps": 2, "sets": sets}
+
+    def config(*stages: dict[str, Any], **evaluation: Any) -> RunConfig:
+        path.write_text(json.dumps(block | {"stages": stages, "evaluation": block["evaluation"] | evaluation}))
+        return load(path, [], RunConfig).value
+
+    both = config(reads, draws)
+    check_files(both)
+    for number, kept in ((0, []), (1, ["drawn"])):
+        engine: Any = SimpleNamespace(stage=both.stages[number])
+        found = answerable(both, engine, number, both.evaluation.during_training, None)
+        assert [held.name for held in found.sets] == kept
+    with pytest.raises(ConfigError, match="this model draws no images"):
+        check_files(config(reads))
+    with pytest.raises(ConfigError, match="the last stage draws no images for set drawn; choose another value"):
+        check_files(config(draws, reads, best={"metric": "drawn.score"}))
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import launchers
 from mmscale.cli.main import main
 from mmscale.config import load
 from mmscale.dist import World
 from mmscale.io import software
 from mmscale.report.build import build_report
-from mmscale.report.starts import STARTS_FILE, read_starts
+from mmscale.report.starts import STARTS_FILE, StartRecord, add_start, read_starts
 from mmscale.run.config import RunConfig
 from tests.engine.ranks import ROOT, run_ranks
 
@@ -121,6 +122,33 @@ def test_damaged_records_of_starts_are_left_out(tmp_path: Path) -> None:
     outside = good.replace("starts/config-0001.yaml", "../../elsewhere.yaml")
     path.write_text(f"{good}\n{outside}\n{'[' * 100_000}\n{{}}\n{good[:50]}")
     assert [record.start for record in read_starts(tmp_path)] == [1]
+
+
+def test_the_newest_starts_of_a_file_that_is_too_large_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(number: int) -> StartRecord:
+        return StartRecord(
+            start=number,
+            time="",
+            step=number,
+            world_size=1,
+            config="starts/config-0001.yaml",
+            changed={},
+            versions={},
+            code="",
+            commit=None,
+            commit_changed=None,
+            host="",
+            pid=1,
+        )
+
+    add_start(tmp_path, record(1))
+    monkeypatch.setattr("mmscale.report.starts._MOST_BYTES", 5 * (tmp_path / STARTS_FILE).stat().st_size // 2)
+    for number in range(2, 7):
+        add_start(tmp_path, record(number))
+    assert [each.start for each in read_starts(tmp_path)] == [5, 6]
+    assert launchers.STARTS_FILE == STARTS_FILE
 
 
 def test_the_commit_is_that_of_a_checkout_which_tracks_the_package(

@@ -16,7 +16,7 @@ from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.text.templates import AnnotationsTemplate, DialogueTemplate, EndPiece, TextPiece
 from mmscale.config import load
 from mmscale.run.config import RunConfig
-from mmscale.shrink.run import _shrink_transforms, dropped_settings, shrink_run
+from mmscale.shrink.run import _shrink_dataset, _shrink_transforms, dropped_settings, shrink_run
 from tests.configs.files import REPO, RUNS, name_of
 
 RECIPES = REPO / "configs" / "recipes"
@@ -92,6 +92,18 @@ def test_roles_of_other_names_get_the_bundled_turns(roles: dict[str, Any], asks:
     contents = [turn["content"] for turn in sample.fields["messages"][:2]]
     assert [one.text for one in first] == [asks, contents[0], answers, contents[1]]
     assert first[3].weight == next(role["weight"] for role in roles.values() if "weight" in role)
+
+
+@pytest.mark.parametrize(
+    ("block", "chosen", "rejected"), [("video", "motion", "name"), ("audio", "transcript", "voice")]
+)
+def test_pairs_over_clips_and_sounds_stay_pairs(block: str, chosen: str, rejected: str) -> None:
+    spec = MediaSpec(Placement.EMBEDDING, patch_size=16)
+    old = {"name": "x", "manifest": "x", "template": {"kind": "preference"}, block: {}}
+    new = _shrink_dataset(DatasetConfig.model_validate(old), spec, spec)
+    sample = next(read_samples(REPO / str(new.manifest)))
+    texts = [one.text for one in new.template.pieces(sample, None) if isinstance(one, TextPiece)]
+    assert texts == ["Say: ", sample.fields[chosen], sample.fields[rejected]]
 
 
 def test_a_text_model_reads_text_unless_the_template_is_a_dialogue() -> None:

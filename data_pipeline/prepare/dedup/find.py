@@ -163,7 +163,8 @@ def _read_all(
         for each in sets:
             for number in range(each.manifest.num_shards):
                 sha256, count = each.manifest.shard_sha256(number), _num_samples(each.manifest, number)
-                missing = tuple(c for c in options.criteria if read_signatures(folder, sha256, c, count) is None)
+                paths = {c: signature_path(folder, sha256, c, options.max_pixels) for c in options.criteria}
+                missing = tuple(c for c, path in paths.items() if read_signatures(path, c, count) is None)
                 if not missing or bytes.fromhex(sha256) in seen:
                     progress(count)
                     continue
@@ -283,9 +284,9 @@ class Search:
         for start, each in zip(self.starts[:-1].tolist(), self._sets, strict=True):
             for number in range(each.manifest.num_shards):
                 sha256, count = each.manifest.shard_sha256(number), _num_samples(each.manifest, number)
-                result = read_signatures(self._signatures, sha256, criterion, count)
+                path = signature_path(self._signatures, sha256, criterion, self._options.max_pixels)
+                result = read_signatures(path, criterion, count)
                 if result is None:
-                    path = signature_path(self._signatures, sha256, criterion)
                     raise DataConfigError(f"{path}: was deleted or changed during the search; run the command again")
                 yield start + int(each.manifest.cu_samples[number]), result
 

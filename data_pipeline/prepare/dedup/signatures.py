@@ -1,10 +1,10 @@
 """Compute and store signatures: a few bytes per sample by which samples are compared.
 
-    shard --read, decode (any process)--> FOLDER/ab/abcdef....perceptual   key uint64 (N, words) | state | pixels
+    shard --read, decode (any process)--> FOLDER/ab/abcdef....exact   key uint64 (N, words) | state | pixels
 
 There is one file per shard and criterion. Computing signatures takes most of the time of a search, so later searches
-reuse them, at any distance and with any other data sets. The file name contains the sha256 of the tar, but not
-``max_pixels``: a reused signature keeps the limit with which it was computed. Files are written atomically.
+reuse them, at any distance and with any other data sets. The file name contains the sha256 of the tar and, for
+perceptual hashes, ``max_pixels``: a search with another limit computes them anew. Files are written atomically.
 
 Not for: the search (``search``).
 """
@@ -88,14 +88,14 @@ class Signatures:
     pixels: npt.NDArray[np.int64]
 
 
-def signature_path(folder: Path, tar_sha256: str, criterion: Criterion) -> Path:
+def signature_path(folder: Path, tar_sha256: str, criterion: Criterion, max_pixels: int) -> Path:
     """Return the path of a shard's signatures."""
-    return folder / tar_sha256[:2] / f"{tar_sha256}.{criterion.value}"
+    limit = f".{max_pixels}" if criterion is Criterion.PERCEPTUAL else ""
+    return folder / tar_sha256[:2] / f"{tar_sha256}{limit}.{criterion.value}"
 
 
-def read_signatures(folder: Path, tar_sha256: str, criterion: Criterion, num_samples: int) -> Signatures | None:
+def read_signatures(path: Path, criterion: Criterion, num_samples: int) -> Signatures | None:
     """Read the signatures that an earlier search wrote; None if they are absent, damaged or of another size."""
-    path = signature_path(folder, tar_sha256, criterion)
     if not path.exists():
         return None
     try:
@@ -140,7 +140,7 @@ class SignatureWork:
         finally:
             reader.close()
         for criterion in task.criteria:
-            path = signature_path(self.folder, manifest.shard_sha256(task.number), criterion)
+            path = signature_path(self.folder, manifest.shard_sha256(task.number), criterion, self.max_pixels)
             path.parent.mkdir(parents=True, exist_ok=True)
             arrays: dict[str, Column] = {"key": keys[criterion], "state": states[criterion], "pixels": pixels}
             write_columns(path, arrays, {"format": SIGNATURE_FORMAT})

@@ -4,9 +4,10 @@
 
 A turn is ``{"role": ..., "content": ...}`` or, as in LLaVA's data, ``{"from": ..., "value": ...}``. A string content
 refers to images by ``<image>`` (the next one) or ``<image-2>`` (the second). A list content refers to them by
-``{"type": "image"}`` (the next one) or ``{"type": "image", "image": "0.png"}`` (by name). Videos and sounds
-have the same references with ``video`` and ``audio`` instead of ``image``, and numbers of their own. If no turn refers
-to any of them, all come first in the first turn that is not the system's.
+``{"type": "image"}`` (the next one) or ``{"type": "image", "image": "0.png"}`` (by name); its items
+``{"type": "text", "text": ...}`` are literal, so they can hold the word ``<image>``. Videos and sounds have the same
+references with ``video`` and ``audio`` instead of ``image``, and numbers of their own. If no turn refers to any of
+them, all come first in the first turn that is not the system's.
 """
 
 from __future__ import annotations
@@ -368,8 +369,10 @@ def _referenced(kind: str, references: Sequence[_Reference], parts: Sequence[Med
             part = parts[number - 1] if 1 <= number <= len(parts) else None
         if part is None:
             wanted = one.name or f"number {position if one.number is None else one.number}"
+            literal = f"; to write <{kind}> as text, give the content as a list: [{{type: text, text: ...}}]"
             raise SampleError(
-                f"the dialogue shows {kind} {wanted}, and the sample has {len(parts)}: {', '.join(by_name) or 'none'}",
+                f"the dialogue shows {kind} {wanted}, and the sample has {len(parts)}: {', '.join(by_name) or 'none'}"
+                f"{'' if one.name else literal}",
                 kind=FaultKind.TEXT,
             )
         referenced.append(part)

@@ -137,6 +137,15 @@ class DrawingTemplate(DroppableText):
     def _dropped(self, words: str) -> list[Piece]:
         return [TextPiece(words, 0.0, is_padding=True)] if self.dropped_text == "pad" else []
 
+    def num_captions(self, sample: Sample) -> int:
+        """Return the number of captions of a sample among which ``words`` draws.
+
+        Raises:
+            SampleError: a prompt has ``{caption}``, and the sample has none.
+        """
+        reads_captions = any(name == "caption" for prompt in self.prompts for _, name in parse(prompt))
+        return len(_CAPTIONS.stored_answers(sample)) if reads_captions else 1
+
     def words(self, sample: Sample, rng: Rng | None) -> str:
         """Return the text of a sample, drawn with ``rng``.
 

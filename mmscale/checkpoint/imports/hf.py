@@ -70,6 +70,36 @@ class HfImportReport:
     beside: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class DescribedFolder:
+    """A Hugging Face folder by its configuration, tokenizer and processor files, which are read in seconds.
+
+    Attributes:
+        source: The folder.
+        layout: Layout of its family.
+        config: Configuration of its model.
+        data: Tokenizer, template and transforms.
+    """
+
+    source: Path
+    layout: FamilyLayout
+    config: AnyModelConfig
+    data: FolderData
+
+    @classmethod
+    def read(cls, source: Path) -> DescribedFolder:
+        """Read the files of a folder, except its weights.
+
+        Raises:
+            CheckpointError: a file is damaged, the family is unknown, or the configuration requires a feature that
+                mmscale's models lack.
+        """
+        values = read_config(source)
+        layout = layout_of(values["model_type"])
+        config = layout.model_config(values, str(source / CONFIG))
+        return cls(source, layout, config, describe_folder(source, layout, config, values))
+
+
 def import_folder(source: Path, directory: Path) -> HfImportReport:
     """Write ``directory/step-00000000`` from a Hugging Face folder.
 
@@ -78,14 +108,19 @@ def import_folder(source: Path, directory: Path) -> HfImportReport:
         directory: ``checkpoints`` folder of a run.
 
     Raises:
-        CheckpointError: the folder is damaged or of an unknown family, its configuration requires a feature that
-            mmscale's models lack, or its tensors do not match its configuration. Also if ``step-00000000`` already
-            exists or cannot be written.
+        CheckpointError: see ``DescribedFolder.read`` and ``import_weights``.
     """
-    values = read_config(source)
-    layout = layout_of(values["model_type"])
-    config = layout.model_config(values, str(source / CONFIG))
-    data = describe_folder(source, layout, config, values)
+    return import_weights(DescribedFolder.read(source), directory)
+
+
+def import_weights(described: DescribedFolder, directory: Path) -> HfImportReport:
+    """Write ``directory/step-00000000`` with the weights of a folder; ``directory``: ``checkpoints`` folder of a run.
+
+    Raises:
+        CheckpointError: a file of weights is damaged, or its tensors do not match the configuration. Also if
+            ``step-00000000`` already exists or cannot be written.
+    """
+    source, layout, config = described.source, described.layout, described.config
     folder = HfFolder(source, layout.current_name)
     model = build_weights(config)
     table, tied = parameter_table(model), tied_names(model)
@@ -108,7 +143,7 @@ def import_folder(source: Path, directory: Path) -> HfImportReport:
         tensors=len(pieces),
         precision=manifest.precision,
         model=config.model_dump(mode="json"),
-        data=data,
+        data=described.data,
         tied=manifest.tied,
         left_out=tuple(left_out),
         beside=tuple(str(file) for file in folder.companion_files),

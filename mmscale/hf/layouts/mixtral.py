@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import FamilyLayout, renames
 from mmscale.hf.layouts import decoder
@@ -22,7 +23,12 @@ _RULES = (
 
 def _to_model(keys: Keys) -> ModelConfig:
     decoder.check_window(keys)
-    keys.must_be("router_jitter_noise", 0.0)
+    if keys.read("router_jitter_noise", float, 0.0):
+        raise CheckpointError(
+            f"{keys.describe('router_jitter_noise')} is not supported: in training it multiplies the input of the "
+            "experts too, and mmscale's noise that of the router alone. Set it to 0.0 in config.json, which changes no "
+            "answer; for noise in training, set model.decoder.mlp.jitter"
+        )
     return decoder.to_model(keys, mlp=_EXPERTS.to_model(keys))
 
 

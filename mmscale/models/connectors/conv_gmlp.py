@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmscale.models.connectors.projector import ProjectorBase
+from mmscale.nn.audio_embed import grouped_rows
 from mmscale.nn.block import Activation, DenseMlpConfig, Mlp
 from mmscale.nn.flops import Work
-from mmscale.nn.host import to_device
 from mmscale.nn.sizes import Epsilon
 
 
@@ -67,13 +66,5 @@ class ConvGmlp(nn.Module):
         self, features: Float[Tensor, "R feature_dim"], grids: Sequence[tuple[int, int, int]]
     ) -> Float[Tensor, "F_rows D"]:
         """Return ``n // rate`` rows for each item of ``n`` features, item after item."""
-        lengths = [time for time, _, _ in grids]
-        if any(length % self.rate for length in lengths):
-            starts = np.cumsum(lengths) - lengths
-            kept = [
-                np.arange(start, start + length // self.rate * self.rate)
-                for start, length in zip(starts, lengths, strict=True)
-            ]
-            features = features.index_select(0, to_device(np.concatenate(kept), features.device))
-        joined = features.reshape(-1, self.rate * features.shape[1])
+        joined = grouped_rows(features, [time for time, _, _ in grids], self.rate).flatten(1)
         return self.linear(self.norm(self.gmlp(joined) + joined))

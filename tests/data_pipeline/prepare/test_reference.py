@@ -13,6 +13,7 @@ import pytest
 from data_pipeline.config import DatasetConfig
 from data_pipeline.document import Document
 from data_pipeline.errors import DataConfigError, SampleError
+from data_pipeline.images.drawn_images import ImageTokensConfig
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.collate import collate
 from data_pipeline.packing.document_builder import DocumentBuilder
@@ -121,7 +122,7 @@ def test_pairs_without_a_document_are_reported(write_set: WriteSet, tmp_path: Pa
     assert "a pack holds 40" in reasons
 
 
-def test_random_documents_and_other_templates_are_refused(write_set: WriteSet) -> None:
+def test_random_documents_and_other_templates_are_refused(write_set: WriteSet, tmp_path: Path) -> None:
     source = ReshardSource([NamedManifest("a", write_set("a", [pair(0)]))], Selection())
     random = {"kind": "fixed", "size": 16, "augment": {"flip": 0.5}}
     augmented = dataset().model_copy(
@@ -130,6 +131,15 @@ def test_random_documents_and_other_templates_are_refused(write_set: WriteSet) -
     images = MediaSpec(Placement.EMBEDDING, patch_size=8)
     with pytest.raises(DataConfigError, match="a randomly cropped or augmented image differs"):
         ReferenceSource(source, Lengths(), augmented, CONFIG, images, 40)
+    drawing = {"kind": "drawing", "prompts": ["{prompt}", "Draw: {prompt}"]}
+    tokens = {"codebook_size": 8, "first_id": TOKENIZER.vocab_size}
+    drawn = dataset(each=drawing).model_copy(update={"image_tokens": ImageTokensConfig.model_validate(tokens)})
+    with pytest.raises(DataConfigError, match=r"each\.prompts has 2, of which each epoch draws another; give one, or"):
+        ReferenceSource(source, Lengths(), drawn, CONFIG, SPEC, 40)
+    drawn = dataset(each={"kind": "drawing"}).model_copy(update={"image_tokens": drawn.image_tokens})
+    several = ReshardSource([NamedManifest("b", write_set("b", [pair(0, captions=["a", "b"])]))], Selection())
+    with pytest.raises(SampleError, match="it has 2 captions, of which each epoch draws another"):
+        ingest(ReferenceSource(several, Lengths(), drawn, CONFIG, SPEC, 40), tmp_path, "b")
     plain = DatasetConfig.model_validate({"name": "d", "manifest": "x", "template": {"kind": "text"}})
     with pytest.raises(DataConfigError, match=r"template\.kind=text gives no pairs"):
         ReferenceSource(source, Lengths(), plain, CONFIG, SPEC, 40)

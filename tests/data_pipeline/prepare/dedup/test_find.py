@@ -131,6 +131,12 @@ def test_no_duplicates_make_an_empty_list_that_a_run_can_read(tmp_path: Path) ->
     assert search(tmp_path, [data_set(tmp_path, "none", [])], BOTH) == {}
 
 
+def test_another_limit_of_pixels_is_not_answered_by_earlier_signatures(tmp_path: Path) -> None:
+    a = data_set(tmp_path, "a", [{"png": scene(1, 64)}, {"png": scene(1, 200)}])
+    for limit, found in ((200 * 200, {("a", 1): ("a", 0)}), (200 * 200 - 1, {}), (200 * 200, {("a", 1): ("a", 0)})):
+        assert search(tmp_path, [a], DedupOptions((Criterion.PERCEPTUAL,), max_pixels=limit)) == found
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_processes_and_earlier_signatures_change_nothing(tmp_path: Path) -> None:

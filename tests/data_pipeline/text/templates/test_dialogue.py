@@ -155,6 +155,12 @@ def test_a_prompt_ends_where_the_last_answer_begins() -> None:
     assert as_strings(DialogueTemplate().prompt(asked)) == ["USER: ", "see ", "[0.png]", " {x}?", " ", "ASSISTANT: "]
 
 
+def test_the_texts_of_a_list_are_literal() -> None:
+    words = "Is <audio> a tag, and <image>?"
+    turns = talk([{"type": "text", "text": words}], "a")  # type: ignore[arg-type]
+    assert as_strings(DialogueTemplate().prompt(sample(turns))) == ["USER: ", words, " ", "ASSISTANT: "]
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("fields", "images", "message"),
@@ -176,6 +182,7 @@ def test_a_prompt_ends_where_the_last_answer_begins() -> None:
         (talk("q", "a", weights={1: -1}), 0, "a loss weight is -1"),
         (talk("<image>", "a"), 0, "shows image number 1, and the sample has 0: none"),
         (talk("<image>", "a"), 2, "the dialogue shows 1 of 2 images"),
+        (talk("Is <audio> a tag?", "a"), 0, "sample has 0: none; to write <audio> as text, give the content as a list"),
         (talk("<image-2>", "a"), 2, "the dialogue shows 1 of 2 images"),
         (talk("<image-3>", "a"), 2, "shows image number 3, and the sample has 2: 0.png, 1.png"),
         (talk("<image-0>", "a"), 2, "shows image number 0"),
