@@ -4,7 +4,8 @@
     OLMoE        OLMoE-1B-7B: 64 experts in each block
     vision 11B   Llama 3.2 11B Vision with its tiles; the decoder is frozen, as published
 
-Each model has the largest depth whose predicted memory fits the device without recomputation. A case is a run of
+Each model is cut to the device: it has the most blocks, and the largest packs, whose predicted memory fits without
+recomputation. The name of a case says what was cut, and its figures include the prediction. A case is a run of
 ``mmscale train`` in a process of its own, with one attention kernel, with or without recomputation. Its figures come
 from ``metrics.jsonl`` and ``result.json`` of the run, so they include the loader, the logs and a checkpoint.
 """
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,31 +46,83 @@ _SECONDS = 1500
 
 
 @dataclass(frozen=True)
+class Cut:
+    """What is left of a published model on a device.
+
+    Attributes:
+        blocks: Decoder blocks. Llama 3.2 Vision has a cross-attention block after each four of them.
+        max_tokens: Tokens of a pack.
+        max_documents: Documents of a pack; None for any number.
+        tower_blocks: Blocks of the vision tower; None: all. Its blocks over all tiles, and the blocks whose outputs the
+            decoder gets, are cut in proportion.
+        frozen: Components that are not trained, although the shape trains them.
+        experts: Experts of each block; None: all.
+    """
+
+    blocks: int
+    max_tokens: int
+    max_documents: int | None = None
+    tower_blocks: int | None = None
+    frozen: tuple[str, ...] = ()
+    experts: int | None = None
+
+    def model(self, base: Path) -> dict[str, Any]:
+        """Return the ``model`` block of a run: the published model in the file ``base``, cut."""
+        written: dict[str, Any] = {"base": str(base), "decoder": {"num_layers": self.blocks}}
+        if self.experts is not None:
+            written["decoder"]["mlp"] = {"num_experts": self.experts}
+        if self.tower_blocks is not None:
+            tower = yaml.safe_load(base.read_text(encoding="utf-8"))["vision"]
+            share = self.tower_blocks / tower["num_layers"]
+            written["vision"] = {
+                "num_layers": self.tower_blocks,
+                "feature_layers": sorted({int(layer * share) for layer in tower["feature_layers"]}),
+                "tiles": {"global_layers": max(1, int(tower["tiles"]["global_layers"] * share))},
+            }
+        return written
+
+    def __str__(self) -> str:
+        experts = "" if self.experts is None else f" of {self.experts} experts"
+        tower = "" if self.tower_blocks is None else f", {_counted(self.tower_blocks, 'tower block')}"
+        frozen = "".join(f", {name} frozen" for name in self.frozen)
+        documents = "" if self.max_documents is None else f" and {_counted(self.max_documents, 'document')}"
+        return f"{_counted(self.blocks, 'block')}{experts}{tower}{frozen}, packs of {self.max_tokens} tokens{documents}"
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
+@dataclass(frozen=True)
 class Shape:
     """A published model, cut to one device.
 
     Attributes:
         model: File in ``configs/models``.
-        depths: Numbers of decoder blocks to try, in descending order.
-        max_tokens: Tokens of a pack.
-        max_documents: Documents of a pack; None for any number.
+        cuts: Sizes to try, the largest first.
         train: Components that are trained.
         images: Whether the data are captioned images rather than text.
     """
 
     model: str
-    depths: tuple[int, ...]
-    max_tokens: int
-    max_documents: int | None = None
+    cuts: tuple[Cut, ...]
     train: tuple[str, ...] = ("all",)
     images: bool = False
 
 
 SHAPES = {
-    "dense 1B": Shape("llama3.2-1b.yaml", (16, 8, 4, 2), 8192),
-    "OLMoE": Shape("olmoe-1b-7b.yaml", (16, 8, 4, 2), 8192),
+    "dense 1B": Shape("llama3.2-1b.yaml", tuple(Cut(blocks, 8192) for blocks in (16, 8, 4, 2))),
+    "OLMoE": Shape("olmoe-1b-7b.yaml", (*(Cut(blocks, 8192) for blocks in (16, 8, 4, 2, 1)), Cut(1, 4096, experts=32))),
     "vision 11B": Shape(
-        "llama3.2-11b-vision.yaml", (32, 16, 8, 4), 2048, 2, ("vision", "connector", "extra_tokens"), images=True
+        "llama3.2-11b-vision.yaml",
+        (
+            *(Cut(blocks, 2048, 2) for blocks in (32, 16, 8, 4)),
+            *(Cut(4, 2048, 2, tower) for tower in (16, 8)),
+            Cut(4, 2048, 1, 8),
+            Cut(4, 2048, 1, 8, ("vision",)),
+        ),
+        ("vision", "connector", "extra_tokens"),
+        images=True,
     ),
 }
 
@@ -101,8 +154,8 @@ class GpuRow:
         return [Case(f"{self.name}: {name}", value, {}, unit) for name, (value, unit) in self.figures.items()]
 
 
-def run_config(shape: Shape, depth: int, args: argparse.Namespace, *, folder: Path) -> RunConfig:
-    """Return the run of a shape with ``depth`` decoder blocks, in ``folder``, on bundled data.
+def run_config(shape: Shape, cut: Cut, args: argparse.Namespace, *, folder: Path) -> RunConfig:
+    """Return the run of a shape, cut, in ``folder``, on bundled data.
 
     With ``args.rehearse`` the model is the smoke-test model of the same kind, in fp32 on the CPU.
     """
@@ -116,19 +169,25 @@ def run_config(shape: Shape, depth: int, args: argparse.Namespace, *, folder: Pa
         dataset["transforms"] = {"kind": "tiles", "tiling": {"kind": "llama", "max_tiles": 4}}
     written = {
         "run_dir": str(folder / "run"),
-        "model": {"base": str(_ROOT / "configs/models" / shape.model), "decoder": {"num_layers": depth}},
+        "model": cut.model(_ROOT / "configs/models" / shape.model),
         "data": {
             "tokenizer": {"kind": "sentencepiece", "path": str(_ROOT / "examples/emoji/tokenizer.model")},
             "datasets": [dataset],
             "lanes": 2,
             "packing": {
-                "max_tokens": 256 if args.rehearse else shape.max_tokens,
-                "max_documents": shape.max_documents,
+                "max_tokens": 256 if args.rehearse else cut.max_tokens,
+                "max_documents": cut.max_documents,
                 "look_ahead": 4,
             },
             "workers": 0 if args.rehearse else 4,
         },
-        "stages": [{"name": "measured", "steps": args.steps + _WARM_UP, "train": list(shape.train)}],
+        "stages": [
+            {
+                "name": "measured",
+                "steps": args.steps + _WARM_UP,
+                "train": [each for each in shape.train if each not in cut.frozen],
+            }
+        ],
         "engine": {
             "device": "cpu" if args.rehearse else "cuda",
             "precision": "fp32" if args.rehearse else "bf16",
@@ -144,22 +203,22 @@ def run_config(shape: Shape, depth: int, args: argparse.Namespace, *, folder: Pa
     return config.model_copy(update={"model": shrink(config.model)}) if args.rehearse else config
 
 
-def deepest(shape: Shape, args: argparse.Namespace, folder: Path) -> tuple[int, RunConfig]:
-    """Return the largest depth whose predicted memory fits the device, and its run.
+def largest_fitting(
+    shape: Shape, args: argparse.Namespace, folder: Path, device_bytes: int
+) -> tuple[Cut, RunConfig, int]:
+    """Return the largest cut whose predicted memory fits a device, its run, and the prediction in bytes.
 
     Raises:
-        UnsupportedError: even the smallest depth does not fit.
+        UnsupportedError: even the smallest cut does not fit.
     """
-    if args.rehearse:
-        return shape.depths[-1], run_config(shape, shape.depths[-1], args, folder=folder)
-    usable = _USABLE * torch.cuda.get_device_properties(0).total_memory
-    for depth in shape.depths:
-        config = run_config(shape, depth, args, folder=folder)
-        needed = memory_of_rank(config, 0, 1).peak_bytes
+    usable = _USABLE * device_bytes
+    for cut in shape.cuts:
+        config = run_config(shape, cut, args, folder=folder)
+        needed = memory_of_rank(config, 0, 1, device="cuda").peak_bytes
         if needed <= usable:
-            return depth, config
+            return cut, config, needed
     raise UnsupportedError(
-        f"{shape.depths[-1]} blocks need {needed / 1e9:.0f} GB, of which this device has {usable / 1e9:.0f} GB free"
+        f"{shape.cuts[-1]} need {needed / 1e9:.0f} GB, of which this device has {usable / 1e9:.0f} GB free"
     )
 
 
@@ -180,18 +239,26 @@ def measure(args: argparse.Namespace) -> Iterator[GpuRow]:
         sys.exit("benchmarks.gpu measures a CUDA device, and torch sees none; --rehearse tests the program on the CPU")
     for model in args.models:
         with tempfile.TemporaryDirectory(prefix="mmscale-gpu-", dir=args.folder) as temporary:
+            shape, predicted = SHAPES[model], None
             try:
-                depth, config = deepest(SHAPES[model], args, Path(temporary))
+                if args.rehearse:
+                    size, config = "smoke-test model", run_config(shape, shape.cuts[-1], args, folder=Path(temporary))
+                else:
+                    memory = torch.cuda.get_device_properties(0).total_memory
+                    cut, config, predicted = largest_fitting(shape, args, Path(temporary), memory)
+                    size = str(cut)
             except UnsupportedError as error:
                 yield GpuRow(model, {}, str(error))
                 continue
-            size = "smoke-test model" if args.rehearse else f"{depth} blocks"
             saves = True
             for kernel in kernels(args):
                 for recomputed in (False, True):
                     name = f"{model}, {size}, {kernel}{', recomputed' if recomputed else ''}"
                     engine = {"attention": kernel, "activation_checkpointing": recomputed}
-                    yield run_case(name, config, engine, saves, Path(temporary))
+                    row = run_case(name, config, engine, saves, Path(temporary))
+                    if predicted is not None and not recomputed and not row.error:
+                        row = replace(row, figures=row.figures | {"predicted memory": (predicted / 1e9, "GB")})
+                    yield row
                     saves = False
 
 

@@ -32,7 +32,7 @@ def map_batch(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
         return change(value)
     if isinstance(value, dict):
         return {key: map_batch(item, kind, change) for key, item in value.items()}
-    if isinstance(value, MultimodalBatch | MediaBlock | UncodedImages | Segments | BranchedSegments):
+    if isinstance(value, MultimodalBatch | MediaBlock | UncodedImages | LearnedRows | Segments | BranchedSegments):
         return replace(value, **{f.name: map_batch(getattr(value, f.name), kind, change) for f in fields(value)})
     return value
 
@@ -213,6 +213,23 @@ class UncodedImages(_Brief):
     learned: Tensor
 
 
+@dataclass(frozen=True, repr=False)
+class LearnedRows(_Brief):
+    """The rows of a batch with a loss weight, by the kind of their label. Their numbers are known on the host.
+
+    Attributes:
+        text: int64, ascending: rows whose label is no code of an image.
+        codes: int64, ascending: rows whose label is a code of an image.
+    """
+
+    text: Tensor
+    codes: Tensor
+
+    def index(self) -> Tensor:
+        """Return all rows, ascending."""
+        return torch.cat([self.text, self.codes]).sort().values if len(self.codes) else self.text
+
+
 AttentionSegments = Segments | BranchedSegments
 """The keys that each query of self-attention may attend, before the causal mask."""
 
@@ -237,6 +254,8 @@ class MultimodalBatch:
         lane_tokens: Number of tokens of each of ``lanes``, dummy documents included.
         provenance: Origin of each segment; None for dummy documents.
         weight: Sum of ``loss_weights``, on the host.
+        learned: The rows whose ``loss_weights`` are not 0, so that the loss need not wait for the device to find them.
+            None if nobody has counted them.
         num_tokens: Number of valid tokens, on the host.
         drawn: bool ``(T,)``: whether each token is a code of an image (``images.drawn_images``) rather than text or a
             mark around an image. None if no document of the microbatch has an image as tokens.
@@ -260,6 +279,7 @@ class MultimodalBatch:
     lane_tokens: tuple[int, ...] = ()
     provenance: tuple[Provenance | None, ...] = ()
     weight: float = 0.0
+    learned: LearnedRows | None = None
     num_tokens: int = 0
     branched: BranchedSegments | None = None
     drawn: Tensor | None = None
@@ -268,8 +288,18 @@ class MultimodalBatch:
     dropout_key: tuple[int, int] | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MultimodalBatch:
-        """Return the batch with every tensor on ``device``."""
-        moved: MultimodalBatch = map_batch(self, Tensor, lambda each: each.to(device, non_blocking=non_blocking))
+        """Return the batch with every tensor on ``device``.
+
+        With ``non_blocking``, tensors for a CUDA device are first copied to pinned memory: a copy from other memory
+        makes the host wait. The allocator of pinned memory reuses a source only after its copy to the device.
+        """
+        pins = non_blocking and torch.device(device).type == "cuda"
+
+        def move(tensor: Tensor) -> Tensor:
+            source = tensor.pin_memory() if pins and not tensor.is_cuda else tensor
+            return source.to(device, non_blocking=non_blocking)
+
+        moved: MultimodalBatch = map_batch(self, Tensor, move)
         return moved
 
     def __repr__(self) -> str:

@@ -108,8 +108,8 @@ def init_distributed(settings: DistributedSettings) -> World:
     machine and ``OMP_NUM_THREADS`` is not set, torch uses one thread in each rank.
 
     Raises:
-        LaunchError: variables of the launcher are missing or out of range, CUDA is configured but not available, or
-            this rank cannot join.
+        LaunchError: variables of the launcher are missing or out of range, CUDA is configured but not available, ranks
+            outnumber the GPUs here, or this rank cannot join.
     """
     kind = device_type(settings.device)
     prepare_deepspeed(kind)
@@ -118,7 +118,7 @@ def init_distributed(settings: DistributedSettings) -> World:
     local_rank = int(os.environ["LOCAL_RANK"])
     # Without LOCAL_SIZE, DeepSpeed's stage 3 starts the program ``numactl`` for every bucket of gradients on a CPU.
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
+    device = _own_gpu(rank, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
     elif int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -129,6 +129,20 @@ def init_distributed(settings: DistributedSettings) -> World:
         _join(kind, device, rank, world_size, timeout, launched)
     group = torch_dist.new_group(backend="gloo", timeout=timeout) if kind == "cuda" else None
     return World(rank, world_size, local_rank, device, settings.timeout_seconds, group)
+
+
+def _own_gpu(rank: int, local_rank: int) -> torch.device:
+    """Return the GPU of this rank: number 0 if it sees one GPU only (``srun --gpus-per-task=1``)."""
+    count = torch.cuda.device_count()
+    if count > 1 and local_rank >= count:
+        raise LaunchError(
+            f"rank {rank} is number {local_rank} on its machine, where it sees {count} GPUs: start one rank for each, "
+            "and let CUDA_VISIBLE_DEVICES show each rank one GPU or all of them"
+        )
+    number = min(local_rank, count - 1)
+    for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
+        os.environ[name] = str(number)  # DeepSpeed takes it for the number of the GPU, and wants both equal.
+    return torch.device("cuda", number)
 
 
 def device_type(wanted: str) -> str:

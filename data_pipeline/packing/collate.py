@@ -11,7 +11,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import BranchedSegments, CropLocation, MediaBlock, MultimodalBatch, Segments, UncodedImages
+from data_pipeline.batch import (
+    BranchedSegments,
+    CropLocation,
+    LearnedRows,
+    MediaBlock,
+    MultimodalBatch,
+    Segments,
+    UncodedImages,
+)
 from data_pipeline.document import IGNORE, ContentArea, Document, IndexRange, MediaItem
 from data_pipeline.media_spec import IMAGE, MediaSpec, Placement
 from data_pipeline.packing.packer import Pack
@@ -82,12 +90,22 @@ def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) ->
         lane_tokens=tuple(sum(document.num_tokens for document in pack.documents) for pack in packs),
         provenance=tuple(document.provenance for document in documents),
         weight=float(loss_weights.sum(dtype=np.float64)),
+        learned=_learned(loss_weights, drawn),
         num_tokens=int(valid.sum()),
         branched=branched,
         drawn=drawn,
         reference=reference,
         uncoded=None if spec.code_size is None else _uncoded(documents, spec, join),
     )
+
+
+def _learned(loss_weights: npt.NDArray[np.float32], drawn: Tensor | None) -> LearnedRows:
+    """Return the rows with a loss weight. ``drawn`` marks codes of images, each the label of the row before."""
+    rows = np.flatnonzero(loss_weights)
+    if drawn is None:
+        return LearnedRows(torch.from_numpy(rows), torch.empty(0, dtype=torch.int64))
+    is_code = np.append(drawn.numpy()[1:], False)[rows]
+    return LearnedRows(torch.from_numpy(rows[~is_code]), torch.from_numpy(rows[is_code]))
 
 
 def _uncoded(documents: Sequence[Document], spec: MediaSpec, join: Join) -> UncodedImages:
@@ -244,12 +262,21 @@ def concatenate(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> Multimod
         lane_tokens=tuple(count for batch in batches for count in batch.lane_tokens),
         provenance=tuple(origin for batch in batches for origin in batch.provenance),
         weight=sum(batch.weight for batch in batches),
+        learned=_concatenate_learned(batches),
         num_tokens=sum(batch.num_tokens for batch in batches),
         branched=_concatenate_branched(batches) if any(batch.branched for batch in batches) else None,
         drawn=_concatenate_drawn(batches) if any(batch.drawn is not None for batch in batches) else None,
         reference=_concatenate_reference(batches) if any(each.reference is not None for each in batches) else None,
         uncoded=_concatenate_uncoded(batches) if spec.code_size is not None else None,
     )
+
+
+def _concatenate_learned(batches: Sequence[MultimodalBatch]) -> LearnedRows | None:
+    parts = [batch.learned for batch in batches]
+    firsts = list(itertools.accumulate((batch.segments.total for batch in batches), initial=0))
+    text = [part.text + first for part, first in zip(parts, firsts, strict=False) if part is not None]
+    codes = [part.codes + first for part, first in zip(parts, firsts, strict=False) if part is not None]
+    return LearnedRows(torch.cat(text), torch.cat(codes)) if len(text) == len(batches) else None
 
 
 def _concatenate_uncoded(batches: Sequence[MultimodalBatch]) -> UncodedImages:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from data_pipeline.batch import MultimodalBatch
+from data_pipeline.batch import LearnedRows, MultimodalBatch
 from data_pipeline.document import IGNORE, Document
 from data_pipeline.media_spec import Grid, MediaSpec, Placement
 from data_pipeline.packing.collate import collate
@@ -83,7 +83,8 @@ class BatchMaker:
             pack = Pack((*documents, dummy) if budget.needs_dummy(usage) else tuple(documents), lane)
         batch = replace(collate([pack], self.spec), dropout_key=(self.seed, step))
         if kind == "no loss":
-            batch = replace(batch, loss_weights=torch.zeros_like(batch.loss_weights), weight=0.0)
+            nothing = LearnedRows(*torch.empty(2, 0, dtype=torch.int64))
+            batch = replace(batch, loss_weights=torch.zeros_like(batch.loss_weights), weight=0.0, learned=nothing)
         elif kind == "loss not finite":
             batch = replace(batch, loss_weights=batch.loss_weights.where(batch.labels == IGNORE, math.nan))
         return batch

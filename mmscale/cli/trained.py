@@ -151,7 +151,8 @@ def load_trained(config: RunConfig, checkpoint: Path | None = None) -> Trained:
     manifest = read_manifest(path)
     # A configuration with fewer stages may still have the same model. If it does not, load_weights raises.
     stage = max(0, min(manifest.state.stage_index, len(config.stages) - 1))
-    model = build_model(config.decoder_model(stage), attention=config.engine.attention, seed=None)
+    # ``engine.attention`` may name a kernel that computes in 16 bits only, or that this machine lacks.
+    model = build_model(config.decoder_model(stage), seed=None)
     load_weights(model, path, ema=manifest.ema)
     return Trained(config, stage, model.to(device).eval(), World(0, 1, 0, device), path)
 

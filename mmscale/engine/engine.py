@@ -319,13 +319,13 @@ class Engine:
         update = optimizer.step
         rejected: bool | None = None
 
-        def may_update(norm: float) -> bool:
+        def may_update(norm: float | Tensor) -> bool:
             nonlocal rejected
             if rejected is None:
                 rejected = False
                 if rejection_reason is not None:
                     with self.clock.communicating():
-                        rejected = any_rank(self.world, rejection_reason(loss, norm) is not None)
+                        rejected = any_rank(self.world, rejection_reason(loss, float(norm)) is not None)
             if rejected:
                 return False
             for group in optimizer.param_groups:
@@ -337,7 +337,7 @@ class Engine:
             return True
 
         def update_if_allowed(*arguments: Any, **options: Any) -> Any:
-            if may_update(float(self._deepspeed.optimizer._global_grad_norm)):
+            if may_update(self._deepspeed.optimizer._global_grad_norm):
                 return update(*arguments, **options)
             return None
 
@@ -360,7 +360,7 @@ class Engine:
             )
         for block in self._biased_blocks:
             router = self._routers[block]
-            router.rebalance(sums.load[block].sum(0).to(router.bias_steps))
+            router.rebalance(sums.load[block].sum(0))
 
     def _global_router_sums(self, routed: list[RouterSums]) -> RouterSums:
         """Add the routers' sums of all microbatches, at least one, and ranks in one message."""

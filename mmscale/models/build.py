@@ -62,8 +62,7 @@ def build_model(
         attention: Attention kernel, or ``auto``.
         seed: Seed of the initial values, which depend only on the seed and on each parameter's name. None: the caller
             loads weights or calls ``mmscale.nn.init.initialise_``. Ignored on the meta device.
-        dtype: Compute dtype, or None if it is not known; only used by ``attention="auto"``. Parameters have torch's
-            default dtype.
+        dtype: Compute dtype; only used by ``attention="auto"``. None: torch's default dtype, which parameters have.
 
     Raises:
         UnsupportedError: this machine lacks the kernel named by ``attention``.

@@ -103,10 +103,12 @@ class ImageHead(nn.Module):
         loss_weights: Float[Tensor, " T"] | None = None,
         row_losses: Float[Tensor, " T"] | None = None,
         z_loss: ZLoss | None = None,
+        learned: Int[Tensor, " L"] | None = None,
     ) -> Tensor:
         """Return logits ``(T, C)``; with ``labels`` (codes) and ``loss_weights``, return the loss instead.
 
-        The arguments are those of ``linear_cross_entropy``; a row with weight 0 changes neither loss nor gradient.
+        The arguments are those of ``linear_cross_entropy``, whose ``rows`` are ``learned``; a row with weight 0 changes
+        neither loss nor gradient.
         """
         rows = self.activate(self.fc1(hidden))
         if labels is None or loss_weights is None:
@@ -115,4 +117,4 @@ class ImageHead(nn.Module):
         bias = F.pad(self.bias.unsqueeze(1), (0, _BIAS_COLUMNS - 1))
         matrix = torch.cat([self.weight, bias], dim=1)
         rows = F.pad(rows, (0, _BIAS_COLUMNS), value=1.0)
-        return linear_cross_entropy(rows, matrix, labels, loss_weights, row_losses, z_loss=z_loss)
+        return linear_cross_entropy(rows, matrix, labels, loss_weights, row_losses, z_loss=z_loss, rows=learned)

@@ -25,6 +25,7 @@ from mmscale.models.vision_kind import Tower
 from mmscale.models.vocabulary import LanguageHead
 from mmscale.nn.adapters import adapted_layers
 from mmscale.nn.dropout import Dropout
+from mmscale.nn.host import to_device
 from mmscale.nn.moe import MoeConfig
 from mmscale.nn.router import RoutedRows, RouterTensors
 
@@ -99,7 +100,7 @@ class MultimodalModel(nn.Module):
         if self.image_tokenizer is None:
             raise ValueError("the batch has images without codes, and the model has no image_tokenizer to encode them")
         values, slots, learned, ids, labels = (
-            each if device is None else each.to(device, non_blocking=True)
+            each if device is None else to_device(each, device)
             for each in (images.values, images.slots, images.learned, batch.token_ids, batch.labels)
         )
         codes = self.image_tokenizer.codes_of_patches(values, images.grids) + self.config.decoder.image_ids.start

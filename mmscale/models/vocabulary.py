@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data_pipeline.batch import LearnedRows
 from mmscale.models.image_tokens import ImageHead, ImageTokenEmbedding
 from mmscale.nn.cross_entropy import SoftTarget, ZLoss, linear_cross_entropy
 
@@ -104,6 +105,7 @@ class LanguageHead(nn.Module):
         row_losses: Float[Tensor, " T"] | None = None,
         z_loss: ZLoss | None = None,
         soft_targets: Sequence[SoftTarget] = (),
+        learned: LearnedRows | None = None,
     ) -> Tensor:
         """Return logits; with ``labels`` and ``loss_weights``, return the loss instead.
 
@@ -111,6 +113,10 @@ class LanguageHead(nn.Module):
         ``self.image(hidden)``. The loss is the float32 sum over rows that ``linear_cross_entropy`` computes; that
         function documents the arguments. A row's label decides which head computes its loss, and both heads run for
         every batch, because under ZeRO-3 all ranks must gather the same parameters.
+
+        Args:
+            learned: The rows with a loss weight, ``batch.learned``. Without it the host waits for the device to find
+                them.
 
         Raises:
             ValueError: ``soft_targets`` with a separate head of image tokens.
@@ -120,15 +126,18 @@ class LanguageHead(nn.Module):
             extra = self.extra_weight
             return logits if extra is None else torch.cat([logits, F.linear(hidden, extra)], dim=-1)
         drawn, text_weights = None, loss_weights
+        rows = None if learned is None else learned.index()
         if self.image is not None:
             if soft_targets:
                 raise ValueError("a teacher has no prediction for a separate head of image tokens")
             drawn = labels >= self.first_image_id
             text_weights = loss_weights.masked_fill(drawn, 0.0)
+            rows = None if learned is None else learned.text
         loss = linear_cross_entropy(
-            hidden, self.weight, labels, text_weights, row_losses, self.extra_weight, z_loss, soft_targets
+            hidden, self.weight, labels, text_weights, row_losses, self.extra_weight, z_loss, soft_targets, rows
         )
         if self.image is None or drawn is None:
             return loss
         codes, weights = labels - self.first_image_id, loss_weights.masked_fill(~drawn, 0.0)
-        return loss + self.image(hidden, codes, weights, row_losses, z_loss)
+        rows = None if learned is None else learned.codes
+        return loss + self.image(hidden, codes, weights, row_losses, z_loss, rows)

@@ -47,7 +47,7 @@ def resolve_backend(choice: AttentionChoice, dtype: torch.dtype | None = None) -
     Args:
         choice: A kernel's name, or ``auto``. With CUDA, ``auto`` returns flash-attn if it is installed, else torch's
             varlen kernel if this torch has one, else sdpa. Without CUDA it returns sdpa.
-        dtype: Compute dtype, or None if it is not known. For dtypes other than bfloat16 and float16 ``auto`` returns
+        dtype: Compute dtype; None: torch's default dtype. For dtypes other than bfloat16 and float16 ``auto`` returns
             sdpa, because the other kernels do not support them.
 
     Raises:
@@ -57,7 +57,7 @@ def resolve_backend(choice: AttentionChoice, dtype: torch.dtype | None = None) -
     flash = importlib.util.find_spec("flash_attn") is not None
     varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
     if choice == "auto":
-        if not cuda or dtype not in (None, *_KERNEL_DTYPES):
+        if not cuda or (dtype or torch.get_default_dtype()) not in _KERNEL_DTYPES:
             return "sdpa"
         return "flash" if flash else "torch_varlen" if varlen else "sdpa"
     if choice == "flash" and not (flash and cuda):

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from data_pipeline.io.strict import StrictConfig
 from mmscale.nn.dropout import Dropout
+from mmscale.nn.host import to_device
 from mmscale.nn.sizes import NumExperts
 
 TEXT, IMAGE = 0, 1
@@ -266,9 +267,9 @@ class Router(nn.Module):
         A bias whose expert has exactly the mean load is unchanged.
 
         Args:
-            load: Number of tokens that chose each expert, summed over microbatches and ranks.
+            load: int64, number of tokens that chose each expert, summed over microbatches and ranks.
         """
-        self.bias_steps += (load.sum() - load * len(load)).sign()
+        self.bias_steps += to_device((load.sum() - load * len(load)).sign(), self.bias_steps.device)
 
 
 def routers(model: nn.Module) -> list[Router]:

@@ -62,7 +62,9 @@ class StepPairs:
         bias: float32 ``()``, bias on similarities; 0 with ``loss=softmax``.
         image_norms: Normalisers of each image over all texts; empty with ``loss=sigmoid``.
         text_norms: Normalisers of each text over all images; empty with ``loss=sigmoid``.
-        scale_learns: Whether the scale receives its gradient: it is not above its limit, or the gradient lowers it.
+        log_scale: float32 ``()``, logarithm of the factor before it is clamped.
+        scale_learns: bool ``()``, whether the scale receives its gradient; None if the gradient of the step is not
+            known yet.
     """
 
     images: Tensor
@@ -71,7 +73,8 @@ class StepPairs:
     bias: Tensor
     image_norms: LogNormalisers
     text_norms: LogNormalisers
-    scale_learns: bool = True
+    log_scale: Tensor
+    scale_learns: Tensor | None = None
 
     def swapped(self) -> StepPairs:
         """Return the pairs with images and texts exchanged."""
@@ -163,6 +166,9 @@ class Contrastive:
             return microbatches
         own = [model(batch.to(self._world.device, non_blocking=True)) for batch in microbatches]
         pairs, first = self._gather(own)
+        count = sum(len(vectors.images) for vectors in own)
+        gradient = self._scale_gradient(self._row_gradients(pairs, first, count), pairs, first, count)
+        pairs = replace(pairs, scale_learns=self._scale_learns(pairs, gradient))
         starts = itertools.accumulate((len(vectors.images) for vectors in own), initial=first)
         return [PreparedBatch(batch, pairs, start) for batch, start in zip(microbatches, starts, strict=False)]
 
@@ -177,8 +183,9 @@ class Contrastive:
             texts = self._row_gradients(pairs.swapped(), first, count)
         losses = (images.losses + texts.losses) / 2
         total = losses.sum()
-        scale = (images.vectors * pairs.images[first : first + count]).sum()
-        gradients = [images.vectors, texts.vectors, scale * pairs.scale_learns]
+        scale = self._scale_gradient(images, pairs, first, count)
+        learns = self._scale_learns(pairs, scale) if pairs.scale_learns is None else pairs.scale_learns
+        gradients = [images.vectors, texts.vectors, scale * learns]
         inputs = [vectors.images, vectors.texts, vectors.log_scale]
         metrics = {
             "image_to_text_accuracy": images.correct.sum(),
@@ -202,20 +209,32 @@ class Contrastive:
         log_scale, bias = own[0].log_scale.detach(), own[0].bias
         scale = log_scale.clamp(max=self._limit).exp()
         empty = LogNormalisers(*(images.new_empty(0) for _ in LogNormalisers._fields))
-        pairs = StepPairs(images, texts, scale, images.new_zeros(()) if bias is None else bias.detach(), empty, empty)
+        bias = images.new_zeros(()) if bias is None else bias.detach()
+        pairs = StepPairs(images, texts, scale, bias, empty, empty, log_scale)
         if self._softmax:
             norms = [*self._normalisers(pairs, first, len(mine)), *self._normalisers(pairs.swapped(), first, len(mine))]
             parts = torch.cat(self._world.gather_rows(torch.stack(norms, dim=1))).unbind(1)
             half = len(LogNormalisers._fields)
             pairs = replace(pairs, image_norms=LogNormalisers(*parts[:half]), text_norms=LogNormalisers(*parts[half:]))
-        if float(log_scale) > self._limit:
-            pairs = replace(pairs, scale_learns=self._gradient_lowers_scale(pairs, first, len(mine)))
         return pairs, first
 
-    def _gradient_lowers_scale(self, pairs: StepPairs, first: int, count: int) -> bool:
-        """Return whether a smaller scale would lower the loss of the step. All ranks must call."""
-        gradient = (self._row_gradients(pairs, first, count).vectors * pairs.images[first : first + count]).sum()
-        return float(torch.cat(self._world.gather_rows(gradient.view(1))).sum()) > 0
+    @staticmethod
+    def _scale_gradient(rows: _RowGradients, pairs: StepPairs, first: int, count: int) -> Tensor:
+        """Return the part of ``count`` pairs in the gradient of the loss with respect to the logarithm of the scale."""
+        return (rows.vectors * pairs.images[first : first + count]).sum()
+
+    @torch.no_grad()
+    def _scale_learns(self, pairs: StepPairs, gradient: Tensor) -> Tensor:
+        """Return whether the scale is not above its limit, or the step lowers it. All ranks must call.
+
+        The answer stays on the device: the host would have to wait for it.
+
+        Args:
+            pairs: All pairs of the step.
+            gradient: Of all pairs of this rank.
+        """
+        whole = torch.cat(self._world.gather_rows(gradient.view(1))).sum()
+        return (pairs.log_scale.double() <= self._limit) | (whole > 0)  # The limit is no float32.
 
     @staticmethod
     def _normalisers(pairs: StepPairs, first: int, count: int) -> LogNormalisers:

@@ -78,7 +78,13 @@ class NextToken:
             for teacher, hidden in zip(self.teachers, teacher_hidden, strict=True)
         ]
         loss = model.head(
-            output.hidden, batch.labels, batch.loss_weights, row_losses=rows, z_loss=z_loss, soft_targets=soft
+            output.hidden,
+            batch.labels,
+            batch.loss_weights,
+            row_losses=rows,
+            z_loss=z_loss,
+            soft_targets=soft,
+            learned=batch.learned,
         )
         metrics = {"cross_entropy": rows.sum()}
         for number, target in enumerate(soft):

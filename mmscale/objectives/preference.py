@@ -114,7 +114,7 @@ class Preference(NextToken):
         rows = by_segment.repeat_interleave(_segments(batch).cu.long().diff(), output_size=len(batch.loss_weights))
         # 0 * NaN is NaN: a loss that is not finite must not give weight to rows without a label.
         rows = torch.where(batch.loss_weights == 0, 0.0, rows * batch.loss_weights)
-        surrogate = model.head(output.hidden, batch.labels, rows)
+        surrogate = model.head(output.hidden, batch.labels, rows, learned=batch.learned)
         loss = surrogate - surrogate.detach() + losses.sum()  # The value is the loss, the gradient that of the head.
         mlp = model.config.decoder.mlp
         if output.router is not None and isinstance(mlp, MoeConfig):
@@ -180,5 +180,5 @@ def answer_log_probs(model: MultimodalModel, hidden: Tensor, batch: MultimodalBa
     Each token counts with its loss weight. ``hidden`` are the rows before the head, ``(T, D)``.
     """
     rows = torch.zeros_like(batch.loss_weights)
-    model.head(hidden, batch.labels, batch.loss_weights, row_losses=rows)
+    model.head(hidden, batch.labels, batch.loss_weights, row_losses=rows, learned=batch.learned)
     return -_segment_sums(rows, batch)

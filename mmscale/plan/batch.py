@@ -59,7 +59,8 @@ def largest_batch(
         return torch.empty(sum(map(len, arrays)), arrays[0].shape[1], dtype=dtype, device="meta")
 
     batch = collate([Pack(documents, lane) for lane in range(micro_lanes)], spec, join)
-    return replace(batch.to("meta"), dropout_key=(0, 0))
+    # The pack with the highest cost need not have the most tokens with loss: assume that all have.
+    return replace(batch.to("meta"), dropout_key=(0, 0), learned=None)
 
 
 def tensor_bytes(batch: MultimodalBatch) -> int:

@@ -11,6 +11,7 @@ from mmscale.dist import (
     World,
     _is_one_machine,
     _map_launcher_variables,
+    _own_gpu,
     all_reduce_sum,
     all_reduce_sum_list,
     lowest_rank_error,
@@ -109,6 +110,23 @@ def test_a_second_call_in_the_same_process_finds_the_same_rank(environment: dict
     environment.update(SLURM, MASTER_ADDR="10.0.0.1")
     first = _map_launcher_variables(), dict(environment)
     assert (_map_launcher_variables(), environment) == first
+
+
+@pytest.mark.parametrize(("visible", "number"), [(8, 3), (4, 3), (1, 0)])
+def test_the_gpu_of_a_rank(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, visible: int, number: int
+) -> None:
+    """``srun --gpus-per-task=1`` shows each rank its own GPU as number 0. DeepSpeed reads the number in LOCAL_RANK."""
+    environment.update(SLURM, LOCAL_RANK="3", OMPI_COMM_WORLD_LOCAL_RANK="3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert _own_gpu(3, 3) == torch.device("cuda", number)
+    assert environment["LOCAL_RANK"] == environment["OMPI_COMM_WORLD_LOCAL_RANK"] == str(number)
+
+
+def test_more_ranks_than_gpus_are_refused(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(LaunchError, match="rank 5 is number 2 on its machine, where it sees 2 GPUs"):
+        _own_gpu(5, 2)
 
 
 def test_half_a_launcher_is_refused(environment: dict[str, str]) -> None:

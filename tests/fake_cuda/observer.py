@@ -7,10 +7,12 @@ dtypes    matrix products of different dtypes, and float64 on the device
 
 from __future__ import annotations
 
-import traceback
+import linecache
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _PRODUCTS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten._grouped_mm.")
 _OURS = ("/mmscale/", "/data_pipeline/", "/fake_cuda/planted")
@@ -25,10 +28,13 @@ _OURS = ("/mmscale/", "/data_pipeline/", "/fake_cuda/planted")
 
 def own_line() -> str:
     """Return file and function of the innermost frame in the code of this project, and the text of its line."""
-    for frame in reversed(traceback.extract_stack()):
-        path = frame.filename.replace("\\", "/")
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename.replace("\\", "/")
         if any(part in path for part in _OURS) and "/site-packages/" not in path:
-            return f"{'/'.join(path.split('/')[-2:])} {frame.name}: {frame.line}"
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            return f"{'/'.join(path.split('/')[-2:])} {frame.f_code.co_name}: {line}"
+        frame = frame.f_back
     return "no line of the project"
 
 
@@ -42,6 +48,8 @@ class Observer(TorchDispatchMode):
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
         self.found: Counter[tuple[str, str]] = Counter()
+        self.pinned = WeakTensorKeyDictionary()
+        """The keys are the tensors that ``Tensor.pin_memory`` returned."""
         self._fake = fake
 
     def add(self, kind: str) -> None:
@@ -66,6 +74,12 @@ class Observer(TorchDispatchMode):
             return self._plausible(name, args)
 
     def _copies(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name.startswith(("aten.index.", "aten.index_put")) and on_cuda(args[0]):
+            # The kernel copies indices of the host itself.
+            hosts = [index for index in args[1] if isinstance(index, Tensor) and not index.is_cuda]
+            if hosts:
+                self.add("uploads")
+            return
         if name == "aten._to_copy.default":
             source, target = args[0], kwargs.get("device")
         elif name == "aten.copy_.default":
@@ -76,14 +90,14 @@ class Observer(TorchDispatchMode):
             return
         if source.device.type == "cuda":
             self.add("waits")
-        elif not kwargs.get("non_blocking") and not (len(args) > 2 and args[2]):
+        elif source not in self.pinned or not (kwargs.get("non_blocking") or (len(args) > 2 and args[2])):
             self.add("uploads")
 
     def _plausible(self, name: str, args: tuple[Any, ...]) -> Any:
         """Return a result in place of one that depends on values."""
         source = args[0]
         if name.startswith("aten._local_scalar_dense"):
-            if source.dtype is torch.bool:
+            if source.dtype in (torch.bool, torch.uint8):  # A flag; DeepSpeed's of an overflow is uint8.
                 return False
             return 1.0 if source.is_floating_point() else 1
         if name.startswith("aten.nonzero"):
@@ -108,9 +122,14 @@ def fake_constructors(fake: FakeTensorMode, observer: Observer) -> Iterator[None
         observer.add("uploads")
         return fake.from_tensor(made).to("cuda", non_blocking=True)
 
+    def pin_memory(self: Tensor, *_: Any) -> Tensor:
+        made = fake.from_tensor(self).clone()
+        observer.pinned[made] = True
+        return made
+
     right_pin = Tensor.pin_memory
     torch.tensor, torch.from_numpy = tensor, lambda array: fake.from_tensor(right_numpy(array))
-    Tensor.pin_memory = lambda self, *_: fake.from_tensor(self)  # type: ignore[method-assign, assignment]
+    Tensor.pin_memory = pin_memory  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ def _around(owner: Any, name: str, change: Callable[..., Any]) -> Callable[[], N
 
 
 def item(right: Any, self: Any, x: torch.Tensor) -> Any:
-    return right(self, x) * float(x.abs().amax())
+    return right(self, x) * float(x.detach().abs().amax())
 
 
 def host_tensor(right: Any, self: Any, x: torch.Tensor) -> Any:
@@ -28,6 +28,14 @@ def host_tensor(right: Any, self: Any, x: torch.Tensor) -> Any:
 
 def upload(right: Any, self: Any, x: torch.Tensor) -> Any:
     return right(self, x) + torch.ones(x.shape[-1]).to(x.device)
+
+
+def unpinned(right: Any, self: Any, x: torch.Tensor) -> Any:
+    return right(self, x) + torch.ones(x.shape[-1]).to(x.device, non_blocking=True)
+
+
+def host_index(right: Any, self: Any, x: torch.Tensor) -> Any:
+    return right(self, x[torch.arange(len(x))])
 
 
 def float64(right: Any, self: Any, x: torch.Tensor) -> Any:
@@ -50,7 +58,7 @@ def float32_query(right: Any, q: Any, *rest: Any) -> Any:
     return right(q.float(), *rest)
 
 
-_NORM = (item, host_tensor, upload, float64)
+_NORM = (item, host_tensor, upload, unpinned, host_index, float64)
 PLANTS = {plant.__name__: plant for plant in (*_NORM, strided_query, long_bounds, host_bounds, float32_query)}
 
 

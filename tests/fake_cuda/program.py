@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_shim(path: str) -> None:
@@ -31,7 +31,7 @@ def load_shim(path: str) -> None:
 
 def main() -> None:
     load_shim(sys.argv[1])
-    sys.path.insert(0, str(_ROOT))
+    sys.path.insert(0, str(ROOT))
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     fake = FakeTensorMode()  # One for all: modules cache tables of positions.
@@ -50,7 +50,7 @@ def run(fake: Any, words: str, attention: str, plant: str) -> dict[str, Any]:
     from tests.fake_cuda.observer import Observer
 
     path, *overrides = words.split()
-    whole = load_run(_ROOT / path, overrides).value
+    whole = load_run(ROOT / path, overrides).value
     config, dtype = shrink_run(whole), torch.float16 if whole.engine.precision == "fp16" else torch.bfloat16
     observer = Observer(fake)
     real_buckets, patch_embed.buckets = patch_embed.buckets, outside_of_fake_mode(patch_embed.buckets)
@@ -63,15 +63,19 @@ def run(fake: Any, words: str, attention: str, plant: str) -> dict[str, Any]:
                 train(config, number, attention, fake, observer, dtype, shares)
         error = ""
     except Exception as raised:  # The test shows it.
-        places = [
-            frame for frame in traceback.extract_tb(raised.__traceback__) if "/site-packages/" not in frame.filename
-        ]
-        error = f"{type(raised).__name__}: {str(raised)[:500]} at " + " < ".join(
-            f"{'/'.join(frame.filename.split('/')[-2:])}:{frame.lineno}" for frame in reversed(places[-6:])
-        )
+        error = told(raised)
     finally:
         torch.cuda.is_available, patch_embed.buckets = is_available, real_buckets
     return {"error": error, "found": [[*key, count] for key, count in sorted(observer.found.items())]}
+
+
+def told(error: Exception) -> str:
+    """Return an error with its places in this project."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [frame for frame in frames if "/site-packages/" not in frame.filename]
+    return f"{type(error).__name__}: {str(error)[:500]} at " + " < ".join(
+        f"{'/'.join(frame.filename.split('/')[-2:])}:{frame.lineno}" for frame in reversed(places[-6:])
+    )
 
 
 def outside_of_fake_mode(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,15 +89,29 @@ def outside_of_fake_mode(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def microbatches(config: Any, number: int) -> list[Any]:
+    """Return microbatches of a stage, on the host: with and without images, all modalities, videos, codes of images."""
+    from mmscale.check.batches import BatchMaker
+    from mmscale.models.config import TokenizerConfig
+    from tests.objectives.drawn import drawn_batch
+
+    model, answers = config.stage_model(number), 1 if config.stages[number].preference is None else 2
+    vocabulary = 64 if isinstance(model, TokenizerConfig) else model.decoder.vocab_size
+    maker = BatchMaker(config.stage_media(number), vocabulary, 0, answers)
+    kinds = [*maker.kinds[:2], *(kind for kind in ("all modalities", "videos only") if kind in maker.kinds)]
+    batches = [maker.make(kind, 0, lane) for lane, kind in enumerate(kinds)]
+    if not isinstance(model, TokenizerConfig) and model.decoder.image_tokens is not None and answers == 1:
+        batches.append(drawn_batch(model.decoder, config.stage_media(number)))
+    return batches
+
+
 def train(config: Any, number: int, attention: str, fake: Any, observer: Any, dtype: Any, shares: list[float]) -> None:
     """Make one step of a stage with two microbatches: forward, backward, fused AdamW; a teacher for each share."""
     import torch
 
     from data_pipeline.batch import map_batch
-    from mmscale.check.batches import BatchMaker
     from mmscale.dist import World
     from mmscale.models.build import build_unset
-    from mmscale.models.config import TokenizerConfig
     from mmscale.objectives.choice import choose_objective
     from mmscale.objectives.teacher import Teacher
     from tests.fake_cuda.observer import fake_constructors
@@ -101,9 +119,6 @@ def train(config: Any, number: int, attention: str, fake: Any, observer: Any, dt
     stage, model_config = config.stages[number], config.stage_model(number)
     device = torch.device("cuda", 0)
     world = World(0, 1, 0, device)
-    answers = 1 if stage.preference is None else 2
-    vocabulary = 64 if isinstance(model_config, TokenizerConfig) else model_config.decoder.vocab_size
-    maker = BatchMaker(config.stage_media(number), vocabulary, 0, answers)
 
     def build() -> Any:
         torch.set_default_dtype(dtype)
@@ -119,14 +134,11 @@ def train(config: Any, number: int, attention: str, fake: Any, observer: Any, dt
     model = build()
     objective = choose_objective(model_config, stage, world, teachers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    microbatches = [
-        map_batch(maker.make(kind, 0, lane), torch.Tensor, fake.from_tensor)
-        for lane, kind in enumerate(maker.kinds[:2])
-    ]
+    batches = [map_batch(batch, torch.Tensor, fake.from_tensor) for batch in microbatches(config, number)]
     with observer, fake_constructors(fake, observer):
-        microbatches = [batch.to(device, non_blocking=True) for batch in microbatches]
+        batches = [batch.to(device, non_blocking=True) for batch in batches]
         prepare = getattr(objective, "prepare", None)
-        for batch in prepare(model, microbatches) if prepare is not None else microbatches:
+        for batch in prepare(model, batches) if prepare is not None else batches:
             objective(model, batch).loss_sum.backward()
         optimizer.step()
 

@@ -1,4 +1,4 @@
-"""The list of tests with the marker ``gpu`` in docs/gpu.md: ``python -m tests.gpu.listing`` writes it."""
+"""The lists of GPU tests and of recipes on fake tensors in docs/gpu.md: ``python -m tests.gpu.listing`` writes them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.fake_cuda.recipes import table
+
 REPO = Path(__file__).resolve().parents[2]
 PAGE = REPO / "docs/gpu.md"
 BEGIN, END = "<!-- list: python -m tests.gpu.listing -->", "<!-- end of the list -->"
+RECIPES, END_OF_RECIPES = "<!-- recipes: python -m tests.gpu.listing -->", "<!-- end of the recipes -->"
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,9 @@ def _tests_of(path: Path) -> Iterator[GpuTest]:
 
 
 def written() -> str:
-    """Return the text of docs/gpu.md with an up-to-date list."""
+    """Return the text of docs/gpu.md with up-to-date lists."""
     text = PAGE.read_text(encoding="utf-8")
+    text = f"{text.split(RECIPES)[0]}{RECIPES}\n{table()}\n{END_OF_RECIPES}{text.split(END_OF_RECIPES)[1]}"
     rows = ["| test | what it shows |", "|---|---|"]
     rows += [f"| `{Path(test.file).name}`: `{test.name}` | {test.shows} |" for test in gpu_tests()]
     return f"{text.split(BEGIN)[0]}{BEGIN}\n{chr(10).join(rows)}\n{END}{text.split(END)[1]}"

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from data_pipeline.batch import Segments
 from mmscale.errors import UnsupportedError
+from mmscale.models.build import build_model, media_spec
 from mmscale.nn.attention_backends import resolve_backend, varlen_attention
+from tests.fake_cuda import contracts
+from tests.models.packs import pack, text_document
+from tests.models.tiny import VOCAB, config
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool) -> Tensor:
@@ -114,3 +118,14 @@ def test_a_missing_kernel_is_refused_when_named(choice: str) -> None:
     with pytest.raises(UnsupportedError, match="sdpa works anywhere"):
         resolve_backend(choice)  # type: ignore[arg-type]
     assert resolve_backend("auto") == "sdpa"
+
+
+def test_auto_chooses_a_kernel_that_computes_in_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is loaded to generate has float32 parameters, which only SDPA takes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with contracts.installed():
+        assert resolve_backend("auto", torch.bfloat16) == "flash"
+        assert resolve_backend("auto", torch.float32) == resolve_backend("auto") == "sdpa"
+        model = build_model(config(None))
+        batch = pack([text_document(1, 9, VOCAB)], media_spec(model.config))
+        assert model(batch).hidden.dtype is torch.float32

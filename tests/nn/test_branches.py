@@ -120,5 +120,5 @@ def test_cuda_kernels_agree_on_branches(gpu: torch.device) -> None:
     q, k, v = (torch.randn(pieces.queries.total, h, 64, device=gpu, dtype=torch.bfloat16) for h in (4, 2, 2))
     k, v = k[pieces.key_tokens.to(gpu)], v[pieces.key_tokens.to(gpu)]
     reference = varlen_attention(q, k, v, queries, keys, True, "sdpa")
-    fast = varlen_attention(q, k, v, queries, keys, True, resolve_backend("auto"))
+    fast = varlen_attention(q, k, v, queries, keys, True, resolve_backend("auto", q.dtype))
     torch.testing.assert_close(fast, reference, atol=2e-2, rtol=2e-2)  # bfloat16 has 8 bits

@@ -94,6 +94,22 @@ def test_rows_of_weight_zero_get_exactly_no_gradient() -> None:
     assert hidden.grad[1::3].abs().sum(1).min() > 0
 
 
+def test_given_rows_equal_those_that_are_found_and_must_be_complete() -> None:
+    hidden, weight, labels, scale = case()
+    rows = scale.nonzero().squeeze(1)
+    found = [linear_cross_entropy(hidden, weight, labels, scale, rows=each) for each in (None, rows)]
+    assert torch.equal(*found)
+    for ours, given in zip(*(torch.autograd.grad(each, (hidden, weight)) for each in found), strict=True):
+        assert torch.equal(ours, given)
+    with pytest.raises(ValueError, match="weights outside of the 32 rows"):
+        linear_cross_entropy(hidden, weight, labels, scale, rows=rows[1:])
+    # A listed row may have weight 0: a preference's gradient may vanish.
+    torch.testing.assert_close(
+        linear_cross_entropy(hidden, weight, labels, scale * (scale > 0.5), rows=rows),
+        linear_cross_entropy(hidden, weight, labels, scale * (scale > 0.5)),
+    )
+
+
 def test_no_row_at_all_is_zero_and_still_in_the_graph() -> None:
     hidden, weight, labels, scale = case()
     loss = linear_cross_entropy(hidden, weight, labels, torch.zeros_like(scale))

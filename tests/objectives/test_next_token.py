@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +19,17 @@ from data_pipeline.packing.collate import collate
 from data_pipeline.packing.packer import Pack
 from data_pipeline.packing.synthetic_documents import plain_document
 from data_pipeline.sample import Provenance
+from mmscale.cli.run_file import load_run
 from mmscale.engine.graph import LossGraph
 from mmscale.models.build import build_model, media_spec
 from mmscale.objectives.next_token import NextToken
 from mmscale.objectives.teacher import Teacher
+from mmscale.shrink.run import shrink_run
 from tests.models.packs import image_document, pack, text_document
 from tests.models.tiny import MOE, VOCAB, config
+from tests.objectives.drawn import drawn_batch
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 def test_equals_torchs_cross_entropy_of_the_logits() -> None:
@@ -173,3 +180,18 @@ def test_weights_of_images_and_text_give_one_loss_for_any_division() -> None:
         weight = sum(NextToken().weight(batch) for batch in batches)
         found = sum(NextToken()(net, batch).loss_sum / weight for batch in batches)
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("recipe", ["emoji-draw", "janus-1.3b"])
+def test_the_rows_that_a_batch_lists_give_the_same_bits(recipe: str) -> None:
+    """Text and codes of images, by one head or two: as if the loss had looked for the rows with a weight."""
+    run = shrink_run(load_run(REPO / f"configs/recipes/{recipe}.yaml", []).value)
+    net: Any = build_model(run.model, seed=0)
+    batch: Any = drawn_batch(net.config.decoder, run.stage_media(0))
+    assert len(batch.learned.text)
+    assert len(batch.learned.codes)
+    assert torch.equal(batch.learned.index(), batch.loss_weights.nonzero().flatten())
+    outputs = [NextToken(0.1)(net, each) for each in (batch, replace(batch, learned=None))]
+    assert torch.equal(outputs[0].document_losses, outputs[1].document_losses)
+    gradients = [torch.autograd.grad(each.loss_sum, net.decoder.parameters(), allow_unused=True) for each in outputs]
+    assert all(one is other is None or torch.equal(one, other) for one, other in zip(*gradients, strict=True))

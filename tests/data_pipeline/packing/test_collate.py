@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments
+from data_pipeline.batch import BranchedSegments, LearnedRows, MediaBlock, MultimodalBatch, Segments
 from data_pipeline.config import DataConfig
 from data_pipeline.document import ContentArea, Document, ImageExtent, MediaItem, Region, Span
 from data_pipeline.loader.lane_packs import LaneStream
@@ -37,7 +37,7 @@ def assert_same(a: object, b: object) -> None:
         assert isinstance(b, torch.Tensor)
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    elif isinstance(a, MultimodalBatch | MediaBlock | Segments | BranchedSegments):
+    elif isinstance(a, MultimodalBatch | MediaBlock | LearnedRows | Segments | BranchedSegments):
         for field in fields(a):
             assert_same(getattr(a, field.name), getattr(b, field.name))
     elif isinstance(a, dict):
@@ -106,6 +106,8 @@ def test_counts_and_pairs(packs: list[Pack], spec: MediaSpec) -> None:
     assert batch.num_samples == len(real)
     assert batch.num_tokens == int(batch.valid.sum()) == sum(document.num_tokens for document in real)
     assert batch.weight == float((batch.labels != -100).sum()) > 0
+    assert batch.learned is not None
+    assert torch.equal(batch.learned.index(), batch.loss_weights.nonzero().flatten())
     assert batch.lanes == (0, 1, 2, 3, -1)
     assert batch.lane_tokens[:-1] == tuple(sum(document.num_tokens for document in pack.documents) for pack in packs)
     assert sum(batch.lane_tokens) == batch.segments.total
