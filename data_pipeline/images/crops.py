@@ -284,7 +284,7 @@ def crop_to_box(pixels: Pixels, box: Box) -> Pixels:
 
 
 def resize(pixels: Pixels, size: Size, interpolation: str = "bicubic") -> Pixels:
-    """Resize with antialiasing. Returns ``pixels`` itself if the size is right, else a view of memory in planes.
+    """Resize with antialiasing. Returns ``pixels`` itself if the size is right.
 
     The width is resized first, then the height, with a rounding to bytes in between. The result is byte-identical to
     torchvision's. Compared with Pillow's, about one value in 400 differs by 1, which is a PSNR of 74 dB. Over 300
@@ -294,18 +294,27 @@ def resize(pixels: Pixels, size: Size, interpolation: str = "bicubic") -> Pixels
     ``bilinear_float`` is torchvision's bilinear resize of float32 images, which rounds to bytes only at the end. Before
     version 2.12, torch has no Lanczos filter, and Pillow's is used.
     """
-    if pixels.shape[:2] == size:
-        return pixels
+    return resize_all([pixels], size, interpolation)[0]
+
+
+def resize_all(images: Sequence[Pixels], size: Size, interpolation: str = "bicubic") -> Sequence[Pixels]:
+    """Resize images of one size as ``resize``. One call for several small images saves a third of the time."""
+    if images[0].shape[:2] == size:
+        return images
     if interpolation == "lanczos" and not TORCH_HAS_LANCZOS:
-        wide = Image.fromarray(pixels).resize((size[1], pixels.shape[0]), Image.Resampling.LANCZOS)
-        return np.asarray(wide.resize((size[1], size[0]), Image.Resampling.LANCZOS))
-    # Memory in channels-last order selects the SIMD kernel. The transposes use numpy, because torch's are slower.
-    planes = torch.from_numpy(np.ascontiguousarray(pixels).transpose(2, 0, 1)[None])
+        wide = [Image.fromarray(each).resize((size[1], len(each)), Image.Resampling.LANCZOS) for each in images]
+        return [np.asarray(each.resize((size[1], size[0]), Image.Resampling.LANCZOS)) for each in wide]
+    joined = np.stack(images) if len(images) > 1 else np.ascontiguousarray(images[0])
+    # Memory in channels-last order selects the SIMD kernel. torch writes its result in this order too if the strides of
+    # all axes say so. Otherwise it converts the result to planes, which takes a third of the time.
+    height, width, channels = images[0].shape
+    strides = (height * width * channels, 1, width * channels, channels)
+    planes = torch.from_numpy(joined).as_strided((len(images), channels, height, width), strides)
     if interpolation == "bilinear_float":
         out = _bilinear_float(planes, size)
     else:
         out = F.interpolate(planes, size=size, mode=interpolation, antialias=True)
-    return out.numpy()[0].transpose(1, 2, 0)
+    return list(out.numpy().transpose(0, 2, 3, 1))
 
 
 def _bilinear_float(planes: torch.Tensor, size: Size) -> torch.Tensor:
@@ -324,11 +333,8 @@ def patchify(pixels: Pixels, patch_size: int, out: npt.NDArray[np.uint8]) -> Non
     """
     height, width, channels = pixels.shape
     rows, columns = height // patch_size, width // patch_size
-    patches = out.reshape(rows, columns, channels, patch_size, patch_size)
-    if pixels.strides[1] == 1:  # Planes from ``resize``: each row of a patch is contiguous.
-        patch_row = np.dtype((np.void, patch_size))
-        planes = pixels.transpose(2, 0, 1).view(patch_row).reshape(channels, rows, patch_size, columns)
-        np.copyto(patches.view(patch_row)[..., 0], planes.transpose(1, 3, 0, 2))
-    else:
-        parts = pixels.reshape(rows, patch_size, columns, patch_size, channels)
-        np.copyto(patches, parts.transpose(0, 2, 4, 1, 3))
+    # Each row of a patch is contiguous in planes. Copies of such rows save more time than the copy to planes takes.
+    patch_row = np.dtype((np.void, patch_size))
+    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1)).view(patch_row)
+    patches = out.reshape(rows, columns, channels, patch_size, patch_size).view(patch_row)[..., 0]
+    np.copyto(patches, planes.reshape(channels, rows, patch_size, columns).transpose(1, 3, 0, 2))

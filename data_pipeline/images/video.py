@@ -12,7 +12,9 @@ becomes, and each crop of each frame is an item. Nothing is random: the same vid
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,7 +24,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline.document import MediaItem
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
-from data_pipeline.images.crops import ImagePlan, patchify, render, resize
+from data_pipeline.images.crops import ImagePlan, patchify, render, resize_all
 from data_pipeline.images.decode import Pixels
 from data_pipeline.images.frame_choice import FrameChoice, RateChoice, frame_rate
 from data_pipeline.images.image_tokens import ImageLayout
@@ -38,6 +40,9 @@ from data_pipeline.shards.video_file import MAX_FRAME_PIXELS, video_size
 from data_pipeline.text.tokenizer import Tokenizer
 
 _BLACK = np.uint8(0)
+_PIXELS_TOGETHER = 1 << 19
+"""Decoded frames of at most this many pixels together are resized in one call, which takes a third less time than one
+call for each frame of 320x240 pixels. Larger ones do not stay in the processor's cache."""
 _FLOOR = 1.05
 """With ``max_tokens``, a frame keeps at least this multiple of ``min_pixels``, and one merged patch."""
 
@@ -293,7 +298,8 @@ class VideoTask:
     def decode(self) -> None:
         """Decode the frames and write the values of the item. Call it once, from any thread.
 
-        Memory is bounded by one decoded frame, the item, and a copy of the encoded video.
+        Memory is bounded by the frames that the codec refers to, one decoded frame or ``_PIXELS_TOGETHER`` pixels, the
+        item, and a copy of the encoded video.
 
         Raises:
             SampleError: the file is damaged, or its size is not the planned one, or too many frames must be decoded.
@@ -315,12 +321,17 @@ class VideoTask:
             places: dict[int, list[int]] = {}
             for place, number in enumerate([*numbers, *[numbers[-1]] * (last - len(numbers))]):
                 places.setdefault(number, []).append(place)
-            for number, pixels in file.decode(numbers):
-                self._check(VideoSize(file.num_frames, file.microseconds, *pixels.shape[:2]))
+            decoded = file.decode(numbers)
+            num_together = max(1, _PIXELS_TOGETHER // (self.size.height * self.size.width))
+            while some := list(itertools.islice(decoded, num_together)):
+                frames: Sequence[Pixels] = [pixels for _, pixels in some]
+                for pixels in frames:
+                    self._check(VideoSize(file.num_frames, file.microseconds, *pixels.shape[:2]))
                 if self.plan is None:
-                    pixels = resize(pixels, frame_size, config.interpolation)
-                for place in places[number]:
-                    self._write(place, pixels)
+                    frames = resize_all(frames, frame_size, config.interpolation)
+                for (number, _), pixels in zip(some, frames, strict=True):
+                    for place in places[number]:
+                        self._write(place, pixels)
 
     def _check(self, found: VideoSize) -> None:
         if found != self.size:

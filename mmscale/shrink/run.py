@@ -254,7 +254,7 @@ def _preference(template: PreferenceTemplate, placement: Placement) -> tuple[Pat
 
 
 def _answers(template: TemplateConfig, chosen: str, rejected: str) -> TemplateConfig:
-    """Return the template of bundled clips or speech: their dialogue, one field, or a pair of two, as ``template`` is."""
+    """Return the template of bundled clips or speech: a dialogue, one field, or a pair of two, as ``template`` is."""
     if isinstance(template, DialogueTemplate):
         return _dialogue(template)
     if not isinstance(template, PreferenceTemplate):

@@ -144,6 +144,15 @@ def test_pixels_and_grid_equal_those_of_the_processor(shape: tuple[int, int, int
         assert torch.equal(torch.from_numpy(ours[order]).view(len(order), 3, -1), values[:, :, frame])
 
 
+def test_frames_resized_alone_and_together_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, found = encoded(5, height=60, width=44), []
+    for num_together in (1, 2, 9):
+        monkeypatch.setattr("data_pipeline.images.video._PIXELS_TOGETHER", num_together * 60 * 44)
+        found.append(_frames(_item(data, frames={"kind": "uniform", "num_frames": 5}, max_pixels=24 * 24)))
+    assert len({tuple(frame.reshape(-1)) for frame in found[0]}) == 5
+    assert all((frames == found[0]).all() for frames in found)
+
+
 @pytest.mark.parametrize("count", range(1, 8))
 def test_max_tokens_bounds_even_and_odd_numbers_of_frames(count: int) -> None:
     limits = {"min_pixels": 1, "max_pixels": 64 * 64, "max_tokens": 6}
