@@ -255,7 +255,7 @@ class MultimodalBatch:
         provenance: Origin of each segment; None for dummy documents.
         weight: Sum of ``loss_weights``, on the host.
         learned: The rows whose ``loss_weights`` are not 0, so that the loss need not wait for the device to find them.
-            None if nobody has counted them.
+            None if they are not known.
         num_tokens: Number of valid tokens, on the host.
         drawn: bool ``(T,)``: whether each token is a code of an image (``images.drawn_images``) rather than text or a
             mark around an image. None if no document of the microbatch has an image as tokens.
@@ -321,11 +321,12 @@ class MultimodalBatch:
     def drawn_labels(self) -> Tensor | None:
         """bool ``(T,)``: whether each label is a code of an image; None if ``drawn`` is None.
 
-        A document never ends inside an image, so the label of a code is at the position before it.
+        The label of a code is at the position before it. The last label of a document, or of a part of one, is none.
         """
         if self.drawn is None:
             return None
-        return torch.cat([self.drawn[1:], self.drawn.new_zeros(1)]) & (self.labels != IGNORE)
+        codes = torch.cat([self.drawn[1:], self.drawn.new_zeros(1)]) & (self.labels != IGNORE)
+        return codes.index_fill(0, self.segments.cu[1:].long() - 1, False)
 
     @property
     def num_samples(self) -> int:

@@ -108,8 +108,8 @@ def init_distributed(settings: DistributedSettings) -> World:
     machine and ``OMP_NUM_THREADS`` is not set, torch uses one thread in each rank.
 
     Raises:
-        LaunchError: variables of the launcher are missing or out of range, CUDA is configured but not available, ranks
-            outnumber the GPUs here, or this rank cannot join.
+        LaunchError: variables of the launcher are missing or out of range, CUDA is configured but not available, this
+            rank sees several GPUs but none for itself, or it cannot join.
     """
     kind = device_type(settings.device)
     prepare_deepspeed(kind)

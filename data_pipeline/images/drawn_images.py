@@ -195,7 +195,8 @@ class DrawnImages:
             )
         grid = decode_grid(part.grid, part.name)
         if (grid.times is None) != isinstance(part, ImagePart):
-            raise SampleError(f"{name} has a token grid with {grid.codes.ndim} sides, which is none of {part.kind}s")
+            expected = 2 if isinstance(part, ImagePart) else 3
+            raise SampleError(f"{name} has a token grid with {grid.codes.ndim} sides, expected {expected}")
         if config.tokenizer is not None and grid.tokenizer != config.tokenizer:
             raise SampleError(f"{name}: {other_tokenizer(grid.tokenizer, config.tokenizer)}")
         self._check_grid(name, *grid.codes.shape[-2:])

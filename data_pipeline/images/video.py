@@ -148,7 +148,8 @@ class VideoTransform:
         spec: Requirements of the model.
 
     Raises:
-        DataConfigError: the model cannot use videos or ``tiling``, or ``max_pixels`` is below one merged patch.
+        DataConfigError: the model cannot use videos, ``tiling`` or ``scaled``, or ``max_pixels`` is below one merged
+            patch.
     """
 
     def __init__(self, config: VideoConfig, spec: MediaSpec) -> None:
@@ -167,12 +168,16 @@ class VideoTransform:
             )
         self.frames: ImageTransform | None = None
         if config.tiling is not None or config.scaled is not None:
+            name = "data.video.scaled" if config.tiling is None else "data.video.tiling"
             if spec.frames_per_patch > 1:
                 raise DataConfigError(
-                    f"data.video.{'scaled' if config.tiling is None else 'tiling'}: cuts single frames, and a patch of "
-                    "the model spans several (vision.temporal_patch); leave it out"
+                    f"{name}: cuts single frames, and a patch of the model spans several (vision.temporal_patch); "
+                    "leave it out"
                 )
-            self.frames = ImageTransform(_frame_transform(config), spec)
+            try:
+                self.frames = ImageTransform(_frame_transform(config), spec)
+            except DataConfigError as error:
+                raise DataConfigError(f"{name}: each frame is an image, and {error}") from error
 
     def decode_task(self, part: VideoPart) -> VideoTask:
         """Plan a video, and return a task that decodes it later.

@@ -67,7 +67,8 @@ def fingerprint(
 _LATER_KEYS = frozenset(
     {
         *("max_text_bytes", "pipeline", "stages", "image_tokens", "image_tokens.encoded", "video", "audio"),
-        *("video.timestamps", "video.frame_break", "video.tiling"),
+        *("image_tokens.video_size", "audio.interleave_seconds"),
+        *(f"video.{key}" for key in ("timestamps", "frame_break", "tiling", "tile_size", "scaled", "intro", "outro")),
         *(
             f"{template}.{key}"
             for template in ("template", "template.each")

@@ -59,7 +59,7 @@ def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) ->
     if any(document.drawn is not None for document in documents):
         nothing = (np.zeros(length, np.bool_) for length in lengths)
         parts = [none if each.drawn is None else each.drawn for each, none in zip(documents, nothing, strict=True)]
-        drawn = torch.from_numpy(np.concatenate(parts))
+        drawn = np.concatenate(parts)
     if any(document.branches for document in documents):
         branched = BranchedSegments.from_branches((document.num_tokens, document.branches) for document in documents)
     if any(document.reference for document in documents):
@@ -69,8 +69,9 @@ def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) ->
     pairs, first_item = list[tuple[int, int]](), 0
     for segment, document in enumerate(documents):
         items = [item for item in document.items if item.modality == IMAGE]
-        num_clips = len({item.image for item in document.items if item.modality != IMAGE})
-        if document.num_images - num_clips == 1 and items and not document.is_dummy:
+        # A video and its sound in turns are one image of the document.
+        clips = {item.image for item in document.items if item.modality != IMAGE} - {item.image for item in items}
+        if document.num_images - len(clips) == 1 and items and not document.is_dummy:
             whole = [number for number, item in enumerate(items) if item.cell is None]
             pairs.append((first_item + (whole[0] if whole else 0), segment))
         first_item += len(items)
@@ -90,21 +91,31 @@ def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) ->
         lane_tokens=tuple(sum(document.num_tokens for document in pack.documents) for pack in packs),
         provenance=tuple(document.provenance for document in documents),
         weight=float(loss_weights.sum(dtype=np.float64)),
-        learned=_learned(loss_weights, drawn),
+        learned=_learned(loss_weights, drawn, lengths),
         num_tokens=int(valid.sum()),
         branched=branched,
-        drawn=drawn,
+        drawn=None if drawn is None else torch.from_numpy(drawn),
         reference=reference,
         uncoded=None if spec.code_size is None else _uncoded(documents, spec, join),
     )
 
 
-def _learned(loss_weights: npt.NDArray[np.float32], drawn: Tensor | None) -> LearnedRows:
-    """Return the rows with a loss weight. ``drawn`` marks codes of images, each the label of the row before."""
+def _learned(
+    loss_weights: npt.NDArray[np.float32], drawn: npt.NDArray[np.bool_] | None, lengths: Sequence[int]
+) -> LearnedRows:
+    """Return the rows with a loss weight.
+
+    Args:
+        loss_weights: Weight of each row.
+        drawn: Marks codes of images, each the label of the row before in its document.
+        lengths: Rows of each document.
+    """
     rows = np.flatnonzero(loss_weights)
     if drawn is None:
         return LearnedRows(torch.from_numpy(rows), torch.empty(0, dtype=torch.int64))
-    is_code = np.append(drawn.numpy()[1:], False)[rows]
+    is_code = np.append(drawn[1:], False)
+    is_code[np.cumsum(lengths) - 1] = False  # The next row is of another document.
+    is_code = is_code[rows]
     return LearnedRows(torch.from_numpy(rows[~is_code]), torch.from_numpy(rows[is_code]))
 
 

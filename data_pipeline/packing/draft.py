@@ -167,7 +167,9 @@ class Draft:
     ) -> None:
         """Append a video and its sound in turns: its frames of some seconds, then its sound of the same seconds.
 
-        Frames and sound begin at one position. No token is learned.
+        Frames and sound begin at one position, and each feature of the sound is one position. A turn of the sound thus
+        lasts ``seconds`` if the model makes ``tokens_per_second`` features of a second of sound (25 in Qwen2.5-Omni).
+        No token is learned.
 
         Args:
             video: The video. The model has positions on three axes and a number of them for a second.
@@ -206,6 +208,7 @@ class Draft:
         self.attended = ()
 
     def _add_at_one_position(self, ids: Sequence[int]) -> None:
+        """Append tokens that are not learned and share a position."""
         for number, token in enumerate(ids):
             self.next_position -= number > 0
             self.add_tokens((token,), 0.0)

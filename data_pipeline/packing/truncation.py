@@ -43,8 +43,8 @@ class Cutter:
     def cut(self, start: int, stop: int) -> Document:
         """Return the part with the tokens ``start:stop``. Neither may be inside an image; this is not checked.
 
-        The last label is the token that follows in the whole document, so no prediction is lost; except where the model
-        computes the code that follows.
+        The last label is the token that follows in the whole document, so no prediction is lost; except that of an
+        image that begins with a code instead of a mark.
         """
         document = self._document
         spans = self._spans(start, stop)
@@ -58,8 +58,9 @@ class Cutter:
         positions = document.position_ids[start:stop]
         slots = slice(*np.searchsorted(self._slots, (start, stop)))
         labels, weights = document.labels[start:stop], document.loss_weights[start:stop]
-        if document.uncoded and document.drawn is not None and document.drawn[stop : stop + 1].any():
-            # The last label is the first code of the next image, which is not known without that image.
+        if document.drawn is not None and document.drawn[stop : stop + 1].any():
+            # A batch finds the labels that are codes by ``drawn`` of the next row, which is in the next part. If the
+            # model computes the codes, this one is not even known.
             labels, weights = np.append(labels[:-1], np.int32(IGNORE)), np.append(weights[:-1], np.float32(0))
         return replace(
             document,

@@ -156,11 +156,11 @@ class _GridEncoding:
         return results
 
     def _media(self, members: Members) -> tuple[list[str], list[VideoPart]]:
-        """Return the image members and the videos of a sample.
+        """Return the image members and the videos of a sample; a video that occurs twice is listed once.
 
         Raises:
-            SampleError: the sample has a video and ``video`` is None, or one image is a part of its own and the first
-                frame of a video.
+            SampleError: the sample has a video and ``video`` is None; or one image is the first frame of a video, and
+                also a part of its own or the first frame of a different video.
         """
         images = sorted(filter(is_image, members), key=image_order)
         # Only a JSON with this word can name frames; the others are not parsed.
@@ -178,7 +178,11 @@ class _GridEncoding:
         shown = {part.name for part in parts if isinstance(part, ImagePart)}
         if twice := sorted(shown.intersection(video.name for video in videos)):
             raise SampleError(f"{twice[0]} is an image and the first frame of a video, which cannot share a token grid")
-        return [ext for ext in images if ext in shown], videos
+        by_name = dict[str, VideoPart]()
+        for video in videos:
+            if by_name.setdefault(video.name, video).data != video.data:
+                raise SampleError(f"{video.name} is the first frame of two videos, which cannot share a token grid")
+        return [ext for ext in images if ext in shown], list(by_name.values())
 
     def _decode(self, data: bytes) -> npt.NDArray[np.uint8]:
         """Return the pixels ``(3, H, W)`` of an encoded image after the transforms."""

@@ -133,10 +133,11 @@ def ingest(
         first = next(read_skipped(skipped.publish()), None)
         example = f", {row_name(first.row, first.key)} because: {first.reason}" if first else ""
         raise DataConfigError(f"{rows.description}: not one usable row; {skipped.count} were skipped{example}")
-    manifest = write_manifest(report.manifest, shards, image_tokenizer)
     for shard in shards:
         report.orphans = report.orphans.plus(orphans_of(ShardIndex.open(shard)))
     report.skipped, report.num_skipped = skipped.publish(), skipped.count
+    # The manifest is last: where it exists, the log of skipped rows is complete, too.
+    manifest = write_manifest(report.manifest, shards, image_tokenizer)
     plan.unlink()
     report.num_samples, report.num_shards = manifest.num_samples, manifest.num_shards
     return report

@@ -60,7 +60,7 @@ class Orphans(NamedTuple):
 
 
 def is_medium(ext: str) -> bool:
-    """Return whether a member is an image, video or sound, or the token ids of an image."""
+    """Return whether a member is an image, video or sound, or the token ids of an image or video."""
     return media_kind(ext) is not None or is_grid(ext)
 
 

@@ -17,11 +17,11 @@ app = typer.Typer()
 
 _RUN = typer.Argument(help="A run folder, or one checkpoint of it (RUN/checkpoints/step-N).", metavar="RUN")
 _HELP = """\
-Write a question and press Enter. Paths of images, videos and sounds in the line give them to the model: what is this?
-photo.jpg
-/image PATH   show an image with the next question
-/video PATH   show a video with the next question
-/audio PATH   play a sound with the next question
+Write a question and press Enter. The model gets the images, videos and sounds whose paths are in the line, for example:
+what is this? photo.jpg
+/image PATH   add an image to the next question
+/video PATH   add a video to the next question
+/audio PATH   add a sound to the next question
 /reset        forget the conversation
 /quit         leave; Ctrl-D does the same, Ctrl-C ends an answer"""
 _KINDS = {
@@ -77,13 +77,14 @@ def _talk(conversation: Chat) -> bool:
     all_answered = True
     for line in _lines():
         command, _, rest = line.partition(" ")
+        names_file = command.startswith("/") and command[1:] in _KINDS
         if command == "/quit":
             break
         try:
             if command == "/reset":
                 conversation.reset()
                 waiting.clear()
-            elif command.startswith("/") and command[1:] in _KINDS:
+            elif names_file:
                 waiting.append(_file(command, rest))
             elif command.startswith("/") and not Path(command).exists():
                 console.print(_HELP, markup=False)
@@ -94,7 +95,8 @@ def _talk(conversation: Chat) -> bool:
         except KeyboardInterrupt:
             print()
         except (MMScaleError, DataPipelineError) as error:
-            waiting.clear()  # Otherwise a damaged file would fail every further line too.
+            if not names_file:
+                waiting.clear()  # Otherwise a damaged file would fail every further question too.
             console.print(f"mmscale: {error}", markup=False)
             all_answered = False
     return all_answered

@@ -28,7 +28,8 @@ _VIDEO = typer.Option(
     "--video",
     metavar="YAML",
     help="Which frames of a video are encoded, and at which size, as data.video: "
-    "'{frames: {kind: rate, per_second: 8}, max_pixels: 65536}'. Without it, a sample with a video is a bad sample.",
+    "'{frames: {kind: rate, per_second: 8}, min_pixels: 65536, max_pixels: 65536}'. Without it, a sample with a video "
+    "is a bad sample.",
 )
 
 

@@ -47,7 +47,7 @@ def evaluate_run(
     from mmscale.evaluate import evaluate, unanswerable_sets
     from mmscale.evaluate.result import ANSWERS_FOLDER, DrawingsResult, GenerationResult
     from mmscale.run.config import RunConfig
-    from mmscale.run.drawings import drawing_context
+    from mmscale.run.drawings import drawing_context, undrawable_sets
 
     if lm_eval or lmms_eval:
         if lm_eval and lmms_eval:
@@ -70,13 +70,16 @@ def evaluate_run(
     trained = load_trained(run, checkpoint)
     console.print(f"scoring {trained.checkpoint}")
     data, spec = run.evaluation_data(trained.stage), run.stage_media(trained.stage)
-    if left_out := unanswerable_sets(run.evaluation, spec, data):
-        console.print(f"not scored, because the model cannot answer them: {', '.join(held.name for held in left_out)}")
+    evaluation = run.evaluation
+    left_out = (*unanswerable_sets(evaluation, spec, data), *undrawable_sets(run, trained.stage, evaluation))
+    if left_out:
+        names = ", ".join(dict.fromkeys(held.name for held in left_out))
+        console.print(f"not scored, because the model cannot answer them: {names}")
+        kept = tuple(held for held in evaluation.sets if held not in left_out)
+        evaluation = evaluation.model_copy(update={"sets": kept})
     answers = run.run_dir / ANSWERS_FOLDER
-    drawing = drawing_context(run, trained.stage, run.evaluation, trained.world)
-    results = evaluate(
-        trained.model, run.evaluation, data, spec, trained.world, drawing=drawing, answers_folder=answers
-    )
+    drawing = drawing_context(run, trained.stage, evaluation, trained.world)
+    results = evaluate(trained.model, evaluation, data, spec, trained.world, drawing=drawing, answers_folder=answers)
     for name, result in results.items():
         if isinstance(result, GenerationResult | DrawingsResult):
             console.print(f"wrote {answers / name}.jsonl")

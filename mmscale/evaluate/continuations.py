@@ -84,6 +84,8 @@ def continue_prompts(prompts: MultimodalBatch, continuations: Sequence[Continuat
         pairs=torch.empty(0, 2, dtype=torch.int64),
         provenance=tuple(prompts.provenance[item.segment] for item in order),
         weight=float(weights.sum()),
+        learned=None,  # Those of the prompts; nothing here computes a loss.
+        drawn=None,
         num_tokens=sum(length for item, length in zip(order, lengths, strict=True) if item.segment not in dummies),
     )
 

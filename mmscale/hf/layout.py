@@ -228,7 +228,7 @@ class FamilyLayout:
             version 5 of transformers, where they differ.
         auto_class: Class of transformers that opens an export; None if transformers has none for this family.
         part: Key of the object in ``config.json`` with the keys of the model; None if the whole file has them. An
-            export replaces this part alone.
+            export writes this object and takes the other keys from the folder of ``--like``, if any.
         images: Describes the images of a folder; None for a tower or a text model, see ``image_input``.
         sounds: Returns the values of ``data.audio`` for a folder; None for a family that takes no sound.
         stacked: As ``rules``, for the spelling that version 5 of transformers has in memory: one tensor for all

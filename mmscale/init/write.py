@@ -257,18 +257,17 @@ def _clips(data: PreparedData, start: StartingModel, model: ModelConfig) -> dict
         ConfigError: the model takes no videos.
     """
     blocks: dict[str, dict[str, Any]] = {}
-    for name in sorted(data.examples.clips):
+    names = set(data.examples.clips)
+    if "video" in names and start.trained is not None and start.trained.audio is not None:
+        names |= {"audio"} if start.trained.audio.from_video else set()  # The sound tracks of the videos.
+    for name in sorted(names):
         base = getattr(start.trained, name, None)
         blocks[name] = compact(base) if base is not None else _video(start, model) if name == "video" else {}
     return blocks
 
 
 def _video(start: StartingModel, model: ModelConfig) -> dict[str, Any]:
-    """Return a block for eight frames of each video.
-
-    Raises:
-        ConfigError: the model takes no videos.
-    """
+    """Return a block for eight frames of each video. Raises ``ConfigError`` if the model takes no videos."""
     frames = {"kind": "uniform", "num_frames": _FRAMES}
     spec = media_spec(model)
     pixels = {} if spec.fixed_grid is not None else {"min_pixels": spec.size_multiple**2, "max_pixels": _NATIVE_PIXELS}

@@ -84,7 +84,7 @@ class RunLog:
         self._step, self._checkpoint_seconds = start_step, 0.0
         self._stage, self._unseen_steps_left = LoggedStage(""), 0
         self._jsonl = JsonlSink(run_dir / "metrics.jsonl", start_step)
-        self._trackers = trackers or None  # None also for an empty set.
+        self._trackers = trackers or Trackers(run_dir, (), 1)
         self._tensorboard = TensorBoardSink(run_dir / "tensorboard", start_step) if config.tensorboard else None
         self._progress = ProgressLine(
             console or Console(stderr=True), start_step, total_steps, config.plain_line_seconds
@@ -155,8 +155,7 @@ class RunLog:
             rate = {"tokens_per_second": num_tokens, "samples_per_second": num_samples}
             per_second = {name: count / max(timing.seconds, 1e-9) for name, count in rate.items()}
             self._tensorboard.scalars(step, {**metrics, **per_second})
-        if self._trackers is not None:
-            self._trackers.print_notes()
+        self._trackers.print_notes()
         if self._progress.is_due(step):
             self._progress.update(step, report.loss, self._meter.rates(), self._stage.name)
         if self._unseen_steps_left:
@@ -183,20 +182,18 @@ class RunLog:
         """
         if self._tensorboard is not None:
             self._tensorboard.scalars(step, values)
-        if self._trackers is not None:
-            self._trackers.scalars(step, what, values)
+        self._trackers.scalars(step, what, values)
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Send a table of a step, such as held-out results, to TensorBoard and the trackers."""
         if self._tensorboard is not None:
             self._tensorboard.table(step, name, columns, rows)
-        if self._trackers is not None:
-            self._trackers.table(step, name, columns, rows)
+        self._trackers.table(step, name, columns, rows)
 
     def wants_images(self, step: int) -> bool:
         """Return whether this step writes sample images."""
         every = self._config.images_every
-        has_reader = self._tensorboard is not None or self._trackers is not None
+        has_reader = self._tensorboard is not None or bool(self._trackers)
         return has_reader and every is not None and (step == 1 or step % every == 0)
 
     def images(self, step: int, make: Callable[[int], Sequence[CaptionedImage]]) -> None:
@@ -213,8 +210,7 @@ class RunLog:
     def _send_images(self, step: int, images: Sequence[CaptionedImage], name: str) -> None:
         if self._tensorboard is not None:
             self._tensorboard.images(step, images, name)
-        if self._trackers is not None:
-            self._trackers.images(step, images, name)
+        self._trackers.images(step, images, name)
 
     def print_line(self, text: str) -> None:
         """Print a line in addition to the progress line."""

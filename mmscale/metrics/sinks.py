@@ -45,8 +45,7 @@ class JsonlSink:
             record: The line.
             hold: Append it only with the next call, so that ``amend`` can still add values.
         """
-        if self._held is not None:
-            self._release()
+        self._release()
         if hold:
             self._held = record
             return

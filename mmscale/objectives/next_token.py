@@ -12,7 +12,7 @@ from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn.cross_entropy import ZLoss
 from mmscale.nn.moe import MoeConfig
 from mmscale.objectives.base import ObjectiveOutput, WorldInfo
-from mmscale.objectives.router import PreparedBatch, RouterLosses, needs_whole_load
+from mmscale.objectives.router import PreparedBatch, RouterLosses, StepTotals, needs_whole_load
 from mmscale.objectives.teacher import Teacher
 
 
@@ -64,10 +64,11 @@ class NextToken:
         All ranks must call. If a model with experts has several microbatches in a step, they must come from
         ``prepare``.
         """
-        totals = None
         if isinstance(batch, PreparedBatch):
-            totals = batch.totals
-            batch = batch.batch
+            return self._loss(model, batch.batch, batch.totals)
+        return self._loss(model, batch, None)
+
+    def _loss(self, model: MultimodalModel, batch: MultimodalBatch, totals: StepTotals | None) -> ObjectiveOutput:
         # Run the teachers first: their activations are freed before the student's are stored for its backward pass.
         teacher_hidden = [teacher(batch) for teacher in self.teachers]
         output = model(batch)

@@ -12,7 +12,7 @@ from data_pipeline.io.strict import StrictConfig
 from mmscale.config.trust import STARTS_FILE
 
 _MOST_BYTES = 1 << 26
-"""Of a larger file only this many last bytes are read. Ten thousand starts take 10 MB."""
+"""``read_starts`` reads at most this many bytes at the end of the file. Ten thousand starts take 10 MB."""
 
 
 class StartRecord(StrictConfig):
@@ -80,7 +80,7 @@ def _code(start: StartRecord) -> str:
 def read_starts(run_dir: Path) -> list[StartRecord]:
     """Return the starts of a run, oldest first, without damaged lines; empty without the file.
 
-    Of a file above 64 MiB only the starts in its last 64 MiB are returned.
+    The oldest starts are missing if the file is larger than 64 MiB: only its last 64 MiB are read.
     """
     path = run_dir / STARTS_FILE
     if not path.is_file():

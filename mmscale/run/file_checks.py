@@ -103,29 +103,32 @@ def check_files(config: RunConfig) -> list[str]:
 def _check_evaluation(config: RunConfig) -> None:
     """Check the held-out sets for the model at the end, and if they are scored during training, of each stage.
 
-    Stages that do not draw are not scored on sets of kind ``drawings``, but one evaluated stage must draw.
+    Stages that do not draw are not scored on sets of kind ``drawings``, but each such set must be scored in some stage.
     """
-    reached = [number for number, _ in config.stages_from(0)]
-    evaluated = reached if config.evaluation.every_steps is not None else reached[-1:]
-    undrawn = {number: undrawable_sets(config, number, config.evaluation) for number in evaluated}
-    draws = not all(undrawn.values())
-    names = {held.name for held in undrawn[reached[-1]]}
-    check_best(config.evaluation, config.stage_media(reached[-1]), config.evaluation_data(reached[-1]), names)
+    evaluation, reached = config.evaluation, [number for number, _ in config.stages_from(0)]
+    last = reached[-1]
+    blocks = [(last, evaluation)]
+    if evaluation.every_steps is not None:
+        blocks += [(number, evaluation.during_training) for number in reversed(reached)]
+    undrawn = [undrawable_sets(config, number, block) for number, block in blocks]
+    scored = {
+        held.name
+        for (_, block), left_out in zip(blocks, undrawn, strict=True)
+        for held in block.sets
+        if held not in left_out
+    }
+    names = {held.name for held in undrawn[0]}
+    check_best(evaluation, config.stage_media(last), config.evaluation_data(last), names)
     check_drawings(config)
     checked: list[object] = []
-    for number in reversed(reached):
+    for (number, block), left_out in zip(blocks, undrawn, strict=True):
         data, spec, model = config.evaluation_data(number), config.stage_media(number), config.stage_model(number)
-        for block, is_scored in (
-            (config.evaluation, number == reached[-1]),
-            (config.evaluation.during_training, config.evaluation.every_steps is not None),
-        ):
-            if is_scored and draws:
-                left_out = undrawable_sets(config, number, block)
-                block = block.model_copy(update={"sets": tuple(one for one in block.sets if one not in left_out)})
-            if is_scored and (block, data, model) not in checked:
-                checked.append((block, data, model))
-                drawing = drawing_context(config, number, block, World(0, 1, 0, torch.device("cpu")))
-                check_sets(block, data, spec, drawing=drawing, model=model)
+        kept = tuple(held for held in block.sets if held not in left_out or held.name not in scored)
+        block = block.model_copy(update={"sets": kept})
+        if (block, data, model) not in checked:
+            checked.append((block, data, model))
+            drawing = drawing_context(config, number, block, World(0, 1, 0, torch.device("cpu")))
+            check_sets(block, data, spec, drawing=drawing, model=model)
 
 
 def _check_run_dir(run_dir: Path) -> None:

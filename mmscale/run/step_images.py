@@ -53,8 +53,7 @@ class StepImages:
     def show(self, engine: Engine, step: int, batch: MultimodalBatch) -> None:
         """Show images of a step if ``metrics.images_every`` asks for it. All ranks must call.
 
-        The last step of the run also shows reconstructions. A call at any other step than the first, the last and the
-        multiples of ``metrics.images_every`` does nothing.
+        The last step of the run also shows reconstructions.
 
         Args:
             engine: Reconstructs.

@@ -297,7 +297,7 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
     with loader:
         batches = iter(loader)
         while state.step < last and not stopped and not ended:
-            step, is_scored = state.step + 1, due(config.evaluation.every_steps, state.step + 1)
+            step = state.step + 1
             run.watchdog.begin_step(step)
             batch = _next_batch(run, batches, step)
             engine.clock.memory = due(config.metrics.memory_every, step)
@@ -330,18 +330,17 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
             run.sample_log.step(batch, documents)
             counters: dict[str, float] = {"bad_steps": detector.num_bad, "roll_backs": run.bad_steps.num_roll_backs}
             counters |= run.router_log.step(step, report.router, engine.model)
-            log.step(step, report, sums, counters, hold=is_scored)
+            log.step(step, report, sums, counters, hold=run.evaluations.is_due(state))
             if bad is not None and _handle_bad_step(run, state, batch, report, bad):
                 return state, _StageEnd.ROLLED_BACK
-            if due(config.metrics.images_every, step) or step in (1, config.total_steps):
-                images.show(engine, step, batch.microbatches[0])
+            images.show(engine, step, batch.microbatches[0])
             if run.profiler is not None:
                 run.profiler.step()
             if run.saver.in_flight is not None:
                 run.saver.poll()
             stopped, is_best = run.stop.should_stop(world), False
             # Stop at once, except at the end of a stage: the next start scores the step, but with the next engine.
-            if is_scored and (not stopped or step == last):
+            if run.evaluations.is_due(state) and (not stopped or step == last):
                 is_best = _evaluate(run, engine, state)
                 stopped = stopped or run.stop.should_stop(world)
                 ended = run.evaluations.end_reason(state) is not None

@@ -8,6 +8,7 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,6 +133,25 @@ def test_paths_in_a_line_are_media_by_their_names(tmp_path: Path, monkeypatch: p
     assert chat._file("/audio", " 'c d.wav'") == Path("c d.wav")
     with pytest.raises(ConfigError, match=r"/audio a\.png: its name is not that of a sound; expected a WAV"):
         chat._file("/audio", "a.png")
+
+
+def test_a_mistyped_path_keeps_the_files_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question that fails drops its files: a damaged one would fail the next question too."""
+    (tmp_path / "a.png").touch()
+    monkeypatch.chdir(tmp_path)
+    asked = list[tuple[str, list[Path]]]()
+
+    def ask(words: str, images: list[Path], *rest: Any) -> str:
+        asked.append((words, images))
+        if words == "bad?":
+            raise ConfigError("bad")
+        return ""
+
+    lines = ["/image a.png", "/image none.png", "good?", "/image a.png", "bad?", "more?"]
+    monkeypatch.setattr(chat, "_lines", lambda: iter(lines))
+    conversation: Any = SimpleNamespace(ask=ask)
+    assert not chat._talk(conversation)
+    assert asked == [("good?", [Path("a.png")]), ("bad?", [Path("a.png")]), ("more?", [])]
 
 
 def test_a_run_without_a_chat_format_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,15 @@ def test_eval_gives_the_score_that_the_run_ended_with(run: Path, capsys: pytest.
     assert printed["heldout"]["written"]["kind"] == "generation"
 
 
+def test_eval_leaves_out_drawings_of_a_model_that_draws_none(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = "examples/emoji/shards/heldout-both.manifest"
+    drawn = f"{{name: drawn, kind: drawings, manifest: {manifest}, classifier: x, field: name}}"
+    assert main(["eval", CONFIG, f"run_dir={run}", "max_steps=2", SETS[:-1] + f", {drawn}]", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "not scored, because the model cannot answer them: drawn" in printed.err
+    assert [*json.loads(printed.out)["heldout"]] == ["both", "written"]
+
+
 def test_eval_writes_the_answers_that_the_run_ended_with(run: Path) -> None:
     path = run / "answers" / "written.jsonl"
     written = path.read_text()

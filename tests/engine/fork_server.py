@@ -104,6 +104,7 @@ class ForkServer:
         return None
 
     def _start(self) -> TextIO:
+        self._address.unlink(missing_ok=True)  # Left by a server that was killed.
         self._process = process = subprocess.Popen(
             [sys.executable, __file__, "ranks", str(self._address)],
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
@@ -120,7 +121,10 @@ class ForkServer:
 
     def request(self, request: dict[str, Any]) -> Any:
         print(json.dumps(request), file=self._stream, flush=True)
-        return json.loads(self._stream.readline())
+        answer = self._stream.readline()
+        if not answer:
+            raise RuntimeError("the fork server ended, or could not answer; its traceback is in the standard error")
+        return json.loads(answer)
 
     def fork(self, call: str, arguments: list[Any], environment: dict[str, str], log: Path) -> Child:
         """Run ``package.module:function(*arguments)`` in a new process, with its output in ``log``."""
@@ -310,17 +314,37 @@ def _serve(address: str) -> None:
                     client, _ = listener.accept()
                     streams[client] = client.makefile("rw")
                     selector.register(client, selectors.EVENT_READ)
-                    print("{}", file=streams[client], flush=True)
-                elif line := streams[client].readline():
-                    request = json.loads(line)
-                    answer = _state(request["poll"]) if "poll" in request else _fork(request)
-                    print(json.dumps(answer), file=streams[client], flush=True)
+                    is_open = _answer_client(streams[client], is_new=True)
                 else:
+                    is_open = _answer_client(streams[client])
+                if not is_open:
                     selector.unregister(client)
-                    del streams[client]
+                    with contextlib.suppress(OSError):
+                        streams.pop(client).close()
+                    client.close()
             if not streams:
                 os.unlink(address)
                 return
+
+
+def _answer_client(stream: TextIO, *, is_new: bool = False) -> bool:
+    """Greet a new client, or answer one request. Return whether the connection stays open.
+
+    A client that was killed, or whose request fails, must not end the server of the other test processes.
+    """
+    try:
+        if is_new:
+            answer: Any = {}
+        elif line := stream.readline():
+            request = json.loads(line)
+            answer = _state(request["poll"]) if "poll" in request else _fork(request)
+        else:
+            return False
+        print(json.dumps(answer), file=stream, flush=True)
+    except (OSError, ValueError):
+        traceback.print_exc()
+        return False
+    return True
 
 
 def _import_all() -> None:
@@ -362,7 +386,9 @@ def _fork(request: dict[str, Any]) -> int:
         getattr(import_module(module), name)(*request["arguments"])
         code = 0
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -101,6 +101,18 @@ def test_voices_and_texts_of_speech_are_held_out() -> None:
             assert 0.5 < part.size.samples / part.size.rate < 1.6
 
 
+@pytest.mark.parametrize(
+    ("name", "mark", "answers"), [("clips", "<video>", ("name", "motion")), ("speech", "<audio>", ("transcript",))]
+)
+def test_dialogues_of_training_have_the_answers_of_the_fields(name: str, mark: str, answers: tuple[str, ...]) -> None:
+    for sample in read(name):
+        turns = sample.fields["messages"]
+        assert [turn["role"] for turn in turns] == ["user", "assistant"] * len(answers)
+        assert [turn["content"] for turn in turns[1::2]] == [sample.fields[answer] for answer in answers]
+        assert [mark in turn["content"] for turn in turns[::2]] == [True] + [False] * (len(answers) - 1)
+    assert not any("messages" in sample.fields for sample in read(f"{name}-heldout-both"))
+
+
 def spoken(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
     """Return a sound that depends on voice and text, as espeak-ng writes it."""
     noise = np.random.default_rng(list(" ".join(command).encode())).normal(0, 2000, 9000).astype(np.int16)

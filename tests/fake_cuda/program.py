@@ -106,7 +106,7 @@ def microbatches(config: Any, number: int) -> list[Any]:
 
 
 def train(config: Any, number: int, attention: str, fake: Any, observer: Any, dtype: Any, shares: list[float]) -> None:
-    """Make one step of a stage with two microbatches: forward, backward, fused AdamW; a teacher for each share."""
+    """Make one step of a stage with its microbatches: forward, backward, fused AdamW; a teacher for each share."""
     import torch
 
     from data_pipeline.batch import map_batch

@@ -7,6 +7,7 @@ patches a side.
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ def wave(samples: int) -> np.ndarray:
     return (np.round(tones(samples, RATE)[0] * 32768) / 32768).astype(np.float32)
 
 
+@functools.cache  # Both implementations need the same bytes, and an encoder may give others the next time.
 def _clip(part: tuple[int, ...]) -> bytes:
     track = wave(part[4])[None] if len(part) > 4 else None
     kind = "mp4" if track is None else "mkv"

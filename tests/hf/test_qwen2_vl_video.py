@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def _rate(clip: Clip) -> int:
     return clip[3] if len(clip) > 3 else 8
 
 
+@functools.cache  # Both implementations need the same bytes, and an encoder may give others the next time.
 def _clip(clip: Clip) -> bytes:
     return encoded(clip[0], height=clip[1], width=clip[2], per_second=_rate(clip))
 

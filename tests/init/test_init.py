@@ -7,15 +7,19 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from data_pipeline.audio.transform import AudioConfig
+from data_pipeline.images.video import VideoConfig
 from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.cli.main import main
 from mmscale.config import load
+from mmscale.init.write import _clips
 from mmscale.run.config import RunConfig
 from tests.init.conftest import NAMES, picture, pictures
 from tests.sounds import encoded as encoded_sound
@@ -188,6 +192,16 @@ def test_sounds_need_a_model_that_hears(home: Path, capsys: pytest.CaptureFixtur
     assert (dataset.audio is None, dataset.video is None) == (False, True)
     assert run_of("lauf eins.yaml").stages[0].train == ("decoder", "audio_connector")
     assert main(["data", "digest", "lauf eins.yaml", "--steps", "0:1"]) == 0
+
+
+@pytest.mark.parametrize("from_video", [False, True])
+def test_videos_keep_the_sound_that_the_trained_run_reads(from_video: bool) -> None:
+    trained = SimpleNamespace(video=VideoConfig(), audio=AudioConfig(from_video=from_video, max_seconds=9))
+    data: Any = SimpleNamespace(examples=SimpleNamespace(clips=frozenset({"video"})))
+    start: Any = SimpleNamespace(trained=trained)
+    blocks = _clips(data, start, start)
+    assert blocks.keys() == {"video", *(["audio"] if from_video else [])}
+    assert not from_video or AudioConfig(**blocks["audio"]) == trained.audio
 
 
 @pytest.mark.parity

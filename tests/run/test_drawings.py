@@ -81,6 +81,11 @@ def test_a_set_of_drawings_is_scored_in_the_stages_that_draw(tmp_path: Path) -> 
         check_files(config(reads))
     with pytest.raises(ConfigError, match="the last stage draws no images for set drawn; choose another value"):
         check_files(config(draws, reads, best={"metric": "drawn.score"}))
+    # The stage that draws is scored on another set, and the last one does not draw.
+    two, chosen = [*sets, {**sets[0], "name": "second"}], {"sets": ["second"]}
+    with pytest.raises(ConfigError, match="drawn: this model draws no images"):
+        check_files(config(draws, reads, sets=two, during=chosen))
+    check_files(config(draws, reads, sets=two))
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ def test_encoded_tokens_are_those_of_transformers(tmp_path: Path, capsys: pytest
 
 @pytest.mark.parity
 def test_encoded_tokens_of_videos_are_those_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of frames resized by Pillow, in groups of four as in the published code of Emu3 (``autoencode.py``)."""
+    """Pillow resizes the frames; groups have four frames, as in the published code of Emu3 (``autoencode.py``)."""
     theirs = reference_tokenizer("Emu3VQVAE", tmp_path / "theirs")
     import_folder(tmp_path / "theirs", tmp_path / "run" / "checkpoints")
     clip, listed = encoded(9, height=16, width=24), stored_frames(3, height=16, width=24)

@@ -27,9 +27,9 @@ _TEXT, _VISION = "aria_text", "idefics3_vision"
 _BALANCE, _Z = 1e-3, 1e-5
 """Weights of the router losses in Aria's own code (aria/model/moe_lm.py)."""
 _LONGER, _SHORTER, _CELL = 980, 336, 490
+"""Sizes of ``AriaImageProcessor`` in pixels."""
 _FRAMES = 128
 """Frames of a video, of 490 pixels, in the authors' example (inference/notebooks/04_video_understanding.ipynb)."""
-"""Sizes of ``AriaImageProcessor`` in pixels."""
 _OURS, _THEIRS = "connector.projector.", "multi_modal_projector."
 _PROJECTOR = (
     *(

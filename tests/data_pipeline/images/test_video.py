@@ -201,7 +201,9 @@ def test_tiles_of_a_frame_are_those_of_the_same_image() -> None:
         assert sum(item.num_features(spec) for item in planned) == 3 * per_frame
     with pytest.raises(DataConfigError, match=r"data\.video\.tiling: cuts single frames"):
         VideoTransform(config, MediaSpec(Placement.EMBEDDING, 2, fixed_grid=(28, 28), frames_per_patch=2))
-    with pytest.raises(DataConfigError, match="no fixed square size"):
+    with pytest.raises(
+        DataConfigError, match=r"data\.video\.tiling: each frame is an image, and .* no fixed square size"
+    ):
         VideoTransform(config, MediaSpec(Placement.EMBEDDING, 2))
     with pytest.raises(ValidationError, match="exclude each other"):
         VideoConfig.model_validate({"tiling": tiling, "timestamps": "{clock}"})

@@ -17,7 +17,9 @@ from data_pipeline.history.digest import digest
 from data_pipeline.history.text_spans import text_spans
 from data_pipeline.io.columns import read_columns, write_columns
 from data_pipeline.media_spec import AudioSpec, MediaSpec, Placement
+from data_pipeline.packing.collate import collate
 from data_pipeline.packing.document_builder import DocumentBuilder
+from data_pipeline.packing.packer import Pack
 from data_pipeline.prepare.choices import OnError
 from data_pipeline.prepare.ingest import ingest
 from data_pipeline.prepare.stats.count import count
@@ -184,6 +186,7 @@ def test_frames_and_sound_of_a_video_take_turns(write_set: WriteSet, tokenizer_p
     assert "".join(kinds) == "vvvvssvvvvss" + "s" * (len(of_sound) - 4)
     (span,) = [span for span in text_spans(document, builder.tokenizer, TIMED) if not span.is_text]
     assert (span.kind, span.num_tokens) == ("video", film.stop - film.start)
+    assert collate([Pack((document,), 0)], TIMED).pairs.tolist() == [[0, 0]]
     assert [item.modality for item in builder(reader.read(1)).items] == ["image"]
     reader.close()
 

@@ -211,9 +211,15 @@ def test_the_fingerprint_of_a_configuration_is_that_of_older_checkpoints(step: i
     assert [_hashes(step, soon)["datasets"] == FIRST_STEPS["datasets"] for step in (0, 1, 2)] == [True, True, False]
 
 
-def test_later_keys_of_dialogues_and_videos_change_no_fingerprint_at_their_default() -> None:
-    found = _hashes(1, {**DATA, "datasets": [{**DATASET_A, "template": {"kind": "dialogue"}, "video": {}}]})
-    assert (found["a.template"], found["a.video"]) == ("d72a73732068ef4e", "e37c5703cb39c8fa")
+def test_later_keys_change_no_fingerprint_at_their_default() -> None:
+    media = {"video": {}, "audio": {}, "image_tokens": {"codebook_size": 8, "first_id": 5}}
+    found = _hashes(1, {**DATA, "datasets": [{**DATASET_A, "template": {"kind": "dialogue"}, **media}]})
+    assert {name: found[f"a.{name}"] for name in ("template", *media)} == {
+        "template": "d72a73732068ef4e",
+        "video": "e37c5703cb39c8fa",
+        "audio": "9b369f755fa33928",
+        "image_tokens": "ed738adfb7432e80",
+    }
 
 
 def test_each_part_of_the_fingerprint_is_named_after_what_it_hashes(tmp_path: Path) -> None:

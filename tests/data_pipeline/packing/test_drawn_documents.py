@@ -251,6 +251,23 @@ def test_a_part_never_ends_inside_an_image(tokenizer: Tokenizer) -> None:
         assert not image.start < first.num_tokens < image.stop
 
 
+def test_no_label_is_the_first_code_of_another_part(tokenizer: Tokenizer) -> None:
+    """Images without a mark before them: a batch finds the labels that are codes in each document alone."""
+    text = DocumentBuilder(dataset({}, {"kind": "text"}), tokenizer, TEXT)
+    plain = text(Sample((TextPart("only text"),), {}, Provenance("x", "s", "k", 1)))
+    image = DocumentBuilder(dataset({}, {}), tokenizer, TEXT)(sample())
+    before, after = split(image, lambda part: part.num_tokens <= 7)
+    first, _ = split(plain, lambda part: part.num_tokens <= 6)
+    assert (int(first.labels[-1]), int(before.labels[-1])) == (int(plain.token_ids[6]), IGNORE)
+    batch = collate([Pack((first, after), 0), Pack((before, plain), 1)], TEXT)
+    assert batch.learned is not None
+    assert batch.drawn_labels is not None
+    codes = (batch.labels >= FIRST) & (batch.loss_weights != 0)
+    assert torch.equal(batch.learned.codes, codes.nonzero().flatten())
+    assert torch.equal(batch.drawn_labels, codes)
+    assert torch.equal(batch.learned.index(), batch.loss_weights.nonzero().flatten())
+
+
 def test_an_image_as_tokens_beside_one_with_crops(tokenizer: Tokenizer) -> None:
     """The cut of a document whose second image has no crops keeps the crops of the others."""
     crops = DocumentBuilder(dataset(EMU3, {"kind": "interleaved"}), tokenizer, TOWER)

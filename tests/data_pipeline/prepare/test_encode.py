@@ -21,6 +21,7 @@ from data_pipeline.images.video import VideoConfig
 from data_pipeline.prepare.choices import OnError
 from data_pipeline.prepare.ingest import ingest
 from data_pipeline.prepare.reshard import NamedManifest, ReshardSource, Selection
+from data_pipeline.prepare.skipped import read_skipped
 from data_pipeline.prepare.verify import check_manifest, jobs_of, verify
 from data_pipeline.sample import ImagePart, VideoPart
 from data_pipeline.shards.manifest import Manifest, write_manifest
@@ -155,10 +156,18 @@ def test_a_page_with_images_and_a_video_has_a_grid_of_each(write_set: WriteSet, 
     both = {"0.png": picture(1), **stored_frames(2, name="1."), "json": json.dumps({"parts": parts}).encode()}
     shared = [{"image": "0000.png"}, {"video": ["0000.png"], "fps": 1}]
     twice = {**stored_frames(2), "json": json.dumps({"parts": shared}).encode()}
-    source = encoded(write_set("a", [both, twice]), MeanEncoder())
+    longer = [{"video": ["0000.png"], "fps": 1}, {"video": ["0000.png", "0001.png"], "fps": 1}]
+    differ, same = (
+        {**stored_frames(2), "json": json.dumps({"parts": each}).encode()} for each in (longer, longer[1:] * 2)
+    )
+    source = encoded(write_set("a", [both, twice, differ, same]), MeanEncoder())
     report = ingest(source, tmp_path / "out", "b", on_error=OnError.SKIP)
-    assert report.num_skipped == 1
-    (sample,) = read_samples(report.manifest)
+    assert [row.reason.partition(", which")[0] for row in read_skipped(report.skipped)] == [
+        "0000.png is an image and the first frame of a video",
+        "0000.png is the first frame of two videos",
+    ]
+    sample, repeated = read_samples(report.manifest)
+    assert [part.grid is not None for part in repeated.parts if isinstance(part, VideoPart)] == [True, True]
     image, _, video = sample.parts
     assert isinstance(image, ImagePart)
     assert isinstance(video, VideoPart)

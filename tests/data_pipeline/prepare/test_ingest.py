@@ -197,6 +197,28 @@ def test_killed_and_started_again_ends_with_the_same_bytes(
     assert files[0] == files[1]
 
 
+@pytest.mark.fault
+def test_where_the_manifest_exists_the_log_of_skipped_rows_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = many(tmp_path, 9)
+    (tmp_path / "3.png").unlink()
+    options = {"max_samples": 4, "on_error": OnError.SKIP}
+    whole = ingest(source, tmp_path / "whole", "set", **options)  # type: ignore[arg-type]
+
+    def dies(*_: Any) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_pipeline.prepare.ingest.write_manifest", dies)
+        with pytest.raises(OSError, match="killed"):
+            ingest(source, tmp_path / "out", "set", **options)  # type: ignore[arg-type]
+    assert (tmp_path / "out/set.skipped.jsonl").exists()
+    assert ingest(source, tmp_path / "out", "set", **options).num_skipped == whole.num_skipped == 1  # type: ignore[arg-type]
+    files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole", "out")]
+    assert files[0] == files[1]
+
+
 @pytest.mark.long
 def test_the_number_of_processes_changes_no_byte(tmp_path: Path) -> None:
     source = many(tmp_path, 150)

@@ -139,7 +139,7 @@ def test_a_damaged_sample_fails_or_is_left_out(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes().replace(b"a 9", b"A 9"))
     os.utime(shard, ns=(time, time))
     source = ReshardSource([named], Selection())
-    with pytest.raises(SampleError, match=r"row 10: .*crc32"):
+    with pytest.raises(SampleError, match=r"row 10 \(k9\): .*crc32"):
         ingest(source, tmp_path / "fail", "set")
     report = ingest(source, tmp_path / "skip", "set", on_error=OnError.SKIP)
     assert [(row.row, row.key) for row in read_skipped(report.skipped)] == [(10, "k9")]
