@@ -38,7 +38,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_api_pages_show_every_public_name(site: Path) -> None:
     page = (site / "api" / "data_pipeline.html").read_text()
     for name in ("OrderedSamples", "PackedBatches", "open_loader", "open_samples"):
@@ -47,21 +47,21 @@ def test_api_pages_show_every_public_name(site: Path) -> None:
     assert {"mmscale.checkpoint", "mmscale.compare", "mmscale.config", "mmscale.evaluate", "mmscale.prune"} <= titles
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_pages_load_nothing_from_the_network(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 20
     assert {path.name: found for path in pages if (found := _LOADED.findall(path.read_text()))} == {}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_search_finds_pages_and_public_names(site: Path) -> None:
     docs = json.loads((site / "search" / "search_index.json").read_text())["docs"]
     places = {entry["location"].partition("#")[0] for entry in docs}
     assert {"first_run.html", "troubleshooting.html", "api/mmscale.checkpoint.html"} <= places
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_links_to_repository_files_become_paths(site: Path) -> None:
     for page in site.glob("*.html"):
         assert 'href="../' not in page.read_text().replace('href=".."', ""), page.name

@@ -165,7 +165,7 @@ def test_bfloat16_accumulates_in_float32() -> None:
     assert (ours.double() - theirs).abs().max() < 0.01 * theirs.abs().max()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_peak_memory_is_a_tenth_of_torchs() -> None:
     """Compare the growth of the peak resident size at V = 131072, with each loss in its own process."""
     peaks = {}
