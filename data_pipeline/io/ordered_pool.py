@@ -131,7 +131,8 @@ class _Worker:
 
 def _serve(pipe: Connection, work: Callable[[Any], Iterator[Any]], environment: Mapping[str, str]) -> None:
     """Run a worker process: one thread receives tasks, one sends results, and this thread works."""
-    os.environ.update(environment)  # The fork server may have started before a variable was set.
+    os.environ.clear()  # The fork server has the variables of the time when it started.
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; only the caller handles it.
     tasks: queue.Queue[Any] = queue.Queue()
     sender = _Sender(pipe)

@@ -45,6 +45,19 @@ def test_results_come_in_the_order_of_tasks(workers: int) -> None:
     assert [(task, number) for task, number, _ in in_order(Work(), range(40), workers)] == expected
 
 
+def _variable(name: str) -> Iterator[str]:
+    yield os.environ.get(name, "none")
+
+
+def test_processes_have_the_variables_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if they come from a server that started with others."""
+    name = "MMSCALE_TEST_VARIABLE"
+    monkeypatch.setenv(name, "first")
+    assert list(in_order(_variable, [name], 1)) == ["first"]
+    monkeypatch.delenv(name)
+    assert list(in_order(_variable, [name], 1)) == ["none"]
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_of_work_is_raised_at_its_position(workers: int) -> None:
