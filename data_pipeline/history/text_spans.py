@@ -24,7 +24,7 @@ class TextSpan:
     Attributes:
         kind: ``read`` (without loss), ``learned``, ``image``, ``video``, or another modality such as ``audio``.
         num_tokens: Number of tokens.
-        weight: Loss weight of each token; 0 unless they are learned. Of an image as tokens the mean of all, with marks.
+        weight: Loss weight of each token; 0 unless they are learned. An image as tokens has their mean, marks included.
         text: Text of the tokens, with the names of special tokens; for other inputs a description of their items.
         branch: Number of the branch, from 1; 0 for the shared prefix and for documents without branches.
     """

@@ -29,6 +29,7 @@ from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.models.build import media_spec
 from tests.hf.pages import AUTO, BOS, EOS, PAD, Seen, bfloat16_ratio, load, picture, save_tokenizer, stored
 from tests.hf.reference_models import import_reference, imported, loaded, tensors_of
+from tests.hf.test_qwen2_5_vl import VISION
 from tests.hf.test_qwen2_vl import PIXELS
 from tests.models.reference_models import randomise
 from tests.parity_table import Recorder
@@ -90,15 +91,7 @@ def _config(vocabulary: int = 272, ids: dict[str, int] | None = None, tied: bool
             "max_position_embeddings": 512,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
         },
-        vision_config={
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 44,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
-        },
+        vision_config=VISION,
         audio_config={
             "d_model": 24,
             "encoder_layers": 2,

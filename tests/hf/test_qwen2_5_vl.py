@@ -41,6 +41,16 @@ VIDEOS: list[list[Any]] = [
     [(1, 56, 56), "still"],
 ]
 SLOW: list[list[Any]] = [["xy", (8, 56, 84, 1), "one frame a second, so its text overlaps it there", (40, 40), "end"]]
+VISION = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "window_size": 56,
+    "fullatt_block_indexes": [1],
+}
+"""Configuration of a tiny tower with windows, which Qwen2.5-Omni has too."""
 
 
 def reference_model(tied: bool = False, seed: int = 0, vocabulary: int = 272) -> Any:
@@ -62,16 +72,7 @@ def reference_model(tied: bool = False, seed: int = 0, vocabulary: int = 272) ->
             "pad_token_id": 0,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
         },
-        vision_config={
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 44,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
-            "tokens_per_second": 2,
-        },
+        vision_config={**VISION, "tokens_per_second": 2},
         image_token_id=4 if vocabulary == VOCABULARY else 3,
         vision_start_token_id=4,
         vision_end_token_id=5,
