@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing.forkserver as forkserver
 import os
+from collections.abc import Iterator
 from typing import Any
 
 # Before torch is imported: two cores are shared by all ranks that a test starts.
@@ -24,10 +26,32 @@ settings.register_profile("house", deadline=None, derandomize=True, print_blob=T
 settings.load_profile("house")
 
 
+_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _without_new_variables() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in _LAUNCHED}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+# A run in a test's own process sets these variables. Programs that later tests start would read them as a launcher's.
+without_variables_of_this_file = pytest.fixture(scope="module", autouse=True)(_without_new_variables)
+without_variables_of_this_test = pytest.fixture(autouse=True)(_without_new_variables)
+
+
 def pytest_configure() -> None:
     import torch
 
     torch.set_num_threads(1)
+    # The fork server of this process imports what its first user names. Workers of later users would each import the
+    # rest, which takes 3 s of torch for a loader's worker.
+    forkserver.set_forkserver_preload(["data_pipeline.loader.loader", "torchvision.io", "data_pipeline.prepare.ingest"])
+    setattr(forkserver, "set_forkserver_preload", lambda modules: None)  # noqa: B010 - For mypy it is a constant.
 
 
 def pytest_collection_finish() -> None:

@@ -52,9 +52,7 @@ MOE = {
 def run_cases(device: str, cases: dict[str, Overrides]) -> dict[str, dict[str, Any]]:
     """Run cases in a new process and return their results."""
     words = [sys.executable, "-m", "tests.gpu.programs", device, json.dumps(cases)]
-    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in launched}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     results: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])

@@ -67,7 +67,7 @@ def test_the_whole_program_runs_on_the_cpu(tmp_path: Path) -> None:
     """With stand-ins of the kernels and smoke-test models: its code works, every GPU test runs and passes."""
     words = [sys.executable, "-m", "tests.gpu.check", "--rehearse", "--output", str(tmp_path)]
     done = subprocess.run(words, cwd=REPO, capture_output=True, text=True, timeout=800, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
     result = json.loads((tmp_path / "check.json").read_text())
     assert (result["passed"], result["rehearsal"]) == (True, True)
     assert result["parts"]["pytest -m gpu"]["found"]["counts"].keys() == {"passed"}
