@@ -44,10 +44,9 @@ def evaluate_run(
     from mmscale.cli.trained import load_trained, open_run, run_and_checkpoint
     from mmscale.config import load
     from mmscale.errors import ConfigError
-    from mmscale.evaluate import evaluate, unanswerable_sets
     from mmscale.evaluate.result import ANSWERS_FOLDER, DrawingsResult, GenerationResult
     from mmscale.run.config import RunConfig
-    from mmscale.run.drawings import drawing_context, undrawable_sets
+    from mmscale.run.evaluation import answerable, score_sets
 
     if lm_eval or lmms_eval:
         if lm_eval and lmms_eval:
@@ -69,17 +68,9 @@ def evaluate_run(
         raise ConfigError(f"{config}: evaluation.sets is empty: there is nothing to score")
     trained = load_trained(run, checkpoint)
     console.print(f"scoring {trained.checkpoint}")
-    data, spec = run.evaluation_data(trained.stage), run.stage_media(trained.stage)
-    evaluation = run.evaluation
-    left_out = (*unanswerable_sets(evaluation, spec, data), *undrawable_sets(run, trained.stage, evaluation))
-    if left_out:
-        names = ", ".join(dict.fromkeys(held.name for held in left_out))
-        console.print(f"not scored, because the model cannot answer them: {names}")
-        kept = tuple(held for held in evaluation.sets if held not in left_out)
-        evaluation = evaluation.model_copy(update={"sets": kept})
+    evaluation = answerable(run, trained.stage, run.evaluation, console.print)
+    results = score_sets(run, trained.stage, trained.model, evaluation, trained.world)
     answers = run.run_dir / ANSWERS_FOLDER
-    drawing = drawing_context(run, trained.stage, evaluation, trained.world)
-    results = evaluate(trained.model, evaluation, data, spec, trained.world, drawing=drawing, answers_folder=answers)
     for name, result in results.items():
         if isinstance(result, GenerationResult | DrawingsResult):
             console.print(f"wrote {answers / name}.jsonl")

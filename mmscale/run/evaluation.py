@@ -15,7 +15,7 @@ Not for: how a set is scored (``mmscale.evaluate``), or which checkpoints are re
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -130,10 +130,11 @@ class Evaluations:
         """
         is_first = state.stage_index not in self._noted
         self._noted.add(state.stage_index)
-        evaluation = answerable(self._config, engine, state.stage_index, self._during, self._log if is_first else None)
+        stage, print_line = state.stage_index, self._log.print_line if is_first else None
+        evaluation = answerable(self._config, stage, self._during, print_line)
         with engine.inference(ema=engine.stage.ema is not None) as model:
-            self._results = _evaluate(self._config, engine, model, state.stage_index, evaluation)
-            self.drawings.draw(model, state.stage_index, state.step)
+            self._results = score_sets(self._config, stage, cast(AnyModel, model), evaluation, engine.world)
+            self.drawings.draw(model, stage, state.step)
         self._scored_step = state.step
         for name, result in self._results.items():
             self._log.print_line(f"step {state.step}: held-out {name}: {result.summary}")
@@ -201,12 +202,12 @@ def score_at_end(
     step, stage = state.step, state.stage_index
     data, spec = config.evaluation_data(stage), config.stage_media(stage)
     log.pause()
-    evaluation = answerable(config, engine, stage, config.evaluation, log)
+    evaluation = answerable(config, stage, config.evaluation, log.print_line)
     if evaluation.image_sets and evaluation.captions is not None and spec.placement is Placement.PAIR:
         log.print_line(f"no captions: the model of stage {engine.stage.name} writes no text")
     missing = evaluation.model_copy(update={"sets": tuple(h for h in evaluation.sets if h.name not in known)})
     with engine.inference(ema=engine.stage.ema is not None) as model:
-        results = {**known, **_evaluate(config, engine, model, stage, missing)}
+        results = {**known, **score_sets(config, stage, cast(AnyModel, model), missing, engine.world)}
         captioned = caption_images(model, evaluation, data, spec, engine.world)
         evaluations.drawings.draw(model, stage, step)
     results = {held.name: results[held.name] for held in evaluation.sets}
@@ -221,31 +222,41 @@ def score_at_end(
 
 
 def answerable(
-    config: RunConfig, engine: Engine, stage: int, evaluation: EvaluationConfig, log: RunLog | NullLog | None
+    config: RunConfig, stage: int, evaluation: EvaluationConfig, print_line: Callable[[str], None] | None
 ) -> EvaluationConfig:
-    """Return the block without the sets that the stage's model cannot answer; ``log`` receives a line about them."""
+    """Return the block without the sets that the stage's model cannot answer; ``print_line`` receives a line on them.
+
+    Args:
+        config: The run.
+        stage: Number of the stage.
+        evaluation: The block.
+        print_line: Called with the names of the sets and the reason; None prints nothing.
+    """
     spec = config.stage_media(stage)
     what = "takes no images" if spec.placement is Placement.NONE else "only compares images with texts"
     unanswered = unanswerable_sets(evaluation, spec, config.evaluation_data(stage))
     undrawn = tuple(held for held in undrawable_sets(config, stage, evaluation) if held not in unanswered)
+    model = f"the model of stage {config.stages[stage].name}" if config.stages else "the model"
     for left_out, reason in ((unanswered, what), (undrawn, "draws no images")):
-        if left_out and log is not None:
-            names = ", ".join(held.name for held in left_out)
-            log.print_line(f"not scored: {names}; the model of stage {engine.stage.name} {reason}")
+        if left_out and print_line is not None:
+            print_line(f"not scored: {', '.join(held.name for held in left_out)}; {model} {reason}")
     kept = tuple(held for held in evaluation.sets if held not in (*unanswered, *undrawn))
     return evaluation.model_copy(update={"sets": kept})
 
 
-def _evaluate(
-    config: RunConfig, engine: Engine, model: object, stage: int, evaluation: EvaluationConfig
+def score_sets(
+    config: RunConfig, stage: int, model: AnyModel, evaluation: EvaluationConfig, world: World
 ) -> dict[str, HeldOutResult]:
-    data, spec = config.evaluation_data(stage), config.stage_media(stage)
+    """Score the sets of ``evaluation`` with the model of a stage and write its answers to ``RUN/answers``.
+
+    All ranks must call. Arguments, results and errors are otherwise those of ``evaluate``.
+    """
     return evaluate(
-        cast(AnyModel, model),
+        model,
         evaluation,
-        data,
-        spec,
-        engine.world,
-        drawing=drawing_context(config, stage, evaluation, engine.world),
+        config.evaluation_data(stage),
+        config.stage_media(stage),
+        world,
+        drawing=drawing_context(config, stage, evaluation, world),
         answers_folder=config.run_dir / ANSWERS_FOLDER,
     )

@@ -48,7 +48,7 @@ def test_eval_leaves_out_drawings_of_a_model_that_draws_none(run: Path, capsys: 
     drawn = f"{{name: drawn, kind: drawings, manifest: {manifest}, classifier: x, field: name}}"
     assert main(["eval", CONFIG, f"run_dir={run}", "max_steps=2", SETS[:-1] + f", {drawn}]", "--json"]) == 0
     printed = capsys.readouterr()
-    assert "not scored, because the model cannot answer them: drawn" in printed.err
+    assert "not scored: drawn; the model of stage pretrain draws no images" in printed.err
     assert [*json.loads(printed.out)["heldout"]] == ["both", "written"]
 
 

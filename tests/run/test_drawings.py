@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -73,10 +72,11 @@ def test_a_set_of_drawings_is_scored_in_the_stages_that_draw(tmp_path: Path) -> 
 
     both = config(reads, draws)
     check_files(both)
-    for number, kept in ((0, []), (1, ["drawn"])):
-        engine: Any = SimpleNamespace(stage=both.stages[number])
-        found = answerable(both, engine, number, both.evaluation.during_training, None)
-        assert [held.name for held in found.sets] == kept
+    unscored = ["not scored: drawn; the model of stage reads draws no images"]
+    for number, kept, lines in ((0, [], unscored), (1, ["drawn"], [])):
+        printed: list[str] = []
+        found = answerable(both, number, both.evaluation.during_training, printed.append)
+        assert ([held.name for held in found.sets], printed) == (kept, lines)
     with pytest.raises(ConfigError, match="this model draws no images"):
         check_files(config(reads))
     with pytest.raises(ConfigError, match="the last stage draws no images for set drawn; choose another value"):

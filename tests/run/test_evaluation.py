@@ -60,7 +60,7 @@ class Scorer:
 
     def __init__(self, config: RunConfig, state: TrainState, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log, self.losses, self.state = Notes(), list[float](), state
-        monkeypatch.setattr(evaluation, "_evaluate", lambda *arguments: self._results())
+        monkeypatch.setattr(evaluation, "score_sets", lambda *arguments: self._results())
         self.evaluations = Evaluations(config, WORLD, self.log, state, config.run_dir / "checkpoints")
         self.engine: Any = SimpleNamespace(
             inference=lambda ema: nullcontext(), stage=SimpleNamespace(ema=None, name="pretrain"), world=WORLD
