@@ -63,8 +63,6 @@ class StepPairs:
         image_norms: Normalisers of each image over all texts; empty with ``loss=sigmoid``.
         text_norms: Normalisers of each text over all images; empty with ``loss=sigmoid``.
         log_scale: float32 ``()``, logarithm of the factor before it is clamped.
-        scale_learns: bool ``()``, whether the scale receives its gradient; None if the gradient of the step is not
-            known yet.
     """
 
     images: Tensor
@@ -74,7 +72,6 @@ class StepPairs:
     image_norms: LogNormalisers
     text_norms: LogNormalisers
     log_scale: Tensor
-    scale_learns: Tensor | None = None
 
     def swapped(self) -> StepPairs:
         """Return the pairs with images and texts exchanged."""
@@ -87,26 +84,7 @@ class StepPairs:
         )
 
 
-@dataclass(frozen=True)
-class PreparedBatch:
-    """A microbatch of a step with several microbatches.
-
-    Attributes:
-        batch: The microbatch.
-        pairs: All pairs of the step, those of this microbatch included.
-        first: Index in ``pairs`` of the microbatch's first pair.
-    """
-
-    batch: MultimodalBatch
-    pairs: StepPairs
-    first: int
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PreparedBatch:
-        """Return a copy with the microbatch on ``device``. The pairs stay on the device of the model."""
-        return replace(self, batch=self.batch.to(device, non_blocking))
-
-
-class _RowGradients(NamedTuple):
+class RowGradients(NamedTuple):
     """Losses and gradients of n images over all texts.
 
     Attributes:
@@ -120,6 +98,29 @@ class _RowGradients(NamedTuple):
     losses: Tensor
     correct: Tensor
     bias: Tensor
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """A microbatch, and what its loss needs of all pairs of the step.
+
+    Attributes:
+        batch: The microbatch.
+        pairs: All pairs of the step, those of this microbatch included.
+        first: Index in ``pairs`` of the microbatch's first pair.
+        images: Losses and gradients of the microbatch's images.
+        scale_learns: bool ``()``, whether the scale receives its gradient.
+    """
+
+    batch: MultimodalBatch
+    pairs: StepPairs
+    first: int
+    images: RowGradients
+    scale_learns: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PreparedBatch:
+        """Return a copy with the microbatch on ``device``. The pairs stay on the device of the model."""
+        return replace(self, batch=self.batch.to(device, non_blocking))
 
 
 class Contrastive:
@@ -165,27 +166,30 @@ class Contrastive:
         if not self.needs_prepare(model, len(microbatches)):
             return microbatches
         own = [model(batch.to(self._world.device, non_blocking=True)) for batch in microbatches]
+        return self._prepared(microbatches, own)
+
+    def _prepared(self, microbatches: Sequence[MultimodalBatch], own: Sequence[PairVectors]) -> list[PreparedBatch]:
+        """Return the microbatches of this rank, whose vectors are ``own``, with all pairs. All ranks must call."""
         pairs, first = self._gather(own)
-        count = sum(len(vectors.images) for vectors in own)
-        gradient = self._scale_gradient(self._row_gradients(pairs, first, count), pairs, first, count)
-        pairs = replace(pairs, scale_learns=self._scale_learns(pairs, gradient))
-        starts = itertools.accumulate((len(vectors.images) for vectors in own), initial=first)
-        return [PreparedBatch(batch, pairs, start) for batch, start in zip(microbatches, starts, strict=False)]
+        counts = [len(vectors.images) for vectors in own]
+        starts = list(itertools.accumulate(counts[:-1], initial=first))
+        images = [self._row_gradients(pairs, start, count) for start, count in zip(starts, counts, strict=True)]
+        parts = list(zip(microbatches, starts, images, strict=True))
+        gradient = torch.stack([self._scale_gradient(rows, pairs, start) for _, start, rows in parts]).sum()
+        learns = self._scale_learns(pairs, gradient)
+        return [PreparedBatch(batch, pairs, start, rows, learns) for batch, start, rows in parts]
 
     def __call__(self, model: ContrastiveModel, batch: MultimodalBatch | PreparedBatch) -> ObjectiveOutput:
         """Run the model on one microbatch and return the loss. All ranks must call."""
         plain = batch.batch if isinstance(batch, PreparedBatch) else batch
         vectors = model(plain)
-        pairs, first = (batch.pairs, batch.first) if isinstance(batch, PreparedBatch) else self._gather([vectors])
-        count = len(vectors.images)
-        with torch.no_grad():
-            images = self._row_gradients(pairs, first, count)
-            texts = self._row_gradients(pairs.swapped(), first, count)
+        prepared = batch if isinstance(batch, PreparedBatch) else self._prepared([batch], [vectors])[0]
+        pairs, images, count = prepared.pairs, prepared.images, len(vectors.images)
+        texts = self._row_gradients(pairs.swapped(), prepared.first, count)
         losses = (images.losses + texts.losses) / 2
         total = losses.sum()
-        scale = self._scale_gradient(images, pairs, first, count)
-        learns = self._scale_learns(pairs, scale) if pairs.scale_learns is None else pairs.scale_learns
-        gradients = [images.vectors, texts.vectors, scale * learns]
+        scale = self._scale_gradient(images, pairs, prepared.first)
+        gradients = [images.vectors, texts.vectors, scale * prepared.scale_learns]
         inputs = [vectors.images, vectors.texts, vectors.log_scale]
         metrics = {
             "image_to_text_accuracy": images.correct.sum(),
@@ -219,9 +223,9 @@ class Contrastive:
         return pairs, first
 
     @staticmethod
-    def _scale_gradient(rows: _RowGradients, pairs: StepPairs, first: int, count: int) -> Tensor:
-        """Return the part of ``count`` pairs in the gradient of the loss with respect to the logarithm of the scale."""
-        return (rows.vectors * pairs.images[first : first + count]).sum()
+    def _scale_gradient(rows: RowGradients, pairs: StepPairs, first: int) -> Tensor:
+        """Return the part of the images in the gradient of the loss with respect to the logarithm of the scale."""
+        return (rows.vectors * pairs.images[first : first + len(rows.vectors)]).sum()
 
     @torch.no_grad()
     def _scale_learns(self, pairs: StepPairs, gradient: Tensor) -> Tensor:
@@ -248,7 +252,8 @@ class Contrastive:
             found.append(torch.cat([peak, excess, (peak - logits.gather(1, own)) + excess], dim=1))
         return LogNormalisers(*torch.cat(found).unbind(1))
 
-    def _row_gradients(self, pairs: StepPairs, first: int, count: int) -> _RowGradients:
+    @torch.no_grad()
+    def _row_gradients(self, pairs: StepPairs, first: int, count: int) -> RowGradients:
         """Return losses and gradients of the ``count`` images from index ``first`` on, over all texts."""
         vectors = [pairs.images[:0]]
         losses = [pairs.scale.new_empty(0)]
@@ -262,7 +267,7 @@ class Contrastive:
             vectors.append(pairs.scale * (gradients @ pairs.texts))
             losses.append(loss)
             bias += gradients.sum()
-        return _RowGradients(torch.cat(vectors), torch.cat(losses), torch.cat(correct), bias)
+        return RowGradients(torch.cat(vectors), torch.cat(losses), torch.cat(correct), bias)
 
     @staticmethod
     def _softmax_rows(logits: Tensor, own: Tensor, pairs: StepPairs, rows: slice) -> tuple[Tensor, Tensor]:

@@ -218,7 +218,15 @@ def test_sigmoid_reports_its_bias() -> None:
     assert output.metrics["similarity_bias"].item() == pytest.approx(7 * -2.5)
 
 
-def test_prepare_adds_vectors_only_to_several_microbatches() -> None:
+def test_prepare_adds_vectors_only_to_several_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of similarities, of an image or a text, is computed twice: for its normaliser and for its gradient."""
+    rows, logits = list[int](), contrastive._logits
+
+    def counted(pairs: contrastive.StepPairs, part: slice) -> torch.Tensor:
+        rows.append(part.stop - part.start)
+        return logits(pairs, part)
+
+    monkeypatch.setattr(contrastive, "_logits", counted)
     model, _, _, _ = truth(SOFTMAX)
     spec, objective = media_spec(model.config), Contrastive(model.config.connector, ALONE)
     batches = [batch_of(spec, numbers) for numbers in ([0, 1], [2])]
@@ -231,6 +239,8 @@ def test_prepare_adds_vectors_only_to_several_microbatches() -> None:
         assert moved.batch.token_ids.device.type == moved.batch.media["image"].values.device.type == "meta"
         assert (moved.pairs, moved.first) == (each.pairs, first)
         assert each.batch.token_ids.device.type == "cpu"
+        objective(model, each)
+    assert sum(rows) == 2 * (3 + 3)
 
 
 @pytest.mark.parametrize("worse", [False, True])
