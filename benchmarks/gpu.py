@@ -5,7 +5,8 @@
     vision 11B   Llama 3.2 11B Vision with its tiles; the decoder is frozen, as published
 
 Each model is cut to the device: it has the most blocks, and the largest packs, whose predicted memory fits without
-recomputation. The name of a case says what was cut, and its figures include the prediction. A case is a run of
+recomputation. The name of a case says what was cut, and its figures include the prediction. Runs are in bf16, or in
+fp16 on a card without bf16, where flash-attn and torch's varlen kernel do not run either. A case is a run of
 ``mmscale train`` in a process of its own, with one attention kernel, with or without recomputation. Its figures come
 from ``metrics.jsonl`` and ``result.json`` of the run, so they include the loader, the logs and a checkpoint.
 """
@@ -30,6 +31,8 @@ import yaml
 
 from benchmarks.report import Case, show
 from mmscale.config import load
+from mmscale.engine.config import EngineConfig
+from mmscale.engine.precision import Precision, choose_precision
 from mmscale.errors import UnsupportedError
 from mmscale.nn.attention_backends import AttentionChoice, resolve_backend
 from mmscale.plan.memory import memory_of_rank
@@ -154,10 +157,18 @@ class GpuRow:
         return [Case(f"{self.name}: {name}", value, {}, unit) for name, (value, unit) in self.figures.items()]
 
 
-def run_config(shape: Shape, cut: Cut, args: argparse.Namespace, *, folder: Path) -> RunConfig:
+def measured_precision(args: argparse.Namespace) -> Precision:
+    """Return the format of the runs: bf16, or fp16 on a card without bf16. The rehearsal computes in fp32."""
+    if args.rehearse:
+        return Precision("fp32", "the rehearsal on the CPU")
+    found = choose_precision(EngineConfig(), torch.device("cuda"))
+    return found if found.name == "bf16" else Precision("fp16", found.reason)
+
+
+def run_config(shape: Shape, cut: Cut, precision: str, args: argparse.Namespace, *, folder: Path) -> RunConfig:
     """Return the run of a shape, cut, in ``folder``, on bundled data.
 
-    With ``args.rehearse`` the model is the smoke-test model of the same kind, in fp32 on the CPU.
+    With ``args.rehearse`` the model is the smoke-test model of the same kind, on the CPU.
     """
     shards = _ROOT / "examples/emoji/shards"
     dataset: dict[str, Any] = {
@@ -190,7 +201,7 @@ def run_config(shape: Shape, cut: Cut, args: argparse.Namespace, *, folder: Path
         ],
         "engine": {
             "device": "cpu" if args.rehearse else "cuda",
-            "precision": "fp32" if args.rehearse else "bf16",
+            "precision": precision,
             "zero_stage": args.zero_stage,
         },
         "checkpoint": {"every_steps": None, "keep_last": 1},
@@ -204,7 +215,7 @@ def run_config(shape: Shape, cut: Cut, args: argparse.Namespace, *, folder: Path
 
 
 def largest_fitting(
-    shape: Shape, args: argparse.Namespace, folder: Path, device_bytes: int
+    shape: Shape, precision: str, args: argparse.Namespace, folder: Path, device_bytes: int
 ) -> tuple[Cut, RunConfig, int]:
     """Return the largest cut whose predicted memory fits a device, its run, and the prediction in bytes.
 
@@ -213,7 +224,7 @@ def largest_fitting(
     """
     usable = _USABLE * device_bytes
     for cut in shape.cuts:
-        config = run_config(shape, cut, args, folder=folder)
+        config = run_config(shape, cut, precision, args, folder=folder)
         needed = memory_of_rank(config, 0, 1, device="cuda").peak_bytes
         if needed <= usable:
             return cut, config, needed
@@ -222,12 +233,14 @@ def largest_fitting(
     )
 
 
-def kernels(args: argparse.Namespace) -> list[AttentionChoice]:
+def kernels(args: argparse.Namespace, precision: Precision) -> list[AttentionChoice]:
     """Return the attention kernels of this machine. The rehearsal has one."""
     found: list[AttentionChoice] = []
     for kernel in args.kernels:
         try:
-            found.append(resolve_backend(kernel, torch.float32 if args.rehearse else torch.bfloat16))
+            if precision.name == "fp16" and kernel != "sdpa":  # Both need compute capability 8.0, as bf16 does.
+                raise UnsupportedError(f"{kernel} does not run on this card: {precision.reason}")
+            found.append(resolve_backend(kernel, precision.dtype))
         except UnsupportedError as error:
             print(f"not measured: {error}", file=sys.stderr)
     return found
@@ -237,23 +250,27 @@ def measure(args: argparse.Namespace) -> Iterator[GpuRow]:
     """Yield a row for each model, kernel and setting of recomputation. Exits if there is nothing to measure."""
     if not args.rehearse and not torch.cuda.is_available():
         sys.exit("benchmarks.gpu measures a CUDA device, and torch sees none; --rehearse tests the program on the CPU")
+    precision = measured_precision(args)
+    found = kernels(args, precision)
+    print(f"measured in {precision.name} ({precision.reason})", file=sys.stderr)
     for model in args.models:
         with tempfile.TemporaryDirectory(prefix="mmscale-gpu-", dir=args.folder) as temporary:
             shape, predicted = SHAPES[model], None
             try:
                 if args.rehearse:
-                    size, config = "smoke-test model", run_config(shape, shape.cuts[-1], args, folder=Path(temporary))
+                    size = "smoke-test model"
+                    config = run_config(shape, shape.cuts[-1], precision.name, args, folder=Path(temporary))
                 else:
                     memory = torch.cuda.get_device_properties(0).total_memory
-                    cut, config, predicted = largest_fitting(shape, args, Path(temporary), memory)
+                    cut, config, predicted = largest_fitting(shape, precision.name, args, Path(temporary), memory)
                     size = str(cut)
             except UnsupportedError as error:
                 yield GpuRow(model, {}, str(error))
                 continue
             saves = True
-            for kernel in kernels(args):
+            for kernel in found:
                 for recomputed in (False, True):
-                    name = f"{model}, {size}, {kernel}{', recomputed' if recomputed else ''}"
+                    name = f"{model}, {size}, {precision.name}, {kernel}{', recomputed' if recomputed else ''}"
                     engine = {"attention": kernel, "activation_checkpointing": recomputed}
                     row = run_case(name, config, engine, saves, Path(temporary))
                     if predicted is not None and not recomputed and not row.error:
@@ -295,14 +312,18 @@ def run_case(name: str, config: RunConfig, engine: dict[str, Any], saves: bool, 
         result = json.loads((config.run_dir / "result.json").read_text())
     finally:
         shutil.rmtree(config.run_dir, ignore_errors=True)
-    if not all(math.isfinite(line["loss"]) and line["applied"] for line in lines):
+    counted = [line for line in lines[_WARM_UP:] if line["applied"]]
+    # In fp16 the gradient of the first steps overflows, until the loss scale is low enough.
+    all_applied = config.engine.precision == "fp16" or all(line["applied"] for line in lines)
+    if not counted or not all_applied or not all(math.isfinite(line["loss"]) for line in lines):
         return GpuRow(name, {}, f"losses {', '.join(str(line['loss']) for line in lines)}: a step was not applied")
-    return GpuRow(name, figures(lines, result, saves))
+    return GpuRow(name, figures(lines, counted, result, saves))
 
 
-def figures(lines: list[dict[str, Any]], result: dict[str, Any], saves: bool) -> dict[str, tuple[float, str]]:
-    """Return the figures of a run from its lines of ``metrics.jsonl`` and its ``result.json``."""
-    counted = lines[_WARM_UP:]
+def figures(
+    lines: list[dict[str, Any]], counted: list[dict[str, Any]], result: dict[str, Any], saves: bool
+) -> dict[str, tuple[float, str]]:
+    """Return the figures of a run from its lines of ``metrics.jsonl``, the counted ones, and its ``result.json``."""
     seconds = sum(line["seconds"] for line in counted)
     found = {
         "useful tokens": (sum(line["tokens"] for line in counted) / seconds, "tokens/s"),
