@@ -16,7 +16,7 @@ class ImageSource:
     Attributes:
         config: Our configuration of the model.
         values: As ``read_config`` returns them, with the image processor under ``preprocessor_config``.
-        processor: Values of ``processor_config.json``; empty without one.
+        processor: As ``read_processor`` returns it; empty for a folder without these files.
         where: File, for messages.
     """
 

@@ -33,7 +33,10 @@ COMPANION_FILES = (
 PREPROCESSOR = "preprocessor_config"
 """Key that ``read_config`` adds for the values of the image processor and of the feature extractor of sounds, from
 whichever file holds them. Their keys differ."""
-_PROCESSOR, _NESTED = "processor_config.json", ("feature_extractor", "image_processor")
+VIDEO_PROCESSOR = "video_processor"
+"""Key of the values of the video processor in what ``read_processor`` returns."""
+_PROCESSOR, _VIDEO = "processor_config.json", "video_preprocessor_config.json"
+_NESTED = ("feature_extractor", "image_processor")
 
 
 class HfFolder:
@@ -109,12 +112,17 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_processor(path: Path) -> dict[str, Any]:
-    """Return ``processor_config.json`` of a folder; empty without one.
+    """Return ``processor_config.json`` of a folder, with the video processor under ``video_processor`` if any.
+
+    A folder without a nested one may have it in ``video_preprocessor_config.json``, as in transformers.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: a file is damaged.
     """
-    return _read_json(path / _PROCESSOR) if (path / _PROCESSOR).is_file() else {}
+    values = _read_json(path / _PROCESSOR) if (path / _PROCESSOR).is_file() else {}
+    if values.get(VIDEO_PROCESSOR) is None and (path / _VIDEO).is_file():
+        values[VIDEO_PROCESSOR] = _read_json(path / _VIDEO)
+    return values
 
 
 def require_no_folder(path: Path, remedy: str) -> None:

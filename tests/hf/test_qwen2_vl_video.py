@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,16 @@ from torch import Tensor
 
 from data_pipeline.config import DatasetConfig
 from data_pipeline.document import Document
+from data_pipeline.images.video import VideoConfig, VideoTransform
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing.document_builder import DocumentBuilder
-from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart, VideoPart
+from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart, VideoPart, VideoSize
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.writer import ShardWriter
+from mmscale.errors import CheckpointError
+from mmscale.hf.image_input import ImageSource
+from mmscale.hf.layouts import qwen2_vl
+from mmscale.hf.read import read_processor
 from mmscale.models.build import media_spec
 from mmscale.models.connectors.projector import merge_order
 from mmscale.objectives.next_token import NextToken
@@ -164,6 +170,39 @@ def test_text_after_a_long_video_follows_its_last_frame(models: tuple[Any, Any],
     with torch.no_grad():
         assert distance(seen.ours(ours), theirs(**inputs, position_ids=positions).logits[0]) < BOUND
         assert distance(seen.ours(ours), theirs(**inputs).logits[0]) > 100 * BOUND
+
+
+def test_a_folder_with_a_video_processor_gives_its_frames(models: tuple[Any, Any], tmp_path: Path) -> None:
+    """In a file of its own or nested; without one, those of the authors' code."""
+    from transformers import Qwen2VLVideoProcessor
+    from transformers.video_utils import VideoMetadata
+
+    def video() -> dict[str, Any]:
+        found = qwen2_vl.images(ImageSource(models[0].config, {}, read_processor(tmp_path), "config.json")).video
+        assert found is not None
+        return found
+
+    authors = {"start": START, "end": END, "placeholder": VIDEO}
+    assert video() == authors
+    area, sampled = {"shortest_edge": 4 * 784, "longest_edge": 99 * 784}, {"do_sample_frames": True, "fps": 3}
+    theirs = Qwen2VLVideoProcessor(size=area, max_pixels=9 * 784, resample=2, max_frames=10, **sampled)
+    theirs.save_pretrained(tmp_path)
+    alone = tmp_path / "video_preprocessor_config.json"
+    ours = VideoTransform(VideoConfig.model_validate(video()), media_spec(models[0].config))
+    assert ours.config.interpolation == "bilinear"
+    for total, rate, height, width in ((40, 8, 500, 300), (9, 30, 20, 30), (200, 25, 90, 90)):
+        expected = theirs.sample_frames(VideoMetadata(total, fps=rate)).tolist()
+        size = VideoSize(total, round(total / rate * 1e6), height, width)
+        count = ours.config.frames.count(size, 2)
+        assert ours.config.frames.numbers(np.arange(total) / rate, size, count) == expected
+        (item,) = ours.dry_run(size)
+        assert np.prod(item.grid) == theirs.get_num_of_video_patches(count, height, width, {})
+    (tmp_path / "processor_config.json").write_text('{"video_processor": {"max_pixels": 7840}}')
+    assert video() == {**authors, "max_pixels": 7840}  # It precedes the file of its own, as in transformers.
+    (tmp_path / "processor_config.json").unlink()
+    alone.write_text(json.dumps({**json.loads(alone.read_text()), "temporal_patch_size": 4}))
+    with pytest.raises(CheckpointError, match="video_processor: temporal_patch_size=4 is not supported, only 2"):
+        video()
 
 
 @pytest.mark.dist

@@ -15,7 +15,7 @@ from mmscale.hf.image_input import ImageInput, ImageSource
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import FamilyLayout, NameRules, renames, with_prefix
 from mmscale.hf.layouts import decoder, pixels, text_config, vit
-from mmscale.hf.read import PREPROCESSOR
+from mmscale.hf.read import PREPROCESSOR, VIDEO_PROCESSOR
 from mmscale.models.config import ModelConfig
 from mmscale.models.connector_config import EmbeddingConnectorConfig, LinearProjectorConfig
 from mmscale.models.vision_config import VisionConfig
@@ -109,12 +109,12 @@ def layout(model_type: str, architecture: str) -> FamilyLayout:
 def _images_and_videos(source: ImageSource) -> ImageInput:
     """Return the images and videos of SmolVLM 2: each frame is an image that is not split, after its time.
 
-    Source: ``SmolVLMVideoProcessor`` and ``SmolVLMProcessor`` of transformers; without ``video_sampling`` in the
-    folder, the values of SmolVLM2-2.2B-Instruct. The processor writes conversations with videos by a chat template of
-    its own, so that of the folder need not know them.
+    Source: ``SmolVLMVideoProcessor`` and ``SmolVLMProcessor`` of transformers; where the folder has no value, that of
+    SmolVLM2-2.2B-Instruct. The processor writes conversations with videos by a chat template of its own, so that of the
+    folder need not know them.
     """
     images, processor = _images(source), source.values.get(PREPROCESSOR) or {}
-    block = {**processor, **(source.processor.get("video_processor") or {})}
+    block = {**processor, **(source.processor.get(VIDEO_PROCESSOR) or {})}
     sampling = block.get("video_sampling") or {}
     vision = source.config.vision
     assert isinstance(vision, VisionConfig)
@@ -130,8 +130,8 @@ def _images_and_videos(source: ImageSource) -> ImageInput:
     video = {
         "frames": {
             "kind": "trimmed",
-            "per_second": sampling.get("fps", 1),
-            "max_frames": sampling.get("max_frames", 64),
+            "per_second": sampling.get("fps") or block.get("fps") or 1,
+            "max_frames": sampling.get("max_frames") or block.get("num_frames") or 64,
         },
         "tiling": {"kind": "idefics3", "longest_side": longest, "split": False},
         **size,

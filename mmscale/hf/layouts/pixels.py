@@ -61,19 +61,20 @@ def _statistics(block: Keys, key: str, channels: int) -> list[float]:
     return [float(each) for each in value]
 
 
-def transforms(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return fields of a data set's ``transforms`` that resize and crop as the folder's image processor does.
+def transforms(values: Mapping[str, Any], where: str, processor: str = PREPROCESSOR) -> dict[str, Any]:
+    """Return fields of a data set's ``transforms`` that resize and crop as a processor of the folder does.
 
     ``do_convert_rgb`` is ignored: mmscale always converts images to RGB.
 
     Args:
-        values: Values of a folder, as ``read_config`` returns them.
+        values: Values of a folder, as ``read_config`` or ``read_processor`` returns them.
         where: File, for messages.
+        processor: Key of the processor in ``values``.
 
     Raises:
         CheckpointError: no transform of mmscale does the same.
     """
-    block = Keys(values, where).optional_object(PREPROCESSOR)
+    block = Keys(values, where).optional_object(processor)
     if block is None:
         return {}
     if not block.read("do_resize", bool, True):
@@ -87,11 +88,15 @@ def transforms(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     size = block.values.get("size")
     shortest = size if isinstance(size, int) else size.get("shortest_edge") if isinstance(size, Mapping) else None
     # With both keys, Hugging Face's names mislead: they bound the number of pixels of the whole image.
-    if isinstance(size, Mapping) and shortest is not None and "longest_edge" in size:
-        return {**found, "min_pixels": shortest, "max_pixels": size["longest_edge"]}
-    for key in ("min_pixels", "max_pixels"):
+    longest = size.get("longest_edge") if isinstance(size, Mapping) else None
+    bounds_area = shortest is not None and longest is not None
+    if bounds_area:
+        found |= {"min_pixels": shortest, "max_pixels": longest}
+    for key in ("min_pixels", "max_pixels"):  # They override ``size``.
         if (pixels := block.read(key, int, None)) is not None:
             found[key] = pixels
+    if bounds_area:
+        return found
     if block.read("do_center_crop", bool, shortest is not None):
         _check_crop(block, size, shortest)
         found |= {} if shortest is None else {"crop": "center"}

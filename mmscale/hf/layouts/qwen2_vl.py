@@ -12,6 +12,7 @@ from mmscale.hf.image_input import ImageInput, ImageSource
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import FamilyLayout, NameRule, NameRules, renames
 from mmscale.hf.layouts import axial, decoder, pixels, qwen2
+from mmscale.hf.read import VIDEO_PROCESSOR
 from mmscale.models.config import ModelConfig
 from mmscale.models.connector_config import EmbeddingConnectorConfig
 from mmscale.models.vision_config import VisionConfig
@@ -171,11 +172,15 @@ def _vision_keys(vision: VisionConfig, text_dim: int, merge: int) -> dict[str, A
 
 
 def images(source: ImageSource) -> ImageInput:
-    """Return the images and videos of a folder: native size, between two tokens. Frames are those of the authors' code.
+    """Return the images and videos of a folder: native size, between two tokens.
 
-    The authors' code takes two frames a second, 4 to 768 of them. The class of transformers samples none by default.
+    Frames are those of the authors' code, two a second and 4 to 768 of them, unless the folder's video processor
+    chooses others. The class of transformers chooses none by default.
+
+    Raises:
+        CheckpointError: the video processor makes other patches than the tower reads, or does what we cannot.
     """
-    video = {"placeholder": "<|video_pad|>", **_frame_pixels(source)}
+    video = {"placeholder": "<|video_pad|>", **_frames(source)}
     return native_images(source, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", video)
 
 
@@ -199,14 +204,23 @@ def native_images(source: ImageSource, before: str, after: str, image: str, vide
     )
 
 
-def _frame_pixels(source: ImageSource) -> dict[str, Any]:
-    """Return the limits of pixels of a frame, from the video processor; empty without one."""
-    block = Keys(source.processor, source.where).optional_object("video_processor")
-    size = None if block is None else block.optional_object("size")
-    if size is None:
+def _frames(source: ImageSource) -> dict[str, Any]:
+    """Return the frames, their limits of pixels and their filter as in the folder's video processor, if any."""
+    block, config = Keys(source.processor, source.where).optional_object(VIDEO_PROCESSOR), source.config
+    if block is None:
         return {}
-    limits = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
-    return {ours: value for ours, theirs in limits.items() if (value := size.read(theirs, int, None)) is not None}
+    assert isinstance(config, ModelConfig)
+    assert isinstance(config.vision, VisionConfig)
+    assert isinstance(config.connector, EmbeddingConnectorConfig)
+    block.must_be("patch_size", config.vision.patch_size)
+    block.must_be("temporal_patch_size", config.vision.temporal_patch)
+    block.must_be("merge_size", config.connector.projector.merge)
+    found = pixels.transforms(source.processor, source.where, VIDEO_PROCESSOR)
+    if block.read("do_sample_frames", bool, False) and block.given.get("fps") is not None:
+        names = {"per_second": "fps", "min_frames": "min_frames", "max_frames": "max_frames"}
+        rate = {ours: block.given[theirs] for ours, theirs in names.items() if block.given.get(theirs) is not None}
+        found["frames"] = {"kind": "rate", "spread": "starts", **rate}
+    return found
 
 
 LAYOUT = FamilyLayout(
