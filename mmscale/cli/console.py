@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -75,24 +75,23 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def print_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> None:
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows to stdout: a table with borders on a terminal that is wide enough, else aligned columns of text.
 
     Numbers are aligned to the right. A missing or null value is a dash.
 
     Args:
-        rows: Values by key.
-        columns: Heading of each key to print, in order; None for the keys of all rows, with their names.
+        rows: Values by heading of the column.
     """
     if not rows:
         return
-    columns = columns or {key: key for row in rows for key in row}
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(key)) for key in columns] for row in rows]
     is_number = [
         all(isinstance(row.get(key), int | float | None) and not isinstance(row.get(key), bool) for row in rows)
         for key in columns
     ]
-    lines = [list(columns.values()), *cells]
+    lines = [columns, *cells]
     widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
     output = Console(highlight=False)
     if output.is_terminal and sum(widths) + 3 * len(widths) < output.width:  # Broken cells would be hard to read.
@@ -100,7 +99,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | 
         from rich.text import Text
 
         table = Table()
-        for heading, right in zip(columns.values(), is_number, strict=True):
+        for heading, right in zip(columns, is_number, strict=True):
             table.add_column(heading, justify="right" if right else "left")
         for row in cells:
             table.add_row(*map(Text, row))
@@ -206,11 +205,9 @@ def _bar(description: str, total: int | None) -> Iterator[Meter]:
         yield Meter(update)
 
 
-def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Yield ``items`` and display progress; ``total`` defaults to their length if they have one."""
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    with progress(description, total) as meter:
+def track(items: Sequence[T], description: str) -> Iterator[T]:
+    """Yield ``items`` and display progress."""
+    with progress(description, len(items)) as meter:
         for item in items:
             yield item
             meter.advance()

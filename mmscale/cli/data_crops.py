@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from mmscale.cli.console import emit, print_table
+from mmscale.cli.data_show import chosen_dataset
 
 app = typer.Typer()
 
@@ -33,7 +34,6 @@ def crops(
 
     They follow from the configuration's transforms, tiling and layout, or from data.video.
     """
-    from data_pipeline.errors import DataConfigError
     from data_pipeline.text.tokenizer import load_tokenizer
     from mmscale.config import load
     from mmscale.run.config import RunConfig
@@ -47,10 +47,7 @@ def crops(
         raise typer.BadParameter("belongs to a video: give its number of frames with --frames", param_hint="--fps")
     width, height = int(match[1]), int(match[2])
     run = load(config, overrides or [], RunConfig).value
-    names = [each.name for each in run.data.datasets]
-    if dataset is not None and dataset not in names:
-        raise DataConfigError(f"--dataset {dataset}: the configuration has {', '.join(names)}")
-    chosen = run.data.datasets[names.index(dataset) if dataset is not None else 0]
+    chosen = chosen_dataset(run, dataset)
     tokenizer, spec = load_tokenizer(run.data.tokenizer), run.media_spec
     if frames is None:
         results = _crops_and_totals(chosen, tokenizer, spec, (height, width))

@@ -46,7 +46,7 @@ def show(
     from mmscale.run.config import RunConfig
 
     run = load(config, overrides or [], RunConfig).value
-    chosen = _chosen(run, dataset)
+    chosen = chosen_dataset(run, dataset)
     found = list(_documents(run, chosen, parse_range(samples, "--samples"), epoch, pictures))
     is_bad = any("problem" in one for one in found)
     if json:
@@ -79,7 +79,12 @@ def _line(one: TextSpan) -> str:
     return f"  {one.kind:<8}{one.num_tokens:>5} {weight:<10} {words}"
 
 
-def _chosen(run: RunConfig, name: str | None) -> DatasetConfig:
+def chosen_dataset(run: RunConfig, name: str | None) -> DatasetConfig:
+    """Return the data set called ``name``, or the first one.
+
+    Raises:
+        DataConfigError: there is none of that name.
+    """
     from data_pipeline.errors import DataConfigError
 
     for one in run.data.datasets:

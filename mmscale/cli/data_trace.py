@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mmscale.cli.console import emit, progress
+from mmscale.cli.console import emit, progress, track
 
 if TYPE_CHECKING:
     from data_pipeline.history.sample_lookup import SampleDescription
@@ -64,14 +64,13 @@ def _print_step(
 ) -> None:
     from mmscale.run.step_samples import MAX_IMAGES_PER_SAMPLE, MAX_SAMPLES_WITH_IMAGES, write_samples_page
 
-    found = _with_progress("replay", lambda advance: lookup.samples_of(step, lanes, advance))
+    found = _with_progress(lambda advance: lookup.samples_of(step, lanes, advance))
     catalog = lookup.catalog(lookup.loader_of(step))
     limit = MAX_IMAGES_PER_SAMPLE if html is not None else 0
-    samples = []
-    with progress("read", len(found.rows)) as meter:
-        for number, row in enumerate(found.rows):
-            samples.append(catalog.describe(row, limit if number < MAX_SAMPLES_WITH_IMAGES else 0))
-            meter.advance()
+    samples = [
+        catalog.describe(row, limit if number < MAX_SAMPLES_WITH_IMAGES else 0)
+        for number, row in enumerate(track(found.rows, "read"))
+    ]
     catalog.close()
     if html is not None:
         notes = []
@@ -93,7 +92,7 @@ def _print_step(
         print(html)
 
 
-def _with_progress(what: str, work: Callable[[Callable[[int], object]], Any]) -> Any:
+def _with_progress(work: Callable[[Callable[[int], object]], Any]) -> Any:
     """Run ``work`` with a progress bar, which appears when the first step is replayed."""
     from contextlib import ExitStack
 
@@ -102,7 +101,7 @@ def _with_progress(what: str, work: Callable[[Callable[[int], object]], Any]) ->
 
         def advance(count: int) -> None:
             if not meters:
-                meters.append(stack.enter_context(progress(what)))
+                meters.append(stack.enter_context(progress("replay")))
             meters[0].advance(count)
 
         return work(advance)
@@ -134,9 +133,7 @@ def _row_record(sample: SampleDescription) -> dict[str, Any]:
 
 def _print_sample(lookup: SampleLookup, name: str, until: int | None, json: bool) -> None:
     shard, key = _parse_sample(name)
-    found: list[Occurrence] = _with_progress(
-        "replay", lambda advance: list(lookup.steps_of(shard, key, until, advance))
-    )
+    found: list[Occurrence] = _with_progress(lambda advance: list(lookup.steps_of(shard, key, until, advance)))
     if json:
         steps = [_occurrence_record(occurrence) for occurrence in found]
         emit({"sample": name, "steps": steps, "log_until": lookup.sample_log.last_step}, json=True)

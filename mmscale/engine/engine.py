@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmscale.dist import World, all_reduce_sum, all_reduce_sum_list, any_rank, is_peer_lost, peer_lost, start_deepspeed
+from mmscale.dist import World, all_reduce_sum, any_rank, is_peer_lost, peer_lost, start_deepspeed
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.deepspeed_attributes import check_attributes
 from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
@@ -45,7 +45,7 @@ from mmscale.engine.graph import (
 from mmscale.engine.optimizers.build import ShardAwareOptimizer, build_optimizer
 from mmscale.engine.partition import Partition, square_sums
 from mmscale.engine.precision import Precision, choose_precision, loss_scaler_state, set_loss_scaler_state
-from mmscale.engine.row_updates import update_rows
+from mmscale.engine.row_updates import all_reduce_sum_tensors, update_rows
 from mmscale.engine.step_clock import BACKWARD, FORWARD, OPTIMIZER, StepClock, StepSpans, watch_deepspeed
 from mmscale.errors import EngineError
 from mmscale.nn.expert_parallel import full_shape
@@ -366,13 +366,7 @@ class Engine:
         """Add the routers' sums of all microbatches, at least one, and ranks in one message."""
         own = [torch.stack(parts).double().sum(0) for parts in zip(*routed, strict=True)]
         with self.clock.communicating():
-            whole = all_reduce_sum_list(self.world, torch.cat([each.flatten() for each in own]).tolist())
-        load, entropy, dropped = (
-            part.view(each.shape)
-            for part, each in zip(
-                torch.tensor(whole, dtype=torch.float64).split([x.numel() for x in own]), own, strict=True
-            )
-        )
+            load, entropy, dropped = all_reduce_sum_tensors(self.world, own)
         return RouterSums(load.long(), entropy, dropped.long())
 
     def _forward_backward(

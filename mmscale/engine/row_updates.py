@@ -13,9 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmscale.dist import all_reduce_sum_list
+from mmscale.dist import World, all_reduce_sum_list
 from mmscale.engine.graph import UpdatingObjective
 from mmscale.errors import EngineError
+
+
+def all_reduce_sum_tensors(world: World, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Sum tensors over the ranks in one message. All ranks must call, with equal shapes.
+
+    Returns:
+        float64 tensors on the host, of the same shapes.
+    """
+    whole = all_reduce_sum_list(world, torch.cat([each.flatten() for each in tensors]).tolist())
+    parts = torch.tensor(whole, dtype=torch.float64).split([each.numel() for each in tensors])
+    return [part.view(each.shape) for part, each in zip(parts, tensors, strict=True)]
 
 
 def update_rows(
@@ -41,9 +52,7 @@ def update_rows(
         )
     own = [torch.stack(parts).sum(0).double() for parts in zip(*statistics, strict=True)]
     with engine.clock.communicating():
-        whole = all_reduce_sum_list(engine.world, torch.cat([each.flatten() for each in own]).tolist())
-    flat = torch.tensor(whole, dtype=torch.float64).split([each.numel() for each in own])
-    sums = [part.view(each.shape) for part, each in zip(flat, own, strict=True)]
+        sums = all_reduce_sum_tensors(engine.world, own)
     changes = objective.after_step(engine.model, sums, applied=applied)
     if changes.chosen.any():
         engine.partition.write_rows(changes.parameter, changes.values, changes.chosen)

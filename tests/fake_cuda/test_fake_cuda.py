@@ -33,7 +33,7 @@ KNOWN_OF_THE_ENGINE = {
         "waits",
         "engine/engine.py <genexpr>",
     ): "once a microbatch, after the step's metrics: losses of documents, for logs",
-    ("waits", "engine/engine.py _global_router_sums"): "once a step, after the metrics: loads of the experts",
+    ("waits", "engine/row_updates.py all_reduce_sum_tensors"): "once a step, after the metrics: loads of the experts",
     ("waits", "engine/engine.py _update"): (
         "inside DeepSpeed's step: norm, and overflow in fp16; once a parameter at stage 0"
     ),
@@ -44,8 +44,8 @@ KNOWN_OF_THE_ENGINE = {
     ): "once a step, before the update, which the detector of bad steps may reject",
     ("waits", "engine/engine.py train_step"): "the norm, once more, for the report",
     ("float64", "engine/engine.py _global_means"): "sums over the step, a few numbers",
-    ("float64", "engine/engine.py _global_router_sums"): "sums of the routers over the step, a few numbers a layer",
-    ("float64", "engine/engine.py <listcomp>"): "the same sums",
+    ("float64", "engine/engine.py <listcomp>"): "sums of the routers over the step, a few numbers a layer",
+    ("float64", "engine/row_updates.py"): "the same sums",
     ("float64", "objectives/router.py"): "loads of the experts, counted over all ranks",
     ("float64", "mmscale/dist.py"): "the same loads, gathered",
     ("float64", "engine/engine.py _update"): "DeepSpeed's norms",
