@@ -238,8 +238,6 @@ def kernels(args: argparse.Namespace, precision: Precision) -> list[AttentionCho
     found: list[AttentionChoice] = []
     for kernel in args.kernels:
         try:
-            if precision.name == "fp16" and kernel != "sdpa":  # Both need compute capability 8.0, as bf16 does.
-                raise UnsupportedError(f"{kernel} does not run on this card: {precision.reason}")
             found.append(resolve_backend(kernel, precision.dtype))
         except UnsupportedError as error:
             print(f"not measured: {error}", file=sys.stderr)

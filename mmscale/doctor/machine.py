@@ -106,7 +106,8 @@ def attention() -> Iterator[Line]:
     for dtype in (torch.bfloat16, torch.float32):
         kernel = resolve_backend("auto", dtype)
         if kernel == "sdpa":
-            reason = "torch sees no CUDA device" if not torch.cuda.is_available() else "the others need 16-bit values"
+            reason = "the others need 16-bit values and compute capability 8.0"
+            reason = reason if torch.cuda.is_available() else "torch sees no CUDA device"
         else:
             reason = "flash-attn is installed" if flash else "flash-attn is not installed"
         yield Line(f"attention in {str(dtype).removeprefix('torch.')}", "ok", f"{kernel}: {reason}")

@@ -35,6 +35,7 @@ AttentionChoice = Literal["auto", "sdpa", "flash", "torch_varlen"]
 """Value of ``engine.attention``: a kernel, or ``auto`` to choose one."""
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+_LEAST_CAPABILITY = (8, 0)  # Of flash-attn 2, and of torch's varlen kernel, which calls a copy of it.
 # Segments of up to _SHORT rows share a call if the shortest has at least _FILL times the rows of the longest: at this
 # length a call costs more than padding. 64 captions of 5-30 tokens take 6-8 ms instead of 11-12 with a call each; from
 # 30 rows on there is no gain (EPYC, 1 thread).
@@ -45,8 +46,8 @@ def resolve_backend(choice: AttentionChoice, dtype: torch.dtype | None = None) -
     """Return the kernel to use. Called once, when a model is built.
 
     Args:
-        choice: A kernel's name, or ``auto``. With CUDA, ``auto`` returns flash-attn if it is installed, else torch's
-            varlen kernel if this torch has one, else sdpa. Without CUDA it returns sdpa.
+        choice: A kernel's name, or ``auto``. On a GPU of compute capability 8.0 or higher, ``auto`` returns flash-attn
+            if it is installed, else torch's varlen kernel if this torch has one. Elsewhere it returns sdpa.
         dtype: Compute dtype; None: torch's default dtype. For dtypes other than bfloat16 and float16 ``auto`` returns
             sdpa, because the other kernels do not support them.
 
@@ -54,10 +55,11 @@ def resolve_backend(choice: AttentionChoice, dtype: torch.dtype | None = None) -
         UnsupportedError: this machine lacks the kernel named by ``choice``.
     """
     cuda = torch.cuda.is_available()
+    is_old = cuda and torch.cuda.get_device_capability() < _LEAST_CAPABILITY
     flash = importlib.util.find_spec("flash_attn") is not None
     varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
     if choice == "auto":
-        if not cuda or (dtype or torch.get_default_dtype()) not in _KERNEL_DTYPES:
+        if not cuda or is_old or (dtype or torch.get_default_dtype()) not in _KERNEL_DTYPES:
             return "sdpa"
         return "flash" if flash else "torch_varlen" if varlen else "sdpa"
     if choice == "flash" and not (flash and cuda):
@@ -66,6 +68,12 @@ def resolve_backend(choice: AttentionChoice, dtype: torch.dtype | None = None) -
     if choice == "torch_varlen" and not (varlen and cuda):
         missing = "torch.nn.attention.varlen (install torch 2.11 or later)" if cuda else "CUDA device"
         raise UnsupportedError(f"engine.attention=torch_varlen: this machine has no {missing}; sdpa works anywhere")
+    if choice != "sdpa" and is_old:
+        raise UnsupportedError(
+            f"engine.attention={choice} needs a GPU of compute capability 8.0 (Ampere) or higher, and "
+            f"{torch.cuda.get_device_name()} has {'.'.join(map(str, torch.cuda.get_device_capability()))}; sdpa works "
+            "anywhere"
+        )
     return choice
 
 

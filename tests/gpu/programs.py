@@ -137,7 +137,8 @@ def start(config: Any, stage: Any, world: Any) -> Any:
 
     # ``resolve_backend`` asks torch for CUDA. On the CPU a named kernel is a stand-in.
     named = config.engine.attention in ("flash", "torch_varlen") and world.device.type == "cpu"
-    with mock.patch("torch.cuda.is_available", return_value=True) if named else nullcontext():
+    pretended = {"is_available": lambda: True, "get_device_capability": lambda: (9, 0)}
+    with mock.patch.multiple("torch.cuda", **pretended) if named else nullcontext():
         model = build(config, world, 0)
     objective = choose_objective(config.model, stage, world, ())
     return Engine(model, objective, stage, config.engine, world)

@@ -123,9 +123,21 @@ def test_a_missing_kernel_is_refused_when_named(choice: str) -> None:
 def test_auto_chooses_a_kernel_that_computes_in_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is loaded to generate has float32 parameters, which only SDPA takes."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     with contracts.installed():
         assert resolve_backend("auto", torch.bfloat16) == "flash"
         assert resolve_backend("auto", torch.float32) == resolve_backend("auto") == "sdpa"
         model = build_model(config(None))
         batch = pack([text_document(1, 9, VOCAB)], media_spec(model.config))
         assert model(batch).hidden.dtype is torch.float32
+
+
+def test_an_old_card_gets_sdpa_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with contracts.installed():
+        assert resolve_backend("auto", torch.float16) == resolve_backend("sdpa") == "sdpa"
+        for choice in ("flash", "torch_varlen"):
+            with pytest.raises(UnsupportedError, match=rf"{choice} needs .*Tesla T4 has 7\.5; sdpa works"):
+                resolve_backend(choice, torch.float16)  # type: ignore[arg-type]
