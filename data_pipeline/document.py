@@ -57,11 +57,13 @@ class ImageExtent(NamedTuple):
         first_item: Index of its first crop in ``Document.items``; its crops end where the next image's begin. An image
             as tokens of the decoder (``Document.drawn``) has no crops.
         stop: End of its tokens, exclusive. Equal to ``start`` with ``Placement.PAIR``, where images have no tokens.
+        is_video: Whether it is a video, with or without its sound.
     """
 
     start: int
     first_item: int
     stop: int
+    is_video: bool = False
 
 
 @dataclass(frozen=True)

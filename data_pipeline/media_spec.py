@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -160,6 +161,11 @@ class AudioSpec(ModalitySpec):
             raise DataConfigError(f"extra_frames={self.extra_frames}: needs padded=False, and at least 0")
         if reduced(self.max_frames, self.reductions) < 1:
             raise DataConfigError(f"max_frames={self.max_frames}: a chunk has no feature after {self.reductions}")
+
+    @property
+    def features_per_second(self) -> float:
+        """Features of a second of sound, by the strides of ``reductions``."""
+        return self.sample_rate / self.hop / math.prod(stride for _, stride, _ in self.reductions)
 
     @property
     def cost_per_patch(self) -> float:

@@ -56,7 +56,11 @@ class ModalityInputs(ABC):
     interleave_seconds: float | None = None
 
     def track_of(self, video: VideoPart) -> MediaPart | None:
-        """Return the track of a video that it reads as a part of its own; None if there is none."""
+        """Return the track of a video that it reads as a part of its own; None if there is none.
+
+        Raises:
+            SampleError: the sample lacks the track although the video may have one.
+        """
         return None
 
     @abstractmethod

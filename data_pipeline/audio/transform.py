@@ -60,8 +60,8 @@ class AudioConfig(ModalityConfig):
     frames alone."""
     interleave_seconds: float | None = Field(default=None, gt=0, le=1e4)
     """Length of the turns in which the frames of a video and its sound track alternate, above 0 to 1e4 seconds
-    (Qwen2.5-Omni: 2). Requires ``from_video``, and a model with ``decoder.rope.tokens_per_second``. null: the sound
-    follows all frames."""
+    (Qwen2.5-Omni: 2). Requires ``from_video``, and a model that makes ``decoder.rope.tokens_per_second`` features of a
+    second of sound. null: the sound follows all frames."""
     start: str | None = None
     """Token before each sound: ``<|audio_bos|>`` (Qwen2-Audio). null for none."""
     end: str | None = None
@@ -89,6 +89,13 @@ class AudioConfig(ModalityConfig):
             raise DataConfigError(
                 f"data.audio.interleave_seconds={self.interleave_seconds:g}: needs a model with at least one time "
                 "position in these seconds (decoder.rope.tokens_per_second); leave it out"
+            )
+        features = spec.audio.features_per_second
+        if self.interleave_seconds is not None and spec.tokens_per_second != features:
+            raise DataConfigError(
+                f"data.audio.interleave_seconds={self.interleave_seconds:g}: the model has {spec.tokens_per_second:g} "
+                f"time positions a second (decoder.rope.tokens_per_second) and {features:g} features of sound, one "
+                "position each, so a turn of the sound would not last as long as one of the frames; leave it out"
             )
         return Audios(self, tokenizer, spec.audio)
 
@@ -327,9 +334,18 @@ class Audios(ModalityInputs):
         """Return the sound track of a video if ``from_video`` is set; None if it has none, as one stored as images.
 
         Without a size from the index, the track is decoded once to count its samples.
+
+        Raises:
+            SampleError: the shards hold only the token ids of the video, not the track that it may have had.
         """
         if not self.reads_tracks or isinstance(video.data, StoredFrames):
             return None
+        if video.grid is not None and not video.data and video.size is None:
+            raise SampleError(
+                f"the video {video.name} is stored as tokens alone, so its sound track cannot be read; encode the data "
+                "set again without --grids-only, or set audio.from_video to false",
+                kind=FaultKind.DECODE,
+            )
         size = track_size(video.data) if video.sound is None else video.sound
         return None if size.rate == 0 else AudioPart(video.data, video.name, size)
 

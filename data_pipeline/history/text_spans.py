@@ -87,11 +87,10 @@ def _pieces(document: Document) -> Iterator[tuple[int, int, int]]:
 def _images(document: Document, spec: MediaSpec) -> Iterator[tuple[str, str]]:
     """Yield kind and description of every image, video, or input of another modality."""
     firsts = [*(image.first_item for image in document.images), len(document.items)]
-    for number, (first, stop) in enumerate(itertools.pairwise(firsts), start=1):
-        items = document.items[first:stop]
+    for number, (image, stop) in enumerate(zip(document.images, firsts[1:], strict=True), start=1):
+        items = document.items[image.first_item : stop]
         crops = [_describe_crop(item, spec) for item in items]
-        kind = items[0].modality if items else IMAGE
-        kind = "video" if any(item.is_video for item in items) else kind
+        kind = "video" if image.is_video else items[0].modality if items else IMAGE
         counts = [(crop, len(list(group))) for crop, group in itertools.groupby(crops or ["tokens"])]
         yield (
             kind,

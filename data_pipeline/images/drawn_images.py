@@ -111,10 +111,12 @@ class DrawnTokens:
     Attributes:
         ids: int32 ``(T,)``, marks included.
         is_code: bool ``(T,)``: whether each token is a code; False for marks.
+        is_video: Whether they are those of a video.
     """
 
     ids: npt.NDArray[np.int32]
     is_code: npt.NDArray[np.bool_]
+    is_video: bool = False
 
 
 class DrawnImages:
@@ -249,7 +251,8 @@ class DrawnImages:
         row = np.arange(width + len(row_end)) < width
         grid = np.pad(np.tile(row, height), (0, len(frame_end)))
         is_code = np.pad(np.tile(grid, frames), (len(opening), len(end)))
-        return DrawnTokens(np.concatenate([np.array(opening, np.int32), grids, end]), is_code)
+        ids = np.concatenate([np.array(opening, np.int32), grids, end])
+        return DrawnTokens(ids, is_code, is_video=times is not None)
 
     def _mark(self, field: str) -> list[int]:
         return [self.marks[field]] if field in self.marks else []

@@ -132,7 +132,8 @@ class Draft:
             else:
                 self.add_tokens(element.ids if isinstance(element, LayoutTokens) else (image_id,), 0.0)
         self.scatter_index.extend(slots.values())
-        self.images.append(ImageExtent(start, first_item, len(self.ids)))
+        is_video = any(crop.is_video for crop in crops)
+        self.images.append(ImageExtent(start, first_item, len(self.ids), is_video))
 
     def add_clip(
         self, items: Sequence[MediaItem], placeholder: int, start: Sequence[int] = (), end: Sequence[int] = ()
@@ -167,9 +168,9 @@ class Draft:
     ) -> None:
         """Append a video and its sound in turns: its frames of some seconds, then its sound of the same seconds.
 
-        Frames and sound begin at one position, and each feature of the sound is one position. A turn of the sound thus
-        lasts ``seconds`` if the model makes ``tokens_per_second`` features of a second of sound (25 in Qwen2.5-Omni).
-        No token is learned.
+        Frames and sound begin at one position, and each feature of the sound is one position. A turn of the sound lasts
+        ``seconds`` because the model makes ``tokens_per_second`` features of a second of sound (25 in Qwen2.5-Omni),
+        which ``AudioConfig`` checks. No token is learned.
 
         Args:
             video: The video. The model has positions on three axes and a number of them for a second.
@@ -204,7 +205,7 @@ class Draft:
         of_sounds = np.split(np.concatenate(slots[1]), np.cumsum(counts)[:-1])
         self.scatter_index.extend([np.concatenate(slots[0]), *of_sounds])
         self.items.extend(replace(item, image=number) for item in (video, *sounds))
-        self.images.append(ImageExtent(first, first_item, len(self.ids)))
+        self.images.append(ImageExtent(first, first_item, len(self.ids), is_video=True))
         self.attended = ()
 
     def _add_at_one_position(self, ids: Sequence[int]) -> None:
@@ -225,7 +226,7 @@ class Draft:
             at = stop
         self.drawn.append((start, image.is_code))
         self.uncoded += [] if pixels is None else [pixels]
-        self.images.append(ImageExtent(start, len(self.items), len(self.ids)))
+        self.images.append(ImageExtent(start, len(self.items), len(self.ids), image.is_video))
         self.attended = ()
 
     @property

@@ -72,8 +72,8 @@ class Cutter:
             scatter_index=document.scatter_index[slots] - np.int32(start),
             spans=tuple(Span(span.start, tuple(new_index[item] for item in span.items)) for span in spans),
             images=tuple(
-                ImageExtent(image.start - start, bisect.bisect_left(indices, image.first_item), image.stop - start)
-                for image in images
+                ImageExtent(first - start, bisect.bisect_left(indices, item), last - start, is_video)
+                for first, item, last, is_video in images
             ),
             is_cut=True,
             drawn=None if document.drawn is None else document.drawn[start:stop],

@@ -152,7 +152,7 @@ def _check_video(ext: str, content: memoryview, max_pixels: int) -> Iterator[Fin
             for _ in file.decode(range(file.num_frames)):
                 pass
     except SampleError as error:
-        yield Problem.IMAGE, f".{ext}: {error.reason}"
+        yield Problem.VIDEO, f".{ext}: {error.reason}"
 
 
 def _check_frames(part: Mapping[str, Any], members: Collection[str], key: str) -> Iterator[Finding]:
@@ -167,14 +167,14 @@ def _check_audio(ext: str, content: memoryview) -> Iterator[Finding]:
     try:
         audio_size(content)
     except SampleError as error:
-        yield Problem.IMAGE, f".{ext}: {error.reason}"
+        yield Problem.AUDIO, f".{ext}: {error.reason}"
 
 
 def _check_grid(ext: str, content: memoryview) -> Iterator[Finding]:
     try:
         decode_grid(bytes(content), ext)
     except SampleError as error:
-        yield Problem.IMAGE, error.reason
+        yield Problem.TOKENS, error.reason
 
 
 def _check_text(ext: str, content: memoryview) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from data_pipeline.io.json_member import parse_member
 from data_pipeline.prepare.media_files import frame_names, read_file
 from data_pipeline.prepare.records import CAPTION, dump_json, validated_members
 from data_pipeline.prepare.rows import Members, SourceRow, chunks_of, read_rows
+from data_pipeline.sample import StoredFrames
 from data_pipeline.shards.frame_list import VIDEOS, rate_of
 from data_pipeline.shards.media_kind import MEDIA_FORMATS, media_kind
 from data_pipeline.shards.tar_members import split_name
@@ -121,6 +122,36 @@ def _frames_beside(json: Path) -> dict[str, Path]:
     return {
         f"{number:0{digits}d}.{name.rpartition('.')[2].lower()}": folder / name for number, name in enumerate(names)
     }
+
+
+def read_frames(folder: Path, most_bytes: int) -> tuple[StoredFrames, str]:
+    """Read a video in frames: the images of a folder, whose rate is ``fps`` in the JSON file beside it.
+
+    Args:
+        folder: The folder; its JSON file has the same name and ``.json``.
+        most_bytes: Largest size of all images together.
+
+    Returns:
+        The frames, and the member extension that ingesting them gives the first one.
+
+    Raises:
+        SampleError: the folder has no images, too many of them or too large ones, or the file has no valid rate.
+    """
+    json = Path(f"{os.path.abspath(folder)}.json")
+    files = _frames_beside(json)
+    if not files:
+        raise SampleError(
+            "no video in frames, which is a folder of images (not a link) with the rate of the frames in "
+            f'{json.name} beside it: {{"fps": 8}}'
+        )
+    rate = rate_of(parse_member(read_file(json))["fps"], len(files))
+    images = list[bytes]()
+    for path in files.values():
+        images.append(read_file(path))
+        most_bytes -= len(images[-1])
+        if most_bytes < 0:
+            raise SampleError("the images are too large together; choose fewer or smaller frames")
+    return StoredFrames(tuple(images), rate), next(iter(files))
 
 
 @dataclass(frozen=True)

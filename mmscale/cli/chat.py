@@ -20,7 +20,7 @@ _HELP = """\
 Write a question and press Enter. The model gets the images, videos and sounds whose paths are in the line, for example:
 what is this? photo.jpg
 /image PATH   add an image to the next question
-/video PATH   add a video to the next question
+/video PATH   add a video, or a folder of frames, to the next question
 /audio PATH   add a sound to the next question
 /reset        forget the conversation
 /quit         leave; Ctrl-D does the same, Ctrl-C ends an answer"""
@@ -133,6 +133,8 @@ def _file(command: str, path: str) -> Path:
     from mmscale.errors import ConfigError
 
     words, (name, expected) = path.strip().strip("'\""), _KINDS[command[1:]]
+    if command == "/video" and Path(words).is_dir():
+        return Path(words)
     if not Path(words).is_file():
         raise ConfigError(f"{command} {words}: no such file; write the path of a {expected} file")
     if _kind(Path(words)) != command[1:]:
@@ -161,5 +163,6 @@ def _answer(conversation: Chat, words: str, files: list[Path]) -> None:
     from mmscale.cli.generate import Printer
 
     printer = Printer()
-    images, videos, sounds = ([file for file in files if _kind(file) == kind] for kind in _KINDS)
+    kinds = ["video" if file.is_dir() else _kind(file) for file in files]
+    images, videos, sounds = ([file for file, one in zip(files, kinds, strict=True) if one == kind] for kind in _KINDS)
     printer.end(conversation.ask(words, images, printer.show, videos, sounds))

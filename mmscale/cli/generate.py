@@ -18,7 +18,12 @@ app = typer.Typer()
 
 _RUN = typer.Argument(help="A run folder, or one checkpoint of it (RUN/checkpoints/step-N).", metavar="RUN")
 _IMAGES = typer.Option(None, "--image", help="A JPEG, PNG or WebP file; repeatable.")
-_VIDEOS = typer.Option(None, "--video", help="An MP4, WebM, Matroska or GIF file; repeatable. <video> inserts it.")
+_VIDEOS = typer.Option(
+    None,
+    "--video",
+    help="An MP4, WebM, Matroska or GIF file, or a folder of frames X beside X.json, which holds their rate "
+    '({"fps": 8}); repeatable. <video> inserts it.',
+)
 _SOUNDS = typer.Option(None, "--audio", help="A WAV, FLAC, MP3, Ogg, Opus or M4A file; repeatable. <audio> inserts it.")
 _PROMPT = typer.Option(
     None,

@@ -6,6 +6,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from data_pipeline.config import DataConfig
     from mmscale.run.config import RunConfig
 
 
@@ -29,6 +30,7 @@ def next_steps(config: RunConfig) -> list[tuple[str, str]]:
             steps.append((f"mmscale generate {run} --image {shlex.quote(str(image))}", "answer about an image"))
         elif model.vision is None:
             steps.append((f"mmscale generate {run} --prompt 'Once'", "continue a text"))
+        steps += _questions(config, data)
         if any(isinstance(dataset.template.branch_template, DialogueTemplate) for dataset in data.datasets):
             steps.append((f"mmscale chat {run}", "talk with the model"))
     drawings = config.evaluation.drawings
@@ -49,6 +51,22 @@ def next_steps(config: RunConfig) -> list[tuple[str, str]]:
     else:
         steps.append((f"{export} --to hf", "write a folder that transformers loads"))
     return [*steps, (f"mmscale report {run}", f"write {config.run_dir / 'report.html'} again")]
+
+
+def _questions(config: RunConfig, data: DataConfig) -> list[tuple[str, str]]:
+    """Return a question about a video and one about a sound, as the held-out sets ask them."""
+    from mmscale.evaluate.config import GenerationSet
+    from mmscale.report.answers import asked_file
+
+    names = [held.name for held in config.evaluation.sets if isinstance(held, GenerationSet)]
+    found = []
+    for kind, what in (("video", "a video"), ("audio", "a sound")):
+        asked = next(filter(None, (asked_file(config.run_dir, name, kind) for name in names)), None)
+        if asked is not None and getattr(data.prompts, kind) is not None:  # Otherwise, `generate` cannot read it.
+            prompt, path = asked
+            words = [str(config.run_dir), f"--{kind}", str(path), *(["--prompt", prompt] if prompt is not None else [])]
+            found.append((f"mmscale generate {shlex.join(words)}", f"answer about {what}"))
+    return found
 
 
 def format_next_steps(steps: list[tuple[str, str]]) -> str:

@@ -91,7 +91,7 @@ def plan(
     cluster = read_cluster(gpu or "h100", nodes, gpus_per_node, price)
     example = None
     if document_tokens is not None or size is not None:
-        width, height = size or (ExampleDocument.width, ExampleDocument.height)
+        width, height = size or (None, None)
         example = ExampleDocument(document_tokens, height, width)
     failures = Failures(restart_seconds=60 * restart_minutes)
     if gpu_hours_per_failure is not None:

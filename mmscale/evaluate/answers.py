@@ -27,6 +27,7 @@ from data_pipeline.packing.collate import collate
 from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.packing.packer import Pack
 from data_pipeline.packing.synthetic_documents import dummy_document
+from data_pipeline.prepare.folders import read_frames
 from data_pipeline.sample import AudioPart, ImagePart, MediaPart, Provenance, Sample, TextPart, VideoPart
 from data_pipeline.text.templates import LITERAL, CaptionTemplate, DialogueTemplate
 from data_pipeline.text.templates.base import images_of
@@ -83,7 +84,7 @@ def respond(
         data: Gives the tokenizer, and template and transform of the first data set.
         spec: Media that the model accepts.
         images: JPEG, PNG or WebP files, or pictures of Pillow.
-        videos: MP4, WebM, Matroska or GIF files.
+        videos: MP4, WebM, Matroska or GIF files, or folders of frames, see ``read_frames``.
         sounds: WAV, FLAC, MP3, Ogg, Opus or M4A files.
         prompt: Text before the answer; in a dialogue the user's turn. ``<image>`` in it marks the position of the next
             image and ``<image-2>`` that of the second; ``<video>`` and ``<audio>`` are the same for videos and sounds.
@@ -251,7 +252,7 @@ class Chat:
             words: The question.
             images: JPEG, PNG or WebP files, which precede the words.
             show: Called after each token with the answer so far.
-            videos: MP4, WebM, Matroska or GIF files, between the images and the words.
+            videos: MP4, WebM, Matroska or GIF files, or folders of frames, between the images and the words.
             sounds: WAV, FLAC, MP3, Ogg, Opus or M4A files, after the videos.
 
         Raises:
@@ -372,8 +373,19 @@ def _sample_from(images: Sequence[Path | Image.Image], videos: Sequence[Path], s
     parts: list[MediaPart] = [*_image_parts(images)]
     clips = [*((VideoPart, path) for path in videos), *((AudioPart, path) for path in sounds)]
     for number, (kind, path) in enumerate(clips, start=len(images)):
-        parts.append(kind(_read(path, _MOST_CLIP_BYTES), f"{number}{path.suffix.lower()}"))
+        if kind is VideoPart and path.is_dir():
+            parts.append(_video_in_frames(path, number))
+        else:
+            parts.append(kind(_read(path, _MOST_CLIP_BYTES), f"{number}{path.suffix.lower()}"))
     return Sample(tuple(parts), {}, origin)
+
+
+def _video_in_frames(folder: Path, number: int) -> VideoPart:
+    try:
+        frames, first = read_frames(folder, _MOST_CLIP_BYTES)
+    except SampleError as error:
+        raise MMScaleError(f"{folder}: {error.reason}") from error
+    return VideoPart(frames, f"{number}.{first}")
 
 
 def _image_parts(images: Sequence[Path | Image.Image]) -> tuple[ImagePart, ...]:

@@ -21,7 +21,7 @@ from data_pipeline.history.replay import Replay
 from data_pipeline.images.drawn_images import DrawnTokens, example_tokens
 from data_pipeline.media_spec import IMAGE, Grid, MediaSpec, ModalitySpec, Placement
 from data_pipeline.packing.collate import collate, join_nothing
-from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.packer import Budget, Pack, PackUsage
 from data_pipeline.packing.synthetic_documents import dummy_document, example_document
 from data_pipeline.shards.manifest import Manifest
 from mmscale.errors import ConfigError, MMScaleError
@@ -45,12 +45,21 @@ class ExampleDocument:
 
     Attributes:
         tokens: Text tokens; None: 256 with an image or a sound, else enough to fill a pack.
-        height, width: Size of its image in pixels. Templates without images have none.
+        height, width: Size of its image in pixels; None: 768 and 1024, or a smaller image if no pack holds that one.
+            Templates without images have none.
     """
 
     tokens: int | None = None
-    height: int = 768
-    width: int = 1024
+    height: int | None = None
+    width: int | None = None
+
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of its image: the given one, or those to choose from, largest first."""
+        if self.height is not None and self.width is not None:
+            return [(self.height, self.width)]
+        # Square ones too: rules that go by aspect alone, such as InternVL's, cut every other one into 4 x 3 tiles.
+        return [(96 * side, columns * side) for columns in (128, 96) for side in range(8, 0, -1)]
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ def stage_load(config: RunConfig, number: int, example: ExampleDocument | None =
         example: Assume documents of this size, even if the data exist here. None: only if they do not.
 
     Raises:
-        ConfigError: the image of ``example`` does not fit the transforms, or a teacher cannot be found.
+        ConfigError: the image of ``example`` does not fit the transforms or a pack, or a teacher cannot be found.
         DataConfigError: the data do not fit the model.
         DataPipelineError: the data are damaged.
     """
@@ -147,37 +156,66 @@ def example_documents(data: DataConfig, spec: MediaSpec, example: ExampleDocumen
     """Return one document of each data set with the size of ``example``, cut to what a pack holds.
 
     An image as tokens has the rows and columns of ``image_tokens.grid``. Without this setting they follow from the size
-    of ``example``, and an image that no pack could hold is assumed to be reduced. So is a typical sound.
+    of ``example``. If ``example`` has no size, an image that no pack could hold is assumed to be reduced. So is a
+    typical sound.
 
     Raises:
-        ConfigError: the image of ``example`` does not fit the transforms, or an image of ``image_tokens.grid`` or the
-            smallest sound fits no document.
+        ConfigError: the image of ``example`` does not fit the transforms, or a document cannot hold this image, an
+            image of ``image_tokens.grid`` or the smallest sound.
     """
-    room = data.packing.max_tokens - dummy_document(spec, 0).num_tokens
+    budget = Budget(data.packing, spec, dummy_document(spec, 0))
+    room = data.packing.max_tokens - budget.dummy.num_tokens
     longest = min(room, spec.max_document_tokens or room)
+    takes_images = spec.needs_embedded or spec.needs_unembedded
     documents = []
     for dataset in data.datasets:
-        takes_images = spec.needs_embedded or spec.needs_unembedded
-        images = [(example.height, example.width)] * (takes_images and dataset.template.takes_images)
+        images: list[tuple[int, int]] = []
+        room_for_text = longest
+        if takes_images and dataset.template.takes_images:
+            size, room_for_text = _example_size(dataset, budget, example)
+            images = [size]
         heard_names = [name for name in dataset.modalities if name in spec.modalities and dataset.template.takes_images]
         most = (longest - 1) // max(1, len(heard_names))
         clips = {name: [_example_clip(name, spec.modalities[name], most)] for name in heard_names}
         drawn = _example_image(dataset, spec, example, longest - min(_IMAGE_TOKENS, longest // 4))
         heard = sum(spec.modalities[name].num_features(grid) for name, grids in clips.items() for grid in grids)
-        room_for_text = max(1, longest - heard) - (0 if drawn is None else len(drawn.ids))
+        room_for_text = max(1, room_for_text - heard) - (0 if drawn is None else len(drawn.ids))
         if drawn is not None and room_for_text < 1:
             raise ConfigError(
                 f"data set {dataset.name}: an image has {len(drawn.ids)} tokens, and a document has at most {longest}; "
-                "increase data.packing.max_tokens or reduce image_tokens.grid"
+                "increase data.packing.max_tokens, or reduce the image (image_tokens.grid; of a plan --image-size)"
             )
         has_media = images or clips or drawn is not None
         tokens = example.tokens or (min(_IMAGE_TOKENS, room_for_text) if has_media else room_for_text)
         tokens, weight = min(tokens, room_for_text), float(dataset.template.draws)
-        try:
-            documents.append(example_document(dataset.transforms, spec, images, tokens, drawn, weight, clips))
-        except SampleError as error:
-            raise ConfigError(f"data set {dataset.name}, image of {example.width}x{example.height}: {error}") from error
+        documents.append(example_document(dataset.transforms, spec, images, tokens, drawn, weight, clips))
     return documents
+
+
+def _example_size(dataset: DatasetConfig, budget: Budget, example: ExampleDocument) -> tuple[tuple[int, int], int]:
+    """Return height and width of the largest image of ``example`` that fits into a pack with a token of text.
+
+    Returns also the number of text tokens that a document has room for beside it, at least 1.
+
+    Raises:
+        ConfigError: no image fits, or the transforms accept none.
+    """
+    refused: ConfigError | None = None
+    spec = budget.spec
+    for height, width in example.image_sizes:
+        try:
+            (document,) = budget.admit(example_document(dataset.transforms, spec, [(height, width)], 1))
+        except SampleError as error:
+            refused = refused or ConfigError(f"data set {dataset.name}, image of {width}x{height}: {error.reason}")
+            continue
+        room = budget.config.max_tokens + 1 - document.num_tokens
+        if budget.needs_dummy(PackUsage.of_document(document, spec)):
+            room -= budget.dummy.num_tokens
+        if spec.max_document_tokens is not None:  # Positions, not tokens: an image may take fewer.
+            room = min(room, spec.max_document_tokens - int(document.position_ids.max()))
+        return (height, width), room
+    assert refused is not None, "an example has a size"
+    raise refused
 
 
 def _example_clip(name: str, inputs: ModalitySpec, most: int) -> Grid:
@@ -203,7 +241,7 @@ def _example_clip(name: str, inputs: ModalitySpec, most: int) -> Grid:
 def _example_image(dataset: DatasetConfig, spec: MediaSpec, example: ExampleDocument, most: int) -> DrawnTokens | None:
     """Return the image as tokens of a document; None if documents have none.
 
-    Without ``image_tokens.grid`` it has at most ``most`` tokens.
+    Without ``image_tokens.grid`` and a size in ``example`` it has at most ``most`` tokens.
     """
     config, template = dataset.image_tokens, dataset.template
     if config is None or not (template.draws or (template.takes_images and spec.placement is Placement.NONE)):
@@ -211,9 +249,10 @@ def _example_image(dataset: DatasetConfig, spec: MediaSpec, example: ExampleDocu
     if config.grid is not None:
         return example_tokens(config, *config.grid)
     stride = _CODE_PIXELS if config.encoded == "stored" else spec.of_codes.patch_size
-    height, width = max(1, example.height // stride), max(1, example.width // stride)
+    sizes = example.image_sizes
+    height, width = (max(1, side // stride) for side in sizes[0])
     drawn = example_tokens(config, height, width)
-    while len(drawn.ids) > most and height * width > 1:
+    while len(sizes) > 1 and len(drawn.ids) > most and height * width > 1:
         scale = math.sqrt(most / len(drawn.ids))
         height, width = (max(1, min(side - (side > 1), int(side * scale))) for side in (height, width))
         drawn = example_tokens(config, height, width)
@@ -236,8 +275,12 @@ def _assumed(
     scaled = tuple({name: value * per_pack for name, value in count.items()} for count in counts)
     what = f"{mean_tokens:,.0f} tokens"
     kinds = {item.modality for each in documents for item in each.items}
-    kinds |= {IMAGE} if any(each.drawn is not None for each in documents) else set()
-    notes = [f"image of {example.width}x{example.height} pixels"] if IMAGE in kinds else []
+    of_drawn = zip(data.datasets, documents, strict=True)
+    drawn = {each.image_tokens.grid for each, made in of_drawn if made.drawn is not None and each.image_tokens}
+    (height, width), *smaller = example.image_sizes
+    has_pixels = IMAGE in kinds or None in drawn
+    notes = [f"image of {'up to ' if smaller else ''}{width}x{height} pixels"] if has_pixels else []
+    notes += [f"image of {grid[1]}x{grid[0]} codes" for grid in drawn if grid is not None]
     notes += [f"{name} of {spec.modalities[name].typical_grid[0]} rows" for name in sorted(kinds - {IMAGE})]
     what += f" ({', '.join(notes)})" if notes else ""
     source = f"assumed: {per_pack:,.1f} documents of {what} in a pack"

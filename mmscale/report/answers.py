@@ -126,6 +126,26 @@ def read_drawing_galleries(run_dir: Path, heldout: Mapping[str, Mapping[str, Any
     return galleries
 
 
+def asked_file(run_dir: Path, name: str, kind: str) -> tuple[str | None, Path] | None:
+    """Return prompt and file of the first question of a set that is about one image, video or sound.
+
+    Args:
+        run_dir: The run folder.
+        name: Name of a set of kind ``generation``.
+        kind: ``image``, ``video`` or ``audio``.
+
+    Returns:
+        None if no such question has a copied file.
+    """
+    for line in _lines(run_dir / ANSWERS_FOLDER / f"{name}.jsonl"):
+        media = line.get("media", [])
+        if [shown["kind"] for shown in media] == [kind] and "file" in media[0]:
+            path = run_dir / ANSWERS_FOLDER / media[0]["file"]
+            if path.is_file():
+                return line["prompt"], path
+    return None
+
+
 def _tiles(run_dir: Path, path: Path) -> list[DrawingTile]:
     try:
         lines = islice(read_lines(path, most_bytes=_MOST_LINE_BYTES), _MOST_TILES)
@@ -146,9 +166,13 @@ def _tile(run_dir: Path, line: _DrawingLine) -> DrawingTile:
 
 
 def _rows(run_dir: Path, path: Path) -> list[AnswerRow]:
+    return [_row(run_dir, line) for line in _lines(path)]
+
+
+def _lines(path: Path) -> list[_Line]:
     try:
         lines = list(islice(read_lines(path, most_bytes=_MOST_LINE_BYTES), _MOST_ROWS))
-        return [_row(run_dir, _LINE.validate_python(parse_json(line))) for line in lines]
+        return [_LINE.validate_python(parse_json(line)) for line in lines]
     except (OSError, ValueError):  # Absent or damaged.
         return []
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from mmscale.cli import chat
 from mmscale.cli.main import main
@@ -101,8 +102,16 @@ def test_a_question_about_a_video(
     )
     new = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     expected = processor.decode(new, skip_special_tokens=True).strip().rstrip("\ufffd")
-    out, _ = piped([f'"{file}" What moves?', "/reset", f"/video {file}", "What moves?"], run, monkeypatch, capsys)
-    assert out.splitlines() == [expected, expected]
+    folder = run.parent / "a clip"
+    folder.mkdir()
+    for number, frame in enumerate(decoded(clip)):
+        Image.fromarray(frame).save(folder / f"{number}.png")
+    (run.parent / "a clip.json").write_text('{"fps": 2}')
+    lines = [f'"{file}" What moves?']
+    for path in (file, folder):
+        lines += ["/reset", f"/video {path}", "What moves?"]
+    out, _ = piped(lines, run, monkeypatch, capsys)
+    assert out.splitlines() == [expected] * 3
     _, err = piped([f"/image {file}"], run, monkeypatch, capsys, code=1)
     assert "its name is not that of an image" in err
 

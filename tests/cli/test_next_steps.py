@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,22 @@ def test_only_commands_that_fit_the_model(name: str, tmp_path: Path) -> None:
         assert str(run) in shlex.split(command)[3 if verb == "checkpoint" else 2]
     text = format_next_steps(steps)
     assert all(f"\n  {command}" in text for command, _ in steps)
+
+
+def test_questions_about_clips_are_those_of_the_held_out_sets(tmp_path: Path) -> None:
+    omni = config("recipes/emoji-omni.yaml", tmp_path)
+    assert not any("--video" in command or "--audio" in command for command, _ in next_steps(omni))
+    files = {"clip-words": ("video", "clip words/00000-0.webm"), "speech-voice": ("audio", "speech-voice/00000-0.ogg")}
+    for name, (kind, file) in files.items():
+        (tmp_path / "answers" / file).parent.mkdir(parents=True)
+        (tmp_path / "answers" / file).touch()
+        answer = {"prompt": "it's:", "answer": "", "references": ["x"], "score": 0.0}
+        lines = [{**answer, "media": [{"kind": "image"}]}, {**answer, "media": [{"kind": kind, "file": file}]}]
+        (tmp_path / "answers" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = [shlex.split(command)[3:] for command, what in next_steps(omni) if what.startswith("answer about")]
+    assert found == [
+        [f"--{kind}", str(tmp_path / "answers" / file), "--prompt", "it's:"] for kind, file in files.values()
+    ]
 
 
 def test_a_dialogue_can_be_continued(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import SampleError
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.sample import ImagePart, Part, Provenance, Sample, TextPart, VideoPart
+from data_pipeline.sample import ImagePart, Part, Provenance, Sample, StoredFrames, TextPart, VideoPart
 from data_pipeline.text.templates import CaptionTemplate, InterleavedTemplate, TemplateConfig
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.evaluate.answers import caption_images, respond
@@ -298,6 +298,17 @@ def test_a_question_about_videos_is_what_greedy_decoding_by_hand_gives(tmp_path:
     data = DataConfig.model_validate(data.model_dump() | {"datasets": [block]})
     (answer,) = respond(model, data, spec, videos=[path], prompt="what? <video>", max_new_tokens=6)
     parts = (TextPart("what? "), VideoPart(path.read_bytes(), "webm"), TextPart("the answer"))
+    assert answer == _continued(model, data, InterleavedTemplate(), parts, 6)
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for number in (10, 9):
+        Image.fromarray(_image(number)).save(frames / f"{number}.png")
+    with pytest.raises(MMScaleError, match=r'frames: no video in frames, .* in frames.json beside it: {"fps": 8}'):
+        respond(model, data, spec, videos=[frames])
+    (tmp_path / "frames.json").write_text('{"fps": 2}')
+    (answer,) = respond(model, data, spec, videos=[frames], prompt="what? <video>", max_new_tokens=6)
+    images = tuple((frames / f"{number}.png").read_bytes() for number in (9, 10))
+    parts = (TextPart("what? "), VideoPart(StoredFrames(images, 2.0), "png"), TextPart("the answer"))
     assert answer == _continued(model, data, InterleavedTemplate(), parts, 6)
     for prompt, words in (("<video> <video>", "video number 2, and --video gives 1"), ("<image>", "no image is given")):
         with pytest.raises(ConfigError, match=words):

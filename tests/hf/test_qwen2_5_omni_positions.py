@@ -115,4 +115,4 @@ def test_turns_of_frames_and_sound_have_the_positions_of_the_thinker(seconds: fl
     of_video, of_sound = document.scatter_index[:60], document.scatter_index[60:]
     assert (document.token_ids[of_video] == VIDEO).all()
     assert (document.token_ids[of_sound] == AUDIO).all()
-    assert document.images == (ImageExtent(2, 0, len(document.token_ids) - 2),)
+    assert document.images == (ImageExtent(2, 0, len(document.token_ids) - 2, is_video=True),)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from transformers.models.qwen2_vl import Qwen2VLConfig, Qwen2VLModel
 
 from data_pipeline.config import DatasetConfig
-from data_pipeline.document import Document, Span
+from data_pipeline.document import Document, ImageExtent, Span
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.images.image_tokens import ImageLayoutConfig
 from data_pipeline.images.tilings import grids
@@ -110,7 +110,7 @@ def _features(document: Document, spec: MediaSpec) -> list[int]:
 def test_one_view_in_its_tokens(tokenizer: Tokenizer, layout: dict[str, Any] | None, expected: str) -> None:
     document = _build(_builder(tokenizer, EMBEDDING, layout), (4, 6))
     assert _names(tokenizer, document) == expected
-    assert document.images == ((1, 0, document.num_tokens - 2),)
+    assert document.images == (ImageExtent(1, 0, document.num_tokens - 2),)
     assert (document.token_ids[document.scatter_index] == tokenizer.image_id).all()
     assert _features(document, EMBEDDING) == list(range(6))
     assert not document.loss_weights[: document.images[0].stop - 1].any()

@@ -26,9 +26,11 @@ from data_pipeline.prepare.stats.count import count
 from data_pipeline.prepare.verify import jobs_of, verify
 from data_pipeline.sample import AudioPart, AudioSize, Sample, VideoPart
 from data_pipeline.shards import index as shard_index
+from data_pipeline.shards.damage import Problem
 from data_pipeline.shards.index import ShardIndex, index_path
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader
+from data_pipeline.shards.token_grid import GridTimes, encode_grid
 from data_pipeline.text.tokenizer import load_tokenizer
 from tests.data_pipeline.conftest import Members, WriteSet, picture
 from tests.data_pipeline.loader.moved_lanes import check_that_only_its_lane_moves
@@ -162,11 +164,11 @@ def test_the_sound_track_of_a_video_follows_its_frames(write_set: WriteSet, toke
         reader.close()
 
 
-TIMED = replace(SPEC, position_axes=3, tokens_per_second=4)
+TIMED = replace(SPEC, position_axes=3, tokens_per_second=25)
 
 
 def test_frames_and_sound_of_a_video_take_turns(write_set: WriteSet, tokenizer_path: Path) -> None:
-    """Two groups of two frames in one second, and eight positions of sound: a turn of each, then the second of each."""
+    """Two groups of two frames in one second, and 25 positions of sound: a turn of each, then the second of each."""
     manifest = write_set("films", [{"mp4": _film(number == 0), "txt": b"a film"} for number in range(2)])
     config = _config(manifest, tokenizer_path, from_video=True, interleave_seconds=0.5)
     dataset = config.datasets[0].model_copy(update={"template": _caption()})
@@ -180,10 +182,10 @@ def test_frames_and_sound_of_a_video_take_turns(write_set: WriteSet, tokenizer_p
     of_video, of_sound = np.split(document.scatter_index, [video.num_features(TIMED)])
     (film,) = document.images
     times = document.position_ids[:, 0] - document.position_ids[film.start, 0]
-    assert times[of_video].tolist() == [0] * 4 + [2] * 4
+    assert times[of_video].tolist() == [0] * 4 + [12] * 4
     assert times[of_sound].tolist() == [*range(sound.num_features(TIMED))]
     kinds = ["v" if slot in of_video else "s" for slot in range(film.start, film.stop)]
-    assert "".join(kinds) == "vvvvssvvvvss" + "s" * (len(of_sound) - 4)
+    assert "".join(kinds) == "vvvv" + 12 * "s" + "vvvv" + (len(of_sound) - 12) * "s"
     (span,) = [span for span in text_spans(document, builder.tokenizer, TIMED) if not span.is_text]
     assert (span.kind, span.num_tokens) == ("video", film.stop - film.start)
     assert collate([Pack((document,), 0)], TIMED).pairs.tolist() == [[0, 0]]
@@ -199,6 +201,8 @@ def test_turns_that_no_document_can_have_are_rejected(tokenizer_path: Path) -> N
             DataConfigError, match=r"data\.audio\.interleave_seconds=0\.5: needs a model with at least one"
         ):
             DocumentBuilder(config.datasets[0], tokenizer, spec)
+    with pytest.raises(DataConfigError, match=r"the model has 24 time positions a second .* and 25 features of sound"):
+        DocumentBuilder(config.datasets[0], tokenizer, replace(TIMED, tokens_per_second=24))
     assert config.datasets[0].video is not None
     timed = config.datasets[0].video.model_copy(update={"timestamps": "{seconds}"})
     with pytest.raises(DataConfigError, match=r"interleave_seconds: excludes data\.video\.timestamps"):
@@ -222,6 +226,28 @@ def test_an_index_of_an_earlier_version_hides_no_sound_track(write_set: WriteSet
     assert [item.modality for item in builder(reader.read(0)).items] == ["image", "audio"]
     with pytest.raises(SampleError, match=r"the index is old; then build it again"):
         builder.dry_run(reader.read_without_images(0))
+    reader.close()
+
+
+@pytest.mark.fault
+def test_a_video_that_is_stored_as_tokens_alone_has_no_track_to_read(write_set: WriteSet, tokenizer_path: Path) -> None:
+    codes = encode_grid(np.zeros((1, 2, 2), np.int64), 4, "ab" * 32, GridTimes(1, 8))
+    manifest = write_set("films", [{"mp4.tokens": codes, "txt": b"a"}, {"mp4": _film(True), "mp4.tokens": codes}])
+    reader = SampleReader(Manifest.open(manifest), "films")
+    for reads_tracks in (True, False):
+        config = _config(manifest, tokenizer_path, from_video=reads_tracks).datasets[0].audio
+        assert config is not None
+        inputs = config.inputs(load_tokenizer(_config(manifest, tokenizer_path).tokenizer), SPEC)
+        for read in (reader.read, reader.read_without_images):
+            alone, beside = (next(p for p in read(n).parts if isinstance(p, VideoPart)) for n in (0, 1))
+            assert (inputs.track_of(beside) is not None) == reads_tracks
+            if reads_tracks:
+                with pytest.raises(
+                    SampleError, match=r"stored as tokens alone, .* without --grids-only, or set audio\."
+                ):
+                    inputs.track_of(alone)
+            else:
+                assert inputs.track_of(alone) is None
     reader.close()
 
 
@@ -258,4 +284,4 @@ def test_a_folder_of_sounds_is_ingested_verified_and_counted(tmp_path: Path) -> 
     data[at - 600 : at - 200] = bytes(400)  # The first 8 KB are padding.
     tar.write_bytes(data)
     (checked,) = verify(jobs_of(tar)[1])
-    assert "image" in str(checked.damages)
+    assert {damage.problem for damage in checked.damages} == {Problem.CHECKSUM, Problem.AUDIO}

@@ -84,7 +84,7 @@ def described(part: Document) -> dict[str, Any]:
         "items": [int(item.values[0, 0]) for item in part.items],
         "dest": part.scatter_index.tolist(),
         "spans": [(span.start, span.items) for span in part.spans],
-        "images": [tuple(image) for image in part.images],
+        "images": [(image.start, image.first_item, image.stop) for image in part.images],
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.config import DatasetConfig
-from data_pipeline.document import IGNORE, Document, Span
+from data_pipeline.document import IGNORE, Document, ImageExtent, Span
 from data_pipeline.errors import SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.document_builder import DocumentBuilder
@@ -63,7 +63,7 @@ def test_text_attends_the_images_before_it_up_to_the_next_image(tokenizer: Token
     assert document.token_ids[[2, 4, 5]].tolist() == [IMG] * 3
     assert document.spans == (Span(0, ()), Span(2, (0,)), Span(4, (1,)), Span(5, (1, 2)))
     assert document.scatter_index.tolist() == []
-    assert document.images == ((2, 0, 3), (4, 1, 5), (5, 2, 6))
+    assert document.images == (ImageExtent(2, 0, 3), ImageExtent(4, 1, 5), ImageExtent(5, 2, 6))
 
 
 def test_hybrid_embeds_the_thumbnail_and_attends_the_tiles(tokenizer: Tokenizer) -> None:

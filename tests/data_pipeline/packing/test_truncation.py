@@ -64,11 +64,14 @@ def test_the_parts_together_are_the_whole_document(pieces: list, most: int, spec
         assert part.is_cut
         assert part.spans[0].start == 0
         values = [int(item.values[0, 0]) for item in part.items]
-        images = [(image.start + start, values[image.first_item], image.stop + start) for image in part.images]
-        assert images == [tuple(image) for image in document.images if start <= image.start < stop]
+        images = [
+            image._replace(start=image.start + start, first_item=values[image.first_item], stop=image.stop + start)
+            for image in part.images
+        ]
+        assert images == [image for image in document.images if start <= image.start < stop]
         # A part has its own images and those that its tokens attend. Any other image would waste time in the tower.
         attended = {value for row in _attended(part) for value in row}
-        assert values == sorted(attended | {number for _, number, _ in images})
+        assert values == sorted(attended | {image.first_item for image in images})
         start = stop
     assert start == document.num_tokens
 

@@ -122,6 +122,9 @@ def test_damage_inside_samples(tmp_path: Path) -> None:
         gif={"png": b"GIF89a" + bytes(30)},
         number={"json": b'{"caption": 3}'},
         empty={"json": b'{"parts": [{}]}'},
+        film={"mp4": b"no video"},
+        song={"wav": b"no sound"},
+        codes={"jpg.tokens": b"no token grid"},
         fine={"jpg": picture("jpeg"), "cls": b""},
     )
     assert problems(shard) == [
@@ -135,6 +138,9 @@ def test_damage_inside_samples(tmp_path: Path) -> None:
         ("gif", Problem.EXTENSION),
         ("number", Problem.TEXT),
         ("empty", Problem.TEXT),
+        ("film", Problem.VIDEO),
+        ("song", Problem.AUDIO),
+        ("codes", Problem.TOKENS),
     ]
 
 
