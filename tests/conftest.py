@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 pytest_plugins = ["tests.parity_table", "tests.slurm.fixture", "tests.gpu.fixture"]
@@ -21,16 +21,21 @@ pytest_plugins = ["tests.parity_table", "tests.slurm.fixture", "tests.gpu.fixtur
 # Signatures such as ``Float[Tensor, "T D"]`` are checked at every call in tests, and cost nothing in production.
 install_import_hook(["mmscale.nn", "mmscale.models", "mmscale.objectives"], "beartype.beartype")
 
-# No deadline: a test must not fail because the machine is busy.
-settings.register_profile("house", deadline=None, derandomize=True, print_blob=True)
+# Neither a deadline nor a check of the speed: a test must not fail because the machine is busy.
+settings.register_profile(
+    "house", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, print_blob=True
+)
 settings.load_profile("house")
 
 
-_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SET_BY_RUNS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("DS_ACCELERATOR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TORCHDYNAMO_DISABLE"),
+)
 
 
 def _without_new_variables() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in _LAUNCHED}
+    before = {name: os.environ.get(name) for name in _SET_BY_RUNS}
     yield
     for name, value in before.items():
         if value is None:
@@ -39,7 +44,8 @@ def _without_new_variables() -> Iterator[None]:
             os.environ[name] = value
 
 
-# A run in a test's own process sets these variables. Programs that later tests start would read them as a launcher's.
+# A run in a test's own process sets these variables. Programs that later tests start would read them as a launcher's or
+# a user's.
 without_variables_of_this_file = pytest.fixture(scope="module", autouse=True)(_without_new_variables)
 without_variables_of_this_test = pytest.fixture(autouse=True)(_without_new_variables)
 

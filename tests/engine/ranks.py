@@ -6,9 +6,12 @@ test fails with their output.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import itertools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,6 +23,9 @@ from mmscale.dist import World, all_reduce_sum_list
 from tests.engine.fork_server import Child, fork_server
 
 ROOT = Path(__file__).resolve().parents[2]
+_PORTS = itertools.count(random.SystemRandom().randrange(10_000, 19_000))
+"""Ports that the system does not choose itself, as it does from 32768 on: until a rank listens at its port, a socket of
+another test could get such a one. Each test process begins elsewhere."""
 
 
 def barrier(world: World) -> None:
@@ -28,9 +34,12 @@ def barrier(world: World) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port at which nobody listens, another one at each call."""
+    while True:
+        port = next(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def start_ranks(

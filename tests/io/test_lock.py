@@ -107,11 +107,12 @@ def test_a_live_holder_is_named_and_a_dead_one_does_not_block(tmp_path: Path) ->
     assert claims(tmp_path) == ["claim-00000001"]
     first.kill()  # Its forked child survives, as a worker may for a moment.
     first.wait()
+    lock = FolderLock(tmp_path)
     try:
-        assert FolderLock(tmp_path).attempt() is None
+        assert lock.attempt() is None
         assert claims(tmp_path) == ["claim-00000002"]
     finally:
-        lock_module._held.clear()
+        lock.release()
         os.killpg(first.pid, signal.SIGKILL)
 
 
@@ -158,18 +159,18 @@ def test_of_many_that_start_at_once_one_gets_the_lock(tmp_path: Path, stale: boo
 
 
 def test_on_another_machine_the_heartbeat_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock_module, "EXPIRY_SECONDS", 0.4)
     path = write_claim(tmp_path)
     waiting = FolderLock(tmp_path)
     sentence = waiting.attempt()
     assert sentence
     assert "process 4242 on node7" in sentence
-    os.utime(path)
+    os.utime(path, (2e9, 2e9))  # Not the present time: clocks of file systems have steps of milliseconds.
     with pytest.raises(LaunchError, match="in use by process 4242 on node7"):
         waiting.attempt()
     waiting.release()
     assert claims(tmp_path) == ["claim-00000001"], "a failed attempt changes nothing"
     assert try_for(tmp_path, 0.2), "without a heartbeat the claim expires only after EXPIRY_SECONDS"
+    monkeypatch.setattr(lock_module, "EXPIRY_SECONDS", 0.4)
     assert try_for(tmp_path, 30) is None
     path.write_bytes(b'{"host": ["')  # The holder died while it wrote this, or the file was damaged.
     assert "unknown process" in str(try_for(tmp_path, 0))

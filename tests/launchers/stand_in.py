@@ -28,6 +28,9 @@ def main(arguments: list[str]) -> int:
     if what.get("kill") == rank:
         os.kill(os.getpid(), signal.SIGKILL)
     if "stubborn" in what:
+        while not received:
+            time.sleep(0.05)
+        (folder / f"signals-{rank}").write_text("received")
         time.sleep(60)
     while "kill" in what and not received:
         time.sleep(0.05)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +74,26 @@ def beat(
     os.utime(path, (time.time() - age,) * 2)
 
 
+@contextmanager
+def renewed(renew: Callable[[int], None]) -> Iterator[None]:
+    """Call ``renew`` with 2, 3, ... again and again, as a living process does. One call could come before the watch."""
+    ended = threading.Event()
+
+    def live() -> None:
+        for count in itertools.count(2):
+            if ended.wait(0.6):
+                return
+            renew(count)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def record_start(folder: Path, number: int, world_size: int, host: str = "elsewhere") -> None:
     values = {"start": number, "time": "", "step": 0, "world_size": world_size, "config": "starts/config-0001.yaml"}
     rest = {"changed": {}, "versions": {}, "code": "", "commit": None, "commit_changed": None, "host": host, "pid": 1}
@@ -115,10 +137,8 @@ def test_a_silent_rank_is_hung_only_if_its_file_does_not_change_while_it_is_watc
     found = read_status(folder, watch_seconds=1)
     assert found.state == "hung"
     assert "rank 1 does not run any more" in found.reason
-    timer = threading.Timer(0.6, lambda: beat(folder, 1, age=100, count=2))  # Alive, with a clock that is wrong.
-    timer.start()
-    assert read_status(folder, watch_seconds=20).state == "running"
-    timer.join()
+    with renewed(lambda count: beat(folder, 1, age=100, count=count)):  # Alive, with a clock that is wrong.
+        assert read_status(folder, watch_seconds=20).state == "running"
 
 
 def test_slow_ranks_are_named_with_their_nodes(holder: tuple[Path, subprocess.Popen[str]]) -> None:
@@ -205,10 +225,8 @@ def test_a_run_on_another_machine_lives_if_it_renews_its_claim(tmp_path: Path) -
     assert "does not renew its lock" in dead.reason
     assert dead.ranks[0].age_seconds == pytest.approx(4, abs=2)
     assert read_status(tmp_path, [Job("7", "RUNNING")], watch_seconds=0).state == "hung"
-    timer = threading.Timer(0.6, lambda: os.utime(claim, (ahead + 2, ahead + 2)))
-    timer.start()
-    assert read_status(tmp_path, watch_seconds=20).state == "running"
-    timer.join()
+    with renewed(lambda count: os.utime(claim, (ahead + count, ahead + count))):
+        assert read_status(tmp_path, watch_seconds=20).state == "running"
 
 
 @pytest.mark.parametrize(

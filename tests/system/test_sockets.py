@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ def process_tree(root: int) -> list[int]:
 
 def listening(pids: list[int]) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
     """Return the addresses of the TCP sockets on which these processes accept connections."""
-    targets = {os.readlink(fd) for pid in pids for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()}
-    found = []
+    targets, found = set(), []
+    for fd in (fd for pid in pids for fd in Path(f"/proc/{pid}/fd").iterdir()):
+        with suppress(FileNotFoundError):  # The process closed it meanwhile.
+            targets.add(os.readlink(fd))
     for table in ("tcp", "tcp6"):
         for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             fields = row.split()

@@ -36,7 +36,9 @@ def _open(sources: tuple[str, ...], window_size: int, seed: int = 1, **faults: o
     return StreamedSet("plain", sources, seed, window_size, Storage(), run)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any),
     window_size=st.integers(1, 5),

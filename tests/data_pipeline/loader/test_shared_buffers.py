@@ -151,12 +151,13 @@ def test_tensors_of_a_message_do_not_overlap() -> None:
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux")
 def test_shared_buffers_take_nothing_of_dev_shm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Docker's /dev/shm has 64 MiB, which one or two batches fill."""
+    before = Path("/proc/self/maps").read_text().count("/dev/shm/torch")  # Of earlier tests.
     sender, receiver = BatchSender(), BatchReceiver()
     (batch,) = receiver.decode(_send(sender, 100, 3))
     assert _holds(batch, 3)
     places = Path("/proc/self/maps").read_text()
     assert "/memfd:mmscale-batch" in places
-    assert "/dev/shm/torch" not in places
+    assert places.count("/dev/shm/torch") <= before
     monkeypatch.setattr(os, "truncate", lambda handle, size: os.close(-1))
     with pytest.raises(WorkerError, match=r"could not allocate \d+ bytes of shared memory .*; lower data\.workers"):
         _send(BatchSender(), 100, 3)

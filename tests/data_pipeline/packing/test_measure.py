@@ -87,7 +87,7 @@ def assert_measured(built: Document, measured: Document) -> None:
             assert ours == theirs
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     parts=samples,
     chosen=st.sampled_from(TRANSFORMS),

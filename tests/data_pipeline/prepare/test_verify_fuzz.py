@@ -104,7 +104,9 @@ def shows(damages: Sequence[Damage], problem: Problem, key: str, offset: int | N
     return any((d.problem, d.key, d.offset) == (problem, key, offset) for d in damages)
 
 
-many = settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(
+    deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 few = settings(many, max_examples=30)
 
 

@@ -24,7 +24,7 @@ from tests.data_pipeline.storage.conftest import read_ranges
 pytestmark = pytest.mark.fault
 
 DATA = os.urandom(3 * PAGE_BYTES + 1234)
-QUICK = StorageConfig(timeout_seconds=0.5, retry_seconds=20, gap_bytes=1000, request_bytes=400_000)
+CONFIG = StorageConfig(timeout_seconds=20, retry_seconds=60, gap_bytes=1000, request_bytes=400_000)
 Open = Callable[..., tuple[Storage, Url, FaultyServer]]
 
 
@@ -34,7 +34,7 @@ def opened(tmp_path: Path) -> Iterator[Open]:
     with ExitStack() as stack:
 
         def open_(
-            choose: Choose = lambda number, request: None, config: StorageConfig = QUICK
+            choose: Choose = lambda number, request: None, config: StorageConfig = CONFIG
         ) -> tuple[Storage, Url, FaultyServer]:
             folder = tmp_path / "served"
             folder.mkdir(exist_ok=True)
@@ -72,15 +72,18 @@ def test_neighbours_are_one_request_and_long_ranges_several(opened: Open) -> Non
     [Fault.ERROR_500, Fault.BUSY_503, Fault.TOO_MANY_429, Fault.RESET, Fault.TRUNCATE, Fault.SLOW],
 )
 def test_what_may_pass_is_tried_again(opened: Open, fault: Fault) -> None:
-    storage, url, server = opened(spoil_first(fault))
+    is_slow = fault is Fault.SLOW
+    config = CONFIG.model_copy(update={"timeout_seconds": 0.5}) if is_slow else CONFIG
+    storage, url, server = opened(spoil_first(fault), config)
     assert read_ranges(storage, url, [Range(3, 300_000)]) == [DATA[3:300_000]]
-    assert server.ranges() == ["bytes=3-299999"] * 2
+    # On a busy machine a sound response may exceed the short limit, too.
+    assert server.ranges() == ["bytes=3-299999"] * (max(2, len(server.ranges())) if is_slow else 2)
 
 
 def test_a_server_that_stays_down_is_an_error_with_a_reason(opened: Open) -> None:
-    config = QUICK.model_copy(update={"retry_seconds": 0.3})
+    config = CONFIG.model_copy(update={"retry_seconds": 1})
     storage, url, server = opened(lambda number, request: Fault.BUSY_503, config)
-    with pytest.raises(StorageError, match=r"a%20file.bin.*attempts.*retry_seconds=0.3.*503"):
+    with pytest.raises(StorageError, match=r"a%20file.bin.*attempts.*retry_seconds=1[)].*503"):
         read_ranges(storage, url, [Range(0, 10)])
     assert len(server.ranges()) > 1
 
@@ -145,11 +148,11 @@ def test_requests_at_the_same_time_are_bounded(opened: Open) -> None:
             most[0] = max(most[0], now[0])
             if now[0] == 3:
                 release.set()
-        release.wait(5)  # Wait for three simultaneous requests: this is the limit, and a fourth would be counted.
+        release.wait(60)  # Wait for three simultaneous requests: this is the limit, and a fourth would be counted.
         with lock:
             now[0] -= 1
 
-    config = QUICK.model_copy(update={"max_concurrency": 3, "request_bytes": 100_000, "timeout_seconds": 20})
+    config = CONFIG.model_copy(update={"max_concurrency": 3, "request_bytes": 100_000, "timeout_seconds": 100})
     storage, url, server = opened(choose, config)
     info = ObjectInfo(*_stat(storage, url))
     assert read_ranges(storage, url, [Range(0, 2_000_000)], info) == [DATA[:2_000_000]]
@@ -168,7 +171,7 @@ def read(storage: Storage, url: Url, ranges: list[Range], identity: str = "v1", 
 
 
 def test_pages_serve_later_reads_without_a_request(opened: Open, tmp_path: Path) -> None:
-    config = QUICK.model_copy(update={"request_bytes": 8 * PAGE_BYTES})
+    config = CONFIG.model_copy(update={"request_bytes": 8 * PAGE_BYTES})
     storage, url, server = opened(config=config)
     wanted = [Range(PAGE_BYTES - 10, PAGE_BYTES + 10), Range(5, 9)]
     assert read(storage, url, wanted) == [DATA[a:b] for a, b in wanted]
@@ -208,7 +211,7 @@ def test_whole_objects_are_fetched_once_and_mapped_from_the_cache(opened: Open, 
     path = storage.background.run(storage.cached_file(url, "v1"))
     assert path.read_bytes()[: len(DATA)] == DATA
     count = len(server.ranges())
-    with Storage(QUICK, CacheConfig(folder=tmp_path / "cache")) as later:
+    with Storage(CONFIG, CacheConfig(folder=tmp_path / "cache")) as later:
         assert later.background.run(later.cached_file(url, "v1")) == path
         assert later.num_requests == 0
         later.background.run(
@@ -239,7 +242,7 @@ def test_an_object_that_is_evicted_before_it_is_opened_is_fetched_again(opened: 
 def test_a_cache_too_small_for_an_index_says_so(opened: Open, tmp_path: Path) -> None:
     _, url, _ = opened()
     with (
-        Storage(QUICK, CacheConfig(folder=tmp_path / "small", max_bytes=1000)) as storage,
+        Storage(CONFIG, CacheConfig(folder=tmp_path / "small", max_bytes=1000)) as storage,
         pytest.raises(StorageError, match=r"do not fit into the cache .*max_bytes=1000"),
     ):
         storage.background.run(storage.cached_file(url, "v1"))
@@ -247,7 +250,7 @@ def test_a_cache_too_small_for_an_index_says_so(opened: Open, tmp_path: Path) ->
 
 def test_a_server_without_ranges_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(DATA[:1000])
-    with _plain_server(tmp_path) as root, Storage(QUICK) as storage:
+    with _plain_server(tmp_path) as root, Storage(CONFIG) as storage:
         url = Url(f"{root}/x.bin")
         with pytest.raises(StorageError, match="sends no byte ranges"):
             read_ranges(storage, url, [Range(5, 10)])
@@ -299,7 +302,7 @@ def test_a_forked_child_is_told_instead_of_hanging(opened: Open) -> None:
 def test_closing_ends_a_slow_read_at_once(opened: Open) -> None:
     import threading
 
-    config = QUICK.model_copy(update={"timeout_seconds": 1000})
+    config = CONFIG.model_copy(update={"timeout_seconds": 1000})
     asked = threading.Event()
 
     def choose(number: int, request: Request) -> Fault:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,12 +33,12 @@ def opened(tmp_path: Path, s3_port: int) -> Iterator[Open]:
 
         def open_(choose: Choose = lambda number, request: None, **changes: object) -> tuple[Storage, FaultyServer]:
             server = stack.enter_context(proxy(s3_port, choose).running())
-            settings = {"timeout_seconds": 0.5, "retry_seconds": 20, "request_bytes": 400_000, **changes}
+            settings = {"timeout_seconds": 20, "retry_seconds": 60, "request_bytes": 400_000, **changes}
             config = StorageConfig.model_validate({"endpoint": server.url, "allow_http": True, **settings})
-            storage = stack.enter_context(Storage(config, CacheConfig(folder=tmp_path / "cache")))
-            storage.store(OBJECT).write(OBJECT, DATA)
-            server.requests.clear()
-            return storage, server
+            patient = StorageConfig(endpoint=f"http://127.0.0.1:{s3_port}", allow_http=True)
+            with Storage(patient, CacheConfig(folder=tmp_path / "cache")) as direct:
+                direct.store(OBJECT).write(OBJECT, DATA)
+            return stack.enter_context(Storage(config, CacheConfig(folder=tmp_path / "cache"))), server
 
         yield open_
 
@@ -57,20 +58,24 @@ def spoil_first(fault: Fault, times: int = 2) -> Choose:
     "fault", [Fault.ERROR_500, Fault.BUSY_503, Fault.TOO_MANY_429, Fault.RESET, Fault.TRUNCATE, Fault.SLOW]
 )
 def test_what_may_pass_is_tried_again_until_the_same_bytes_are_there(opened: Open, fault: Fault) -> None:
-    storage, server = opened(spoil_first(fault))
+    is_slow = fault is Fault.SLOW
+    storage, server = opened(spoil_first(fault), **({"timeout_seconds": 0.5} if is_slow else {}))
     wanted = [Range(3, 300_000), Range(1_500_000, 1_500_010)]
     assert read_ranges(storage, OBJECT, wanted) == [DATA[a:b] for a, b in wanted]
-    assert sorted(server.ranges()) == ["bytes=1500000-1500009"] * 3 + ["bytes=3-299999"] * 3
+    counts = Counter(server.ranges())
+    assert counts.keys() == {"bytes=1500000-1500009", "bytes=3-299999"}
+    # On a busy machine a sound response may exceed the short limit, too.
+    assert all(count == 3 or (is_slow and count > 3) for count in counts.values())
 
 
 @pytest.mark.parametrize("fault", [Fault.ERROR_500, Fault.BUSY_503, Fault.RESET, Fault.TRUNCATE, Fault.SLOW])
 def test_what_does_not_pass_ends_within_the_time_in_an_error_that_names_place_and_setting(
     opened: Open, fault: Fault
 ) -> None:
-    storage, server = opened(lambda number, request: fault, retry_seconds=0.6, timeout_seconds=0.2)
+    storage, server = opened(lambda number, request: fault, retry_seconds=1, timeout_seconds=0.2)
     with pytest.raises(
         StorageError,
-        match=r"s3://objects/a folder/x=1/data.bin bytes 0-10: \d+ attempts in .* s failed .*retry_seconds=0.6",
+        match=r"s3://objects/a folder/x=1/data.bin bytes 0-10: \d+ attempts in .* s failed .*retry_seconds=1[)]",
     ):
         read_ranges(storage, OBJECT, [Range(0, 10)])
     assert len(server.ranges()) > 1

@@ -56,7 +56,9 @@ def all_pairs(values: list[int], distance: int) -> list[tuple[int, int]]:
     ]
 
 
-same_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+same_folder = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60, deadline=None
+)
 
 
 @same_folder
@@ -76,7 +78,7 @@ def test_parts_change_nothing(tmp_path: Path, values: list[int], distance: int) 
 
 
 @given(values=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=60), seed=st.integers(0, 9))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
 @pytest.mark.parametrize("parts", ["one", "many"])
 def test_equal_rows_are_found_by_a_dictionary_too(
     request: pytest.FixtureRequest, parts: str, values: list[Any], seed: int
