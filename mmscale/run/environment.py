@@ -77,5 +77,11 @@ def _describe(hosts: list[bytes]) -> dict[str, Any]:
         "nodes": [{"host": host, "ranks": ranks} for host, ranks in nodes.items()],
         "modules": [name for name in os.environ.get("LOADEDMODULES", "").split(":") if name],
         "variables": variables(),
-        "packages": {each.name: each.version for each in sorted(distributions(), key=lambda each: each.name.lower())},
+        "packages": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the installed packages by name, sorted; parse the metadata of each package once."""
+    found = sorted((each.metadata for each in distributions()), key=lambda metadata: metadata["Name"].lower())
+    return {metadata["Name"]: metadata["Version"] for metadata in found}

@@ -25,6 +25,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from typing import Any, NoReturn, TextIO
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
+SLOW_FROM = "SLOW_FROM_STEP"
+"""Variable of a forked command: the number of the first step after which its run waits a second."""
 
 
 @dataclass
@@ -207,7 +210,23 @@ def _enter(words: list[str]) -> NoReturn:
     from mmscale.cli.main import entry
 
     sys.argv = ["mmscale", *words]
+    if SLOW_FROM in os.environ:
+        _slow_down(int(os.environ[SLOW_FROM]))
     entry()
+
+
+def _slow_down(first: int) -> None:
+    """Wait a second after the line of each step from ``first`` on."""
+    from mmscale.metrics.sinks import JsonlSink
+
+    write = JsonlSink.write
+
+    def write_slowly(sink: JsonlSink, record: dict[str, Any], **options: Any) -> None:
+        write(sink, record, **options)
+        if record["step"] >= first:
+            time.sleep(1)
+
+    JsonlSink.write = write_slowly  # type: ignore[method-assign]
 
 
 _CLIENT = """\
@@ -364,6 +383,7 @@ def _import_all() -> None:
         "torchvision",
     ):
         import_module(name)
+    _ = import_module("deepspeed.ops").__compatible_ops__  # Its first reader compiles programs to find out what works.
     gc.freeze()
     gc.enable()
 

@@ -39,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     files = []
     for family, folder in folders.items():
         reference_model(FAMILIES[family], vocab_size=VOCABULARY).save_pretrained(folder / "theirs")
-        files.append(str(prepare(folder / "theirs", folder, text())))
+        files.append(str(prepare(folder / "theirs", folder, text(), steps=10)))
     run_ranks("tests.hf.text_programs:train_all", 2, {"files": files})
     return folders
 

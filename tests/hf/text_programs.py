@@ -16,7 +16,8 @@ def train_all(world: World, files: list[str]) -> None:
     """Train each run."""
     # ``train`` leaves the process group at its end; here the next run needs it. DeepSpeed collects garbage for every
     # engine, which takes longer than to make the engine.
-    with mock.patch("mmscale.run.train.shutdown"), mock.patch("gc.collect", return_value=0):
+    no_report = mock.patch("mmscale.run.finalize.build_report", return_value="no report")
+    with mock.patch("mmscale.run.train.shutdown"), mock.patch("gc.collect", return_value=0), no_report:
         for file in files:
             train(load(Path(file), [], RunConfig))
             barrier(world)

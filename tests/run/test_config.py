@@ -48,7 +48,7 @@ def test_a_changed_model_stays_changed_and_changed_data_do_not() -> None:
 
 def test_the_written_configuration_has_the_same_stages(tmp_path: Path) -> None:
     """The written configuration contains every default."""
-    config = run_of({}, {"model": {"connector": {"kind": "hybrid", "every": 4}}}, rope(20_000.0))
+    config = run_of({}, {"model": {"connector": {"kind": "hybrid", "every": 2}}}, rope(20_000.0))
     path = tmp_path / "config.yaml"
     path.write_text(dump(config))
     again = load(path, [], RunConfig).value

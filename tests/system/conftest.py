@@ -23,10 +23,12 @@ from typing import Any
 
 import pytest
 
-from tests.engine.fork_server import Child, fork_server
+from tests.engine.fork_server import SLOW_FROM, Child, fork_server
 
 REPO = Path(__file__).resolve().parents[2]
 TINY = REPO / "tests/system/tiny.yaml"
+DEEP = ("model.decoder.num_layers=8", "model.connector.every=4")
+"""Changes for tests whose curve must have a spike or a turn: those of the shallow model of ``TINY`` fall evenly."""
 _STARTS = itertools.count()
 Process = subprocess.Popen[str] | Child
 
@@ -39,10 +41,16 @@ class Run:
     words: list[str]
     forked: bool = False
 
-    def start(self) -> Process:
-        """Start the command in a new process group."""
+    def start(self, *, slow_from: int | None = None) -> Process:
+        """Start the command in a new process group.
+
+        Args:
+            slow_from: From this step on, the run waits a second after each step: a busy machine, too, can stop it
+                before its last step. For forked runs.
+        """
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if self.forked:
+            environment |= {} if slow_from is None else {SLOW_FROM: str(slow_from)}
             number = next(_STARTS)
             log = self.folder.with_name(f"{self.folder.name}-start-{number}.log")
             call = "tests.engine.fork_server:run_command"

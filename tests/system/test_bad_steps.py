@@ -15,7 +15,7 @@ from mmscale.bad_steps.roll_back import effective_roll_backs, read_roll_backs
 from mmscale.config import load
 from mmscale.run.config import RunConfig
 from mmscale.run.sample_lookup import Evidence, SampleLookup
-from tests.system.conftest import MakeRun, Run, kill_group
+from tests.system.conftest import DEEP, MakeRun, Run, kill_group
 from tests.system.test_evaluation import SETS, record, scores
 
 STEPS = 24
@@ -45,7 +45,7 @@ def spikes(norms: list[float]) -> list[bool]:
 @pytest.mark.dist
 @pytest.mark.slow
 def test_spikes_are_skipped_by_the_formula_and_their_samples_are_named(fork_run: MakeRun) -> None:
-    words = (f"max_steps={STEPS}", f"bad_steps={{{STRICT}}}")
+    words = (*DEEP, f"max_steps={STEPS}", f"bad_steps={{{STRICT}}}")
     run = fork_run("whole", 2, *words)
     run.finish()
     lines = run.metrics()
@@ -87,7 +87,7 @@ def test_spikes_are_skipped_by_the_formula_and_their_samples_are_named(fork_run:
 def test_a_roll_back_leaves_out_the_data_and_outlives_a_kill(fork_run: MakeRun) -> None:
     strict = STRICT.replace("norm_deviations: 1,", "norm_deviations: 1.6,")
     bad_steps = f"bad_steps={{policy: roll_back, {strict}}}"
-    words = (f"max_steps={STEPS}", bad_steps, "sample_log.every_steps=4", "model.decoder.dropout=0.1")
+    words = (*DEEP, f"max_steps={STEPS}", bad_steps, "sample_log.every_steps=4", "model.decoder.dropout=0.1")
     words += (SETS, "evaluation.every_steps=3", "evaluation.best={metric: pages.loss}")
     run = fork_run("whole", 2, *words)
     assert "going back to step" in run.finish()
@@ -150,7 +150,7 @@ def check_sample_log(run: Run, first: int, last: int) -> None:
 
 @pytest.mark.fault
 def test_halting_names_the_step_and_too_many_in_a_row_end_the_run(fork_run: MakeRun) -> None:
-    halted = fork_run("halted", 1, f"max_steps={STEPS}", f"bad_steps={{policy: halt, {STRICT}}}")
+    halted = fork_run("halted", 1, *DEEP, f"max_steps={STEPS}", f"bad_steps={{policy: halt, {STRICT}}}")
     output = halted.finish(code=1)
     last = halted.metrics()[-1]
     assert not last["applied"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.system.conftest import MakeRun, Run
+from tests.system.conftest import DEEP, MakeRun, Run
 
 SETS = (
     "evaluation.sets=["
@@ -89,7 +89,7 @@ BEST = "evaluation.best={metric: pages.loss}"
 @pytest.mark.resume
 @pytest.mark.slow
 def test_a_restart_repeats_and_loses_no_evaluation(fork_run: MakeRun) -> None:
-    words = ("max_steps=11", SETS, "evaluation.every_steps=2", BEST, "checkpoint={every_steps: 3, keep_last: 1}")
+    words = (*DEEP, "max_steps=11", SETS, "evaluation.every_steps=2", BEST, "checkpoint={every_steps: 3, keep_last: 1}")
     # The rate is so high that the loss rises again: the best step lies in the middle.
     words += ("stages.0.learning_rate={default: 0.05}", "stages.0.schedule=constant", "stages.0.warmup_steps=0")
     whole = fork_run("whole", 1, *words)
@@ -110,7 +110,7 @@ def test_a_restart_repeats_and_loses_no_evaluation(fork_run: MakeRun) -> None:
 
     run = fork_run("killed", 1, *words)
     for kill_at, stop in ((3, signal.SIGKILL), (5, signal.SIGTERM), (9, signal.SIGKILL)):
-        process = run.start()
+        process = run.start(slow_from=10)
         run.wait_for_step(process, kill_at)
         process.send_signal(stop)
         process.communicate(timeout=60)

@@ -80,7 +80,7 @@ def test_a_run_killed_on_two_ranks_and_on_one_ends_on_four_as_if_undisturbed(for
     whole.finish()
     for ranks, kill_at in ((2, 5), (1, 9)):
         run = fork_run("killed", ranks, *TINY_RECIPE, config=RECIPE)
-        process = run.start()
+        process = run.start(slow_from=STEPS - 2)
         run.wait_for_step(process, kill_at)
         kill_group(process)
         assert kill_at <= run.metrics()[-1]["step"] < STEPS, "the run was over before it was killed"

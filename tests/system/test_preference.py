@@ -71,7 +71,7 @@ def test_held_out_margins_rise_and_a_killed_run_resumes_bit_for_bit(fork_run: Ma
     assert after["reward_accuracy"] > 0.5
 
     killed = fork_run("killed", 2, config=CONFIG)
-    process = killed.start()
+    process = killed.start(slow_from=11)
     killed.wait_for_step(process, 9)  # After the checkpoint of step 8, which replaced that of the stage's beginning.
     kill_group(process)
     assert not (killed.folder / "checkpoints" / "step-00000004").exists()

@@ -16,15 +16,17 @@ pytestmark = [pytest.mark.dist, pytest.mark.resume]
 _EACH_KIND = {
     "qwen2-vl-2b": "images are embedded",
     "llama3.2-11b-vision": "images are attended; pairs of answers",
-    "nvlm-h-72b": "images are embedded and attended",
-    "olmoe-1b-7b": "experts, text only",
     "aria": "experts and images",
     "janus-1.3b": "draws images",
     "emoji-vq": "an image tokenizer",
     "emoji-contrast": "pairs of image and text",
     "emoji-grow": "the model grows",
 }
-"""A recipe of each kind of run, and what is special about it. The others are slow tests."""
+"""A recipe of each kind of run, and what is special about it. The others are slow tests.
+
+Faster tests train text with experts (``tests/hf/test_text_families.py``), and images that are embedded and attended
+(``tests/hf/test_nvlm.py``).
+"""
 FIRST = [path for path in RUNS if path.stem in _EACH_KIND]
 FURTHER = [path for path in RUNS if path not in FIRST]
 

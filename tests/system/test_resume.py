@@ -45,7 +45,7 @@ def test_a_run_that_is_killed_again_and_again_continues_bit_for_bit(
     kills = sorted(random.Random(0).sample(range(2, STEPS - 3), 3))
     assert kills[0] < EVERY < kills[1] < 2 * EVERY < kills[2], "before a checkpoint, behind the first, behind another"
     for kill_at in kills:
-        process = run.start()
+        process = run.start(slow_from=STEPS - 2)
         run.wait_for_step(process, kill_at)
         kill_group(process)
         assert run.metrics()[-1]["step"] < STEPS, "the run was over before it was killed"
@@ -62,7 +62,7 @@ def test_a_signal_saves_and_the_next_start_goes_on(fork_run: MakeRun) -> None:
     run = fork_run("stopped", 1, *words)
     stopped_at = 0
     for stop in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        process = run.start()
+        process = run.start(slow_from=STEPS - 2)
         run.wait_for_step(process, stopped_at + 2)
         process.send_signal(stop)
         output, _ = process.communicate(timeout=60)

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from mmscale.engine.step_clock import reset_peak
-from tests.system.conftest import MakeRun, kill_group
+from tests.system.conftest import DEEP, MakeRun, kill_group
 
 
 @pytest.mark.resume
 @pytest.mark.slow
 def test_a_killed_run_accounts_for_its_wall_time(make_run: MakeRun) -> None:
-    run = make_run("killed", 1, "max_steps=9", "metrics.grad_norms_every=4", "metrics.memory_every=3")
+    run = make_run("killed", 1, *DEEP, "max_steps=9", "metrics.grad_norms_every=4", "metrics.memory_every=3")
     began = time.time()
     process = run.start()
     run.wait_for_step(process, 7)  # Steps 6 and 7 are after the checkpoint of step 5.

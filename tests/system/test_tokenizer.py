@@ -64,7 +64,7 @@ def test_a_killed_tokenizer_continues_bit_for_bit_and_on_other_ranks(
     assert ("metric/disc_fake" in expected[-1]) == game
 
     killed = fork_run("killed", 2, *words, config=TOKENIZER)
-    process = killed.start()
+    process = killed.start(slow_from=6)
     killed.wait_for_step(process, 3)
     while not (killed.folder / "checkpoints" / "step-00000002").is_dir():  # Written in the background.
         assert process.poll() is None, process.communicate()[0]

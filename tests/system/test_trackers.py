@@ -84,7 +84,7 @@ def test_a_killed_run_continues_its_tracker_runs_and_repeats_no_step(
         f"metrics.trackers=[{{kind: wandb, mode: offline, tags: [first]}}, {{kind: mlflow, tracking_uri: '{store}'}}]",
     )
     run = fork_run("tracked ü", 1, *words)
-    process = run.start()
+    process = run.start(slow_from=STEPS - 2)
     run.wait_for_step(process, 8)
     kill_group(process)
     killed_at = run.metrics()[-1]["step"]
