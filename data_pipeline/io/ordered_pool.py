@@ -25,7 +25,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, TypeVar
 
 from data_pipeline.errors import DataConfigError, DataPipelineError, WorkerError, out_of_memory
-from data_pipeline.io.processes import ending, without_script
+from data_pipeline.io.processes import ending, replace_environment, without_script
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -131,8 +131,7 @@ class _Worker:
 
 def _serve(pipe: Connection, work: Callable[[Any], Iterator[Any]], environment: Mapping[str, str]) -> None:
     """Run a worker process: one thread receives tasks, one sends results, and this thread works."""
-    os.environ.clear()  # The fork server has the variables of the time when it started.
-    os.environ.update(environment)
+    replace_environment(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; only the caller handles it.
     tasks: queue.Queue[Any] = queue.Queue()
     sender = _Sender(pipe)

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing.process import BaseProcess
 
 
@@ -45,6 +45,12 @@ def stop_signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def replace_environment(variables: Mapping[str, str]) -> None:
+    """Replace the environment variables. A process from a fork server has those with which the server started."""
+    os.environ.clear()
+    os.environ.update(variables)
 
 
 def own_sentinel() -> int | None:

@@ -32,7 +32,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 
 from data_pipeline.errors import WorkerError, out_of_memory
-from data_pipeline.io.processes import end_with, ending, without_script
+from data_pipeline.io.processes import end_with, ending, replace_environment, without_script
 
 T = TypeVar("T")
 
@@ -197,7 +197,7 @@ def _set_up_process(environment: Mapping[str, str]) -> None:
 
     Workers ignore signals that stop a whole process group: the parent stops the workers itself when it is done.
     """
-    os.environ.update(environment)  # A child of the fork server may lack the parent's variables, such as credentials.
+    replace_environment(environment)  # They may contain credentials.
     torch.set_num_threads(1)
     _limit_arenas()
     parent = multiprocessing.parent_process()

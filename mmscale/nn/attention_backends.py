@@ -35,7 +35,7 @@ AttentionChoice = Literal["auto", "sdpa", "flash", "torch_varlen"]
 """Value of ``engine.attention``: a kernel, or ``auto`` to choose one."""
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
-_LEAST_CAPABILITY = (8, 0)  # Of flash-attn 2, and of torch's varlen kernel, which calls a copy of it.
+_LEAST_CAPABILITY = (8, 0)  # flash-attn 2 needs it, and so does torch's varlen kernel, which calls a copy.
 # Segments of up to _SHORT rows share a call if the shortest has at least _FILL times the rows of the longest: at this
 # length a call costs more than padding. 64 captions of 5-30 tokens take 6-8 ms instead of 11-12 with a call each; from
 # 30 rows on there is no gain (EPYC, 1 thread).

@@ -163,7 +163,7 @@ def test_a_bad_sample_leaves_nothing_behind_but_its_complaint(config_of: MakeCon
     """A traceback would keep the packs under construction, with their pixels, in memory."""
     importlib.import_module("torchvision.io")  # Imported later, it would create a reference cycle with its callers.
     gc.collect()
-    before = {id(thing) for thing in gc.get_objects() if type(thing) is Document}  # Of earlier tests.
+    before = {id(thing) for thing in gc.get_objects() if type(thing) is Document}  # Earlier tests may have left some.
     gc.disable()  # The memory must be freed without a garbage collection.
     try:
         found, skipped = epochs(config_of(damaged_samples()[0]), hybrid_spec)

@@ -151,7 +151,7 @@ def test_tensors_of_a_message_do_not_overlap() -> None:
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux")
 def test_shared_buffers_take_nothing_of_dev_shm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Docker's /dev/shm has 64 MiB, which one or two batches fill."""
-    before = Path("/proc/self/maps").read_text().count("/dev/shm/torch")  # Of earlier tests.
+    before = Path("/proc/self/maps").read_text().count("/dev/shm/torch")  # Left by earlier tests.
     sender, receiver = BatchSender(), BatchReceiver()
     (batch,) = receiver.decode(_send(sender, 100, 3))
     assert _holds(batch, 3)

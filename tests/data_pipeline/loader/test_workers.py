@@ -63,6 +63,22 @@ def test_items_come_in_order_from_each_worker(clean: bool) -> None:
     workers.close()
 
 
+def variable(_: int) -> Generator[str, None, None]:
+    yield os.environ.get("MMSCALE_TEST_VARIABLE", "none")
+
+
+def test_workers_have_the_variables_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if they come from a server that started with others."""
+    monkeypatch.setenv("MMSCALE_TEST_VARIABLE", "first")
+    first = Workers(variable, 1, 1, clean=True)
+    assert first.next_item(0) == "first"
+    first.close()
+    monkeypatch.delenv("MMSCALE_TEST_VARIABLE")
+    second = Workers(variable, 1, 1, clean=True)
+    assert second.next_item(0) == "none"
+    second.close()
+
+
 @pytest.mark.parametrize("ahead", [1, 4])
 def test_a_worker_makes_so_many_ahead_and_no_more(ahead: int) -> None:
     made = Value("i", 0)
